@@ -1,0 +1,36 @@
+"""Entry point of the op: shape checks and the choice of implementation."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from palu.kernels.decode_attention import reference
+from palu.kernels.decode_attention.reference import LatentProjection
+
+
+def decode_attention(
+    query: Tensor,
+    key_latents: Tensor,
+    value_latents: Tensor,
+    key: LatentProjection,
+    value: LatentProjection,
+    rotation: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    scaling: float,
+    key_norm: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of a few query tokens over latents; arguments and result as in `reference.decode_attention`.
+
+    The probabilities are None where a kernel does not form them.
+
+    Raises:
+        ValueError: if the latents' widths do not match the ranks, or the lengths differ.
+    """
+    for name, latents, side in (("key", key_latents, key), ("value", value_latents, value)):
+        if latents.shape[-1] != sum(side.ranks):
+            raise ValueError(f"{name} latents are {latents.shape[-1]} wide, the ranks {list(side.ranks)} need a sum of that")
+    if key_latents.shape[1] != value_latents.shape[1]:
+        raise ValueError(f"{key_latents.shape[1]} key latents but {value_latents.shape[1]} value latents")
+    return reference.decode_attention(
+        query, key_latents, value_latents, key, value, rotation, mask, scaling, key_norm=key_norm
+    )

@@ -1,0 +1,43 @@
+"""Shapes on which every implementation of the op is checked, its tolerance, and its cost."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One call of the op; ranks may differ from group to group."""
+
+    batch: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    queries: int
+    length: int
+    key_ranks: tuple[int, ...]
+    value_ranks: tuple[int, ...]
+
+    def bytes_read(self, itemsize: int) -> int:
+        """Bytes of latents that any implementation has to read."""
+        return self.batch * self.length * (sum(self.key_ranks) + sum(self.value_ranks)) * itemsize
+
+    def flops(self) -> int:
+        """Multiply-adds times two of rebuilding keys, scores and absorbed values."""
+        key_group_dim = self.num_kv_heads // len(self.key_ranks) * self.head_dim
+        rebuild = sum(self.key_ranks) * key_group_dim
+        scores = self.num_heads * self.head_dim * self.queries
+        heads_per_value_group = self.num_heads // len(self.value_ranks)
+        values = sum(self.value_ranks) * heads_per_value_group * self.queries
+        return 2 * self.batch * self.length * (rebuild + scores + values)
+
+
+# Ragged on purpose: lengths that are no multiple of any block, uneven ranks, one value group over several key groups.
+SHAPES = (
+    Shape(1, 4, 4, 64, 1, 1, (64, 64), (96, 32)),
+    Shape(2, 8, 4, 64, 1, 63, (96, 32), (160,)),
+    Shape(3, 6, 2, 96, 3, 129, (48, 16), (80, 96)),
+    Shape(1, 8, 8, 128, 2, 257, (112, 16, 32, 128), (256, 48)),
+)
+
+# Largest relative error ||out - ref|| / ||ref|| against float64: rounding of the inputs' dtype over sums of a few
+# hundred terms, with room for one further rounding of the probabilities.
+TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2, "float16": 4e-3}

@@ -1,0 +1,170 @@
+"""Frozen, validated descriptions: what was asked of a compression, and what a compressed checkpoint holds."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from palu.core.errors import PaluError
+from palu.core.types import RankPlan, Side
+
+FORMAT_VERSION = 1
+GroupSize = int | Literal["all"]
+
+
+def resolve_group_size(group_size: GroupSize, num_kv_heads: int, name: str) -> int:
+    """Number of kv heads that share a latent; `all` is every head (J-LRD), 1 is M-LRD.
+
+    Raises:
+        PaluError: if the size does not divide the number of kv heads.
+    """
+    if group_size == "all":
+        return num_kv_heads
+    divisors = [d for d in range(1, num_kv_heads + 1) if num_kv_heads % d == 0]
+    if group_size not in divisors:
+        allowed = ", ".join(map(str, divisors))
+        raise PaluError(f"{name} {group_size} does not divide the model's {num_kv_heads} kv heads; use {allowed} or all")
+    return group_size
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise PaluError(message)
+
+
+@dataclass(frozen=True)
+class CompressionConfig:
+    """Everything that determines a compressed model besides the model and the calibration text.
+
+    param_ratio_target: KEPT fraction of the cached numbers, in (0, 1].
+    head_group_size, value_group_size: kv heads per key and per value group; `all` joins every head, and a value group
+        size of None means the same as the keys'.
+    search_method, decompose_method: names in `palu.search` and `palu.decompose`.
+    rank_multiple: ranks are multiples of this (or a group's whole dimension).
+    n_whiten_calib_samples, calib_seqlen: windows and tokens per window for the input moments.
+    n_fisher_calib_samples, fisher_seqlen: the same for the Fisher information.
+    calib_dataset: a data set's name, or a file or directory.
+    seed: draws the calibration windows.
+    """
+
+    param_ratio_target: float = 0.7
+    head_group_size: GroupSize = 4
+    value_group_size: GroupSize | None = None
+    search_method: str = "fisher_uniform"
+    decompose_method: str = "whiten"
+    rank_multiple: int = 32
+    n_whiten_calib_samples: int = 256
+    n_fisher_calib_samples: int = 32
+    calib_seqlen: int = 1024
+    fisher_seqlen: int = 1024
+    calib_dataset: str = "wikitext2"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        ratio = self.param_ratio_target
+        _require(0 < ratio <= 1, f"param_ratio_target {ratio} is the kept fraction and must lie in (0, 1]")
+        for name in ("rank_multiple", "n_whiten_calib_samples", "n_fisher_calib_samples"):
+            _require(getattr(self, name) >= 1, f"{name} {getattr(self, name)} must be at least 1")
+        for name in ("calib_seqlen", "fisher_seqlen"):
+            _require(getattr(self, name) >= 2, f"{name} {getattr(self, name)} must be at least 2")
+        for name in ("head_group_size", "value_group_size"):
+            size = getattr(self, name)
+            valid = size in (None, "all") if not isinstance(size, int) else size >= 1
+            _require(valid, f"{name} {size!r} must be a number of kv heads or 'all'")
+
+    def group_size(self, side: Side, num_kv_heads: int) -> int:
+        """Kv heads per group of one side of a model.
+
+        Raises:
+            PaluError: if the size does not divide `num_kv_heads`.
+        """
+        if side == "value" and self.value_group_size is not None:
+            return resolve_group_size(self.value_group_size, num_kv_heads, "value_group_size")
+        return resolve_group_size(self.head_group_size, num_kv_heads, "head_group_size")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class LayerRanks:
+    """Rank of every key group and every value group of one layer."""
+
+    key: tuple[int, ...]
+    value: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """The `palu` block of a compressed checkpoint's config.json.
+
+    layers: the ranks, one entry per decoder layer; the group size follows from the number of groups.
+    compression: the CompressionConfig that made it, with the calibration as it really was (for the record).
+    """
+
+    layers: tuple[LayerRanks, ...]
+    compression: Mapping[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def from_plan(cls, plan: RankPlan, num_layers: int, compression: Mapping[str, Any]) -> "LatentConfig":
+        """The block for a searched plan."""
+        layers = tuple(
+            LayerRanks(key=tuple(plan.group_ranks(layer, "key")), value=tuple(plan.group_ranks(layer, "value")))
+            for layer in range(num_layers)
+        )
+        return cls(layers=layers, compression=dict(compression))
+
+    @classmethod
+    def from_dict(cls, block: Mapping[str, Any] | None) -> "LatentConfig":
+        """Parse the JSON block.
+
+        Raises:
+            PaluError: if the block is missing, of another format version or malformed.
+        """
+        _require(isinstance(block, Mapping), "config.json has no 'palu' block: not a compressed checkpoint")
+        version = block.get("format_version")
+        _require(version == FORMAT_VERSION, f"'palu' block has format_version {version}; this code reads {FORMAT_VERSION}")
+        unknown = set(block) - {f.name for f in fields(cls)}
+        _require(not unknown, f"'palu' block has unknown entries: {', '.join(sorted(unknown))}")
+        layers = block.get("layers")
+        _require(isinstance(layers, list | tuple) and len(layers) > 0, "'palu' block: 'layers' must be a non-empty list")
+        return cls(
+            layers=tuple(_parse_layer(index, entry) for index, entry in enumerate(layers)),
+            compression=block.get("compression") or {},
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON block."""
+        layers = [{"key": list(layer.key), "value": list(layer.value)} for layer in self.layers]
+        return {"format_version": self.format_version, "layers": layers, "compression": dict(self.compression)}
+
+    def check_model(self, num_layers: int, num_kv_heads: int, head_dim: int) -> None:
+        """Refuse ranks that do not fit the model's shape.
+
+        Raises:
+            PaluError: naming the layer and side.
+        """
+        found = len(self.layers)
+        _require(found == num_layers, f"'palu' block has ranks for {found} layers, the model has {num_layers}")
+        for index, layer in enumerate(self.layers):
+            for side, ranks in (("key", layer.key), ("value", layer.value)):
+                where = f"'palu' block, layer {index}, {side}"
+                _require(
+                    len(ranks) > 0 and num_kv_heads % len(ranks) == 0,
+                    f"{where}: {len(ranks)} groups do not divide {num_kv_heads} kv heads",
+                )
+                group_dim = num_kv_heads // len(ranks) * head_dim
+                _require(
+                    all(1 <= rank <= group_dim for rank in ranks),
+                    f"{where}: ranks {list(ranks)} must lie in 1..{group_dim}",
+                )
+
+
+def _parse_layer(index: int, entry: Any) -> LayerRanks:
+    valid = isinstance(entry, Mapping) and all(
+        isinstance(entry.get(side), list | tuple) and all(isinstance(rank, int) for rank in entry[side])
+        for side in ("key", "value")
+    )
+    _require(valid, f"'palu' block, layer {index}: needs lists of integer ranks under 'key' and 'value'")
+    return LayerRanks(key=tuple(entry["key"]), value=tuple(entry["value"]))

@@ -1,0 +1,36 @@
+"""The one factorisation that the decomposition methods share."""
+
+import torch
+from torch import Tensor
+
+from palu.core.types import Factors
+
+# Directions whose energy is below this fraction of the largest are scaled as if they had it: the scale cancels in
+# up @ down, so it may be anything, and a bounded one never divides by zero.
+RELATIVE_ENERGY_FLOOR = 1e-10
+
+
+def energy_factors(weight: Tensor, energy: Tensor) -> Factors:
+    """Optimal factors of `weight` for the output energy `energy = weight @ C @ weight.T`.
+
+    The whitened SVD of Palu (arXiv 2407.21118, section 3.2; SVD-LLM) is `W L = U S V^T` with `C = L L^T`,
+    `up = U sqrt(S)` and `down = sqrt(S) V^T L^-1`. Because `W C W^T = U S^2 U^T` and `S V^T L^-1 = U^T W`, the same
+    factors come from an eigen-decomposition of [group_dim, group_dim]: no SVD of [group_dim, in_features] and no
+    inverse of a possibly singular `L`. The dropped energy is the tail of `S^2` exactly.
+
+    Args:
+        weight: [group_dim, in_features], any floating dtype.
+        energy: [group_dim, group_dim], symmetric positive semi-definite.
+
+    Returns:
+        float64 factors of full rank `group_dim`, by falling energy; `up @ down` equals `weight`.
+    """
+    weight = weight.double()
+    energy = energy.double()
+    squared_singular, basis = torch.linalg.eigh((energy + energy.T) / 2)
+    order = torch.arange(squared_singular.numel() - 1, -1, -1, device=weight.device)
+    squared_singular, basis = squared_singular[order], basis[:, order]
+    largest = squared_singular[0]
+    floored = squared_singular.clamp_min(largest * RELATIVE_ENERGY_FLOOR) if largest > 0 else basis.new_ones(len(order))
+    scale = floored.pow(0.25)
+    return Factors(down=(basis.T @ weight) / scale[:, None], up=basis * scale)

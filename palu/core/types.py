@@ -1,0 +1,73 @@
+"""Small value types that travel down the road: sites, statistics, factors, rank plans."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+Side = Literal["key", "value"]
+SIDES: tuple[Side, Side] = ("key", "value")
+
+
+class Statistic(Enum):
+    """What a calibration pass can gather."""
+
+    GRAM = "gram"
+    FISHER = "fisher"
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """One head group of one projection: the unit that has a rank of its own."""
+
+    layer: int
+    side: Side
+    group: int
+
+
+@dataclass(frozen=True)
+class SiteShape:
+    """A site and the most rank it can use: `group_dim` = group size x head_dim."""
+
+    site: Site
+    group_dim: int
+
+
+@dataclass(frozen=True)
+class SiteStats:
+    """Calibration statistics of a site's input.
+
+    gram: uncentred second moment `sum_t x_t x_t^T` of the projection's input, [in_features, in_features], or None when
+        no method asked for it.
+    """
+
+    gram: Tensor | None = None
+
+
+class Factors(NamedTuple):
+    """Low-rank factors of one site, most important direction first: any prefix is a valid smaller rank."""
+
+    down: Tensor  # [rank, in_features], cached: x @ down.T
+    up: Tensor  # [group_dim, rank]
+
+    def truncate(self, rank: int) -> "Factors":
+        """The best `rank` directions."""
+        return Factors(self.down[:rank], self.up[:, :rank])
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """The rank of every site."""
+
+    ranks: Mapping[Site, int]
+
+    def group_ranks(self, layer: int, side: Side) -> list[int]:
+        """Ranks of one projection's groups, in group order."""
+        sites = sorted(site for site in self.ranks if site.layer == layer and site.side == side)
+        return [self.ranks[site] for site in sites]
+
+    def kept_ratio(self, shapes: Sequence[SiteShape]) -> float:
+        """Cached latent numbers per token over the uncompressed model's."""
+        return sum(self.ranks[shape.site] for shape in shapes) / sum(shape.group_dim for shape in shapes)

@@ -1,0 +1,22 @@
+"""Decomposition methods: one file each, and one line here."""
+
+from palu.core.errors import PaluError
+from palu.decompose.base import Decomposition
+from palu.decompose.svd import Svd
+from palu.decompose.whiten import Whiten
+
+DECOMPOSITIONS: dict[str, Decomposition] = {
+    "whiten": Whiten(),
+    "svd": Svd(),
+}
+
+
+def get_decomposition(name: str) -> Decomposition:
+    """The method of that name.
+
+    Raises:
+        PaluError: listing the known names.
+    """
+    if name not in DECOMPOSITIONS:
+        raise PaluError(f"decompose_method {name!r} is unknown; use one of {', '.join(DECOMPOSITIONS)}")
+    return DECOMPOSITIONS[name]

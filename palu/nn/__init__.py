@@ -1,0 +1,1 @@
+"""Modules of a compressed model: low-rank projections, the latent cache, the one attention forward."""

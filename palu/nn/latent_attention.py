@@ -1,0 +1,155 @@
+"""The only attention forward: prefill on rebuilt keys and values, decode on the latents themselves."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from palu.config import LayerRanks
+from palu.kernels.decode_attention.op import decode_attention
+from palu.kernels.decode_attention.reference import rotate
+from palu.nn.latent_cache import layer_window
+from palu.nn.low_rank_linear import LowRankLinear
+from palu.nn.rotary import KeyRotation
+
+# Up to this many new tokens (speculative decoding included) attention runs on the latents.
+FEW_TOKENS = 8
+
+
+class LatentAttention(nn.Module):
+    """Replaces a decoder layer's self-attention: its key and value projections are low-rank and cached as latents.
+
+    Args:
+        attention: the family's attention module, whose other parts (q_proj, o_proj, norms) are taken over.
+        ranks: this layer's ranks.
+        query_key_norm: whether queries and rebuilt keys are normalised per head before RoPE (Qwen3).
+    """
+
+    def __init__(self, attention: nn.Module, ranks: LayerRanks, query_key_norm: bool) -> None:
+        super().__init__()
+        self.config = attention.config
+        self.layer_idx = attention.layer_idx
+        self.head_dim = attention.head_dim
+        self.num_key_value_groups = attention.num_key_value_groups
+        self.scaling = attention.scaling
+        self.attention_dropout = attention.attention_dropout
+        self.is_causal = True
+        self.sliding_window = layer_window(attention.config, attention.layer_idx)
+        self.q_proj, self.o_proj = attention.q_proj, attention.o_proj
+        self.k_proj = _low_rank(attention.k_proj, ranks.key)
+        self.v_proj = _low_rank(attention.v_proj, ranks.value)
+        self.q_norm = attention.q_norm if query_key_norm else None
+        self.k_norm = attention.k_norm if query_key_norm else None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        position_ids: Tensor | None = None,
+        key_rotation: KeyRotation | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[batch, length, hidden_size] -> the same, and the attention weights where the implementation returns them."""
+        query = self._heads(self.q_proj(hidden_states), self.q_norm)
+        query = rotate(query, *(table[:, None] for table in position_embeddings))
+        key_latents = self.k_proj.latents(hidden_states)
+        value_latents = self.v_proj.latents(hidden_states)
+        rotation = position_embeddings
+        if past_key_values is not None:
+            key_latents, value_latents = past_key_values.update(
+                key_latents, value_latents, self.layer_idx, position_ids
+            )
+            positions = past_key_values.layers[self.layer_idx].positions.to(query.device)
+            rotation = key_rotation(positions, self.sliding_window, query.dtype)
+        if self._decodes(query.shape[2], attention_mask):
+            mask = self._decode_mask(attention_mask, query.shape[2], key_latents.shape[1])
+            output, weights = self._decode(query, key_latents, value_latents, rotation, mask)
+        else:
+            output, weights = self._prefill(query, key_latents, value_latents, rotation, attention_mask, **kwargs)
+        output = output.reshape(*hidden_states.shape[:-1], -1)
+        return self.o_proj(output), weights
+
+    def _heads(self, states: Tensor, norm: nn.Module | None) -> Tensor:
+        """[batch, length, heads * head_dim] -> [batch, heads, length, head_dim], normalised per head."""
+        states = states.view(*states.shape[:-1], -1, self.head_dim)
+        return (states if norm is None else norm(states)).transpose(1, 2)
+
+    def _prefill(
+        self,
+        query: Tensor,
+        key_latents: Tensor,
+        value_latents: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rebuild keys and values and use the model's attention implementation."""
+        key = self._heads(self.k_proj.rebuild(key_latents), self.k_norm)
+        key = rotate(key, *(table[:, None] for table in rotation))
+        value = self._heads(self.v_proj.rebuild(value_latents), None)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        return attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+
+    def _decode(
+        self,
+        query: Tensor,
+        key_latents: Tensor,
+        value_latents: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend to the latents: keys rebuilt block by block, values absorbed."""
+        output, weights = decode_attention(
+            query,
+            key_latents,
+            value_latents,
+            self.k_proj.projection,
+            self.v_proj.projection,
+            rotation,
+            mask,
+            self.scaling,
+            key_norm=self.k_norm,
+        )
+        return output, weights if self.config._attn_implementation == "eager" else None
+
+    def _decodes(self, queries: int, attention_mask: object) -> bool:
+        """Whether this call can attend to the latents: few new tokens, and a mask of a kind that is understood."""
+        dense_mask = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.ndim in (2, 4))
+        return queries <= FEW_TOKENS and dense_mask and not self.training
+
+    def _decode_mask(self, attention_mask: Tensor | None, queries: int, length: int) -> Tensor | None:
+        """A mask [batch or 1, 1, queries, length] from what the attention implementations are given."""
+        if attention_mask is not None and attention_mask.ndim == 4:
+            return attention_mask[..., :length]
+        if attention_mask is None and queries == 1:
+            return None
+        # Flash attention's convention: the newest query sees everything, a 2D mask hides padding.
+        device = self.o_proj.weight.device
+        behind = torch.arange(length - queries, length, device=device)[:, None] - torch.arange(length, device=device)
+        causal = behind >= 0
+        if self.sliding_window is not None:
+            causal = causal & (behind < self.sliding_window)
+        if attention_mask is None:
+            return causal[None, None]
+        return causal[None, None] & attention_mask[:, None, None, -length:].bool()
+
+
+def _low_rank(projection: nn.Linear, ranks: tuple[int, ...]) -> LowRankLinear:
+    return LowRankLinear(projection.in_features, projection.out_features, ranks, projection.bias is not None)

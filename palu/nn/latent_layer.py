@@ -1,0 +1,269 @@
+"""One layer of the latent cache: key latents before RoPE, value latents, each token's position."""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from palu.core.errors import PaluError
+from palu.nn.token_buffer import TokenBuffer
+
+
+class LatentLayer(CacheLayerMixin):
+    """A growing cache layer; with a sliding window it keeps the last `sliding_window - 1` tokens.
+
+    Latents are [batch, length, sum(ranks)]; positions are int32 [batch, length], one per row because rows are padded
+    differently. Layers that keep the same tokens share the positions: the first of them, the leader, holds them.
+
+    Args:
+        leader: the layer that holds this layer's positions, or None if it holds its own.
+        sliding_window: tokens that a query sees, itself included; None for full attention.
+        max_length: length that the cache is known never to exceed; bounds the growth by doubling.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(
+        self, leader: Optional["LatentLayer"] = None, sliding_window: int | None = None, max_length: int | None = None
+    ) -> None:
+        super().__init__()
+        self.leader = leader
+        self.sliding_window = sliding_window
+        self.is_sliding = sliding_window is not None
+        self.max_length = max_length
+        self.record_past = False
+        self.cumulative_length = 0
+        self.key_buffer, self.value_buffer, self.position_buffer = TokenBuffer(), TokenBuffer(), TokenBuffer()
+        self.visible_positions: Tensor | None = None
+
+    @property
+    def buffers(self) -> tuple[TokenBuffer, ...]:
+        """The buffers that this layer itself holds."""
+        own = (self.key_buffer, self.value_buffer)
+        return own if self.leader is not None else (*own, self.position_buffer)
+
+    @property
+    def positions(self) -> Tensor:
+        """Positions of the tokens that the last `update` returned, int32 [batch, length]."""
+        return self.visible_positions if self.leader is None else self.leader.positions
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Remember dtype, device and batch size of the first latents."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, position_ids: Tensor, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """Append latents [batch, new, sum(ranks)] with their positions [batch or 1, new].
+
+        Returns:
+            The key and value latents that the new tokens may attend to, the new ones last. `positions` are theirs.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new = key_states.shape[1]
+        self.cumulative_length += new
+        self.key_buffer.append(key_states, self.max_length)
+        self.value_buffer.append(value_states, self.max_length)
+        if self.leader is None:
+            positions = position_ids.to(torch.int32).expand(key_states.shape[0], -1)
+            self.position_buffer.append(positions[..., None], self.max_length)
+        visible = len(self.key_buffer)
+        if self.is_sliding:
+            visible = min(visible, self.sliding_window - 1 + new)
+        if self.leader is None:
+            self.visible_positions = self.position_buffer.tokens[:, -visible:, 0]
+        keys, values = self.key_buffer.tokens[:, -visible:], self.value_buffer.tokens[:, -visible:]
+        if not self.record_past:
+            self._restrict_to_window()
+        return keys, values
+
+    def _restrict_to_window(self) -> None:
+        if self.is_sliding:
+            for buffer in self.buffers:
+                buffer.drop_front(max(0, len(buffer) - self.sliding_window + 1))
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of what the next `update` of `query_length` tokens returns."""
+        if not self.is_sliding:
+            return self.cumulative_length + query_length, 0
+        seen = min(self.cumulative_length, self.sliding_window - 1)
+        return seen + query_length, self.cumulative_length - seen
+
+    def get_seq_length(self) -> int:
+        """Tokens seen so far."""
+        return self.cumulative_length
+
+    def get_max_length(self) -> int:
+        """The sliding window, or -1: no maximum."""
+        return self.sliding_window if self.is_sliding else -1
+
+    def activate_past_recording(self) -> None:
+        """Keep tokens that slide out of the window until the next `crop`, so that it can bring them back."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest `-tokens_to_remove` tokens; the argument is zero or negative, as in transformers."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes zero or a negative number of tokens, got {tokens_to_remove}")
+        past_window = self.is_sliding and self.cumulative_length >= self.sliding_window
+        if past_window and not self.record_past and tokens_to_remove < 0:
+            raise RuntimeError("call activate_past_recording before the window is full to be able to crop the cache")
+        for buffer in self.buffers:
+            buffer.drop_back(-tokens_to_remove)
+        self.cumulative_length = max(0, self.cumulative_length + tokens_to_remove)
+        self._restrict_to_window()
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        for buffer in self.buffers:
+            buffer.clear()
+        self.cumulative_length = 0
+        self.visible_positions = None
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows, for beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only the rows `indices`."""
+        for buffer in self.buffers:
+            buffer.select_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        for buffer in self.buffers:
+            buffer.repeat_rows(repeats)
+
+    def offload(self) -> None:
+        """Move the latents to the CPU."""
+        for buffer in self.buffers:
+            buffer.move(torch.device("cpu"))
+
+    def prefetch(self) -> None:
+        """Move the latents back to the device that they came from."""
+        if self.is_initialized:
+            for buffer in self.buffers:
+                buffer.move(self.device)
+
+    def nbytes(self) -> int:
+        """Bytes of the held latents and positions."""
+        return sum(buffer.nbytes for buffer in self.buffers)
+
+    def allocated_nbytes(self) -> int:
+        """Bytes of memory behind them, the room to grow included."""
+        return sum(buffer.allocated_nbytes for buffer in self.buffers)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the cache, -1 before the first update."""
+        return -1 if self.key_buffer.storage is None else self.key_buffer.storage.shape[0]
+
+
+class FixedLatentLayer(LatentLayer):
+    """A layer of fixed capacity, allocated once: its tensors never move, so CUDA graphs and torch.compile can use it.
+
+    `update` returns the whole storage; the attention mask hides what is not written yet. With a sliding window the
+    storage holds the window and rolls.
+
+    Args:
+        capacity: tokens that the whole cache must be able to hold.
+    """
+
+    is_compileable = True
+    is_croppable = False
+
+    def __init__(
+        self, capacity: int, leader: Optional["FixedLatentLayer"] = None, sliding_window: int | None = None
+    ) -> None:
+        super().__init__(leader=leader, sliding_window=sliding_window, max_length=capacity)
+        self.capacity = capacity if sliding_window is None else min(capacity, sliding_window)
+        self.written = torch.zeros((), dtype=torch.int64)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate everything."""
+        super().lazy_initialization(key_states, value_states)
+        batch = key_states.shape[0]
+        self.key_buffer.storage = key_states.new_zeros(batch, self.capacity, key_states.shape[2])
+        self.value_buffer.storage = value_states.new_zeros(batch, self.capacity, value_states.shape[2])
+        if self.leader is None:
+            self.position_buffer.storage = torch.zeros(
+                batch, self.capacity, 1, dtype=torch.int32, device=key_states.device
+            )
+        self.written = self.written.to(key_states.device)
+        if not torch.compiler.is_compiling():
+            for buffer in self.buffers:
+                torch._dynamo.mark_static_address(buffer.storage)
+            torch._dynamo.mark_static_address(self.written)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, position_ids: Tensor, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """Write latents behind the ones held; see `LatentLayer.update`."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new = key_states.shape[1]
+        rolls = self.is_sliding and self.cumulative_length + new > self.capacity
+        if not self.is_sliding and not torch.compiler.is_compiling() and self.cumulative_length + new > self.capacity:
+            raise PaluError(
+                f"the latent cache has a fixed capacity of {self.capacity} tokens, "
+                f"{self.cumulative_length + new} are needed"
+            )
+        write = self._roll if rolls else self._write
+        keys, values = write(self.key_buffer, key_states), write(self.value_buffer, value_states)
+        if self.leader is None:
+            positions = position_ids.to(torch.int32).expand(key_states.shape[0], -1)[..., None]
+            self.visible_positions = write(self.position_buffer, positions)[..., 0]
+        if not rolls:
+            self.written.add_(new)
+        self.cumulative_length += new
+        return keys, values
+
+    def _write(self, buffer: TokenBuffer, tokens: Tensor) -> Tensor:
+        index = torch.arange(tokens.shape[1], device=tokens.device) + self.written
+        buffer.storage.index_copy_(1, index, tokens)
+        return buffer.storage
+
+    def _roll(self, buffer: TokenBuffer, tokens: Tensor) -> Tensor:
+        held = min(self.cumulative_length, self.capacity)
+        kept = buffer.storage[:, max(0, held - self.capacity + 1) : held]
+        full = torch.cat([kept, tokens], dim=1)
+        buffer.storage.copy_(full[:, -self.capacity :])
+        return buffer.storage if full.shape[1] == self.capacity else full
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of what the next `update` of `query_length` tokens returns."""
+        if not self.is_sliding or self.cumulative_length + query_length <= self.capacity:
+            return self.capacity, 0
+        seen = min(self.cumulative_length, self.capacity - 1)
+        return seen + query_length, self.cumulative_length - seen
+
+    def get_seq_length(self) -> int | Tensor:
+        """Tokens seen so far: a tensor for a full layer, so that a compiled graph does not depend on the number."""
+        return self.cumulative_length if self.is_sliding or not self.is_initialized else self.written
+
+    def get_max_length(self) -> int:
+        """The capacity."""
+        return self.capacity
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """A fixed cache cannot be cropped (nor can transformers' StaticCache)."""
+        raise RuntimeError("a latent cache of fixed capacity cannot be cropped; use the growing one")
+
+    def reset(self) -> None:
+        """Forget all tokens, keep the memory."""
+        for buffer in self.buffers:
+            if buffer.storage is not None:
+                buffer.storage.zero_()
+        self.written.zero_()
+        self.cumulative_length = 0
+
+    def nbytes(self) -> int:
+        """Bytes of the held latents and positions."""
+        held = min(self.cumulative_length, self.capacity)
+        return self.allocated_nbytes() * held // self.capacity

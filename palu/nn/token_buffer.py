@@ -1,0 +1,83 @@
+"""A tensor of tokens that grows at the back and shrinks at either end without copying at every step."""
+
+import torch
+from torch import Tensor
+
+
+class TokenBuffer:
+    """[batch, capacity, width] storage of which the tokens start..stop are held.
+
+    Appending doubles the capacity when it is full, so n appended tokens cost O(n) copies. Dropping tokens moves the
+    ends only; the room in front is reused when the back is full.
+    """
+
+    def __init__(self) -> None:
+        self.storage: Tensor | None = None
+        self.start = 0
+        self.stop = 0
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def tokens(self) -> Tensor:
+        """View of the held tokens, [batch, length, width]."""
+        return self.storage[:, self.start : self.stop]
+
+    def append(self, tokens: Tensor, max_length: int | None = None) -> None:
+        """Add [batch, new, width] at the back; `max_length` bounds the growth by doubling where it is known."""
+        new = tokens.shape[1]
+        if self.storage is None:
+            self.storage = tokens.new_empty(tokens.shape[0], new, tokens.shape[2])
+        elif self.stop + new > self.storage.shape[1]:
+            self._make_room(new, max_length)
+        self.storage[:, self.stop : self.stop + new] = tokens
+        self.stop += new
+
+    def _make_room(self, new: int, max_length: int | None) -> None:
+        needed = len(self) + new
+        capacity = self.storage.shape[1]
+        if 2 * needed > capacity:
+            doubled = 2 * capacity if max_length is None else min(2 * capacity, max_length)
+            capacity = max(needed, doubled)
+        batch, _, width = self.storage.shape
+        room = self.storage.new_empty(batch, capacity, width)
+        room[:, : len(self)] = self.tokens
+        self.storage, self.start, self.stop = room, 0, len(self)
+
+    def drop_front(self, count: int) -> None:
+        """Forget the `count` oldest tokens."""
+        self.start = min(self.stop, self.start + count)
+
+    def drop_back(self, count: int) -> None:
+        """Forget the `count` newest tokens."""
+        self.stop = max(self.start, self.stop - count)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep, repeat or reorder rows of the batch; `rows` are indices or a boolean mask."""
+        if self.storage is not None:
+            self.storage = self.storage[rows.to(self.storage.device)]
+
+    def repeat_rows(self, repeats: int) -> None:
+        """Repeat every row of the batch `repeats` times, copies side by side."""
+        if self.storage is not None:
+            self.storage = self.storage.repeat_interleave(repeats, dim=0)
+
+    def move(self, device: torch.device) -> None:
+        """Move the storage to another device."""
+        if self.storage is not None:
+            self.storage = self.storage.to(device, non_blocking=True)
+
+    def clear(self) -> None:
+        """Forget everything and free the storage."""
+        self.storage, self.start, self.stop = None, 0, 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the held tokens."""
+        return 0 if self.storage is None else self.tokens.nbytes
+
+    @property
+    def allocated_nbytes(self) -> int:
+        """Bytes of the storage, the room to grow included."""
+        return 0 if self.storage is None else self.storage.nbytes
