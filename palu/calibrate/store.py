@@ -1,0 +1,113 @@
+"""Calibration statistics on disk, keyed by everything that determines them."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+FORMAT = "palu-statistics-1"
+
+
+def default_cache_dir() -> Path:
+    """`$PALU_CACHE`, or a folder in the user's cache directory."""
+    fallback = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "palu"
+    return Path(os.environ.get("PALU_CACHE", fallback))
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """Hash of every parameter's name, shape, dtype and bits (two position-weighted checksums each)."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        bits = parameter.detach().reshape(-1).view(torch.int16 if parameter.element_size() == 2 else torch.int32)
+        sums = [0, 0]
+        for start in range(0, bits.numel(), 1 << 24):
+            piece = bits[start : start + (1 << 24)].long()
+            position = torch.arange(start, start + piece.numel(), device=piece.device) % 65_521 + 1
+            sums = [sums[0] + int(piece.sum()), sums[1] + int((piece * position).sum())]
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}{sums}".encode())
+    return digest.hexdigest()
+
+
+def tokens_fingerprint(windows: Tensor) -> str:
+    """Hash of token windows: data set, tokenizer, sizes and seed all show in it."""
+    return hashlib.sha256(repr(tuple(windows.shape)).encode() + windows.cpu().numpy().tobytes()).hexdigest()
+
+
+class StatisticsStore:
+    """Reads and writes one kind of statistic for one model and one set of windows.
+
+    Args:
+        directory: the cache's root.
+        kind: `gram` or `fisher`.
+        model: fingerprinted with its architecture and compute dtype.
+        windows: the calibration tokens.
+    """
+
+    def __init__(self, directory: Path, kind: str, model: PreTrainedModel, windows: Tensor) -> None:
+        identity = {
+            "format": FORMAT,
+            "kind": kind,
+            "architecture": model.config.model_type,
+            "attention": model.config._attn_implementation,
+            "rope": repr(model.config.rope_parameters),
+            "window": repr(getattr(model.config, "sliding_window", None)),
+            "norm": repr(model.config.rms_norm_eps),
+            "device": model.device.type,
+            "weights": weights_fingerprint(model),
+            "tokens": tokens_fingerprint(windows),
+        }
+        self.key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self.directory = directory / f"{kind}-{self.key[:24]}"
+
+    def holds(self, name: str) -> bool:
+        """Whether `name` is there, whole and for these inputs; warns where it is stale or damaged."""
+        path = self._path(name)
+        if not path.exists():
+            return False
+        try:
+            with safe_open(path, framework="pt") as file:
+                if (file.metadata() or {}).get("key") == self.key:
+                    return True
+                problem = "belongs to other inputs"
+        except (SafetensorError, OSError) as error:
+            problem = f"is damaged ({error})"
+        logger.warning("calibration cache %s %s; computing it again", path, problem)
+        return False
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        """The tensors saved under `name`, which `holds` has approved."""
+        return load_file(self._path(name))
+
+    def _path(self, name: str) -> Path:
+        return self.directory / f"{name}.safetensors"
+
+    def write(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Save tensors under `name`: whole, or not at all."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self._path(name)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        try:
+            save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, partial, {"key": self.key})
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def stream(self, computed: Iterable[Tensor], count: int, device: torch.device) -> Iterator[Tensor]:
+        """`count` tensors, one file each: from disk if all are there, else from `computed`, saved as they come."""
+        names = [f"{index:04d}" for index in range(count)]
+        if all([self.holds(name) for name in names]):
+            for name in names:
+                yield self.read(name)["tensor"].to(device)
+            return
+        for name, tensor in zip(names, computed, strict=True):
+            self.write(name, {"tensor": tensor})
+            yield tensor

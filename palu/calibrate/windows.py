@@ -1,0 +1,62 @@
+"""Text to windows of token ids."""
+
+import logging
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from palu.core.errors import PaluError
+
+logger = logging.getLogger(__name__)
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, where: str, config: PreTrainedConfig) -> Tensor:
+    """Token ids of a whole text, int64 [tokens].
+
+    Raises:
+        PaluError: if the text is empty, or the tokenizer makes ids that the model does not have.
+    """
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+    if not text.strip() or ids.numel() == 0:
+        raise PaluError(f"{where}: the text is empty")
+    largest = int(ids.max())
+    if largest >= config.vocab_size:
+        raise PaluError(f"{where}: the tokenizer makes id {largest}, the model has {config.vocab_size}")
+    return ids
+
+
+def check_seqlen(seqlen: int, config: PreTrainedConfig, name: str = "seqlen") -> None:
+    """Refuse windows longer than the model's positions.
+
+    Raises:
+        PaluError: naming the allowed range.
+    """
+    limit = config.max_position_embeddings
+    if not 2 <= seqlen <= limit:
+        raise PaluError(f"{name} {seqlen} must lie in 2..{limit} (the model's max_position_embeddings)")
+
+
+def consecutive_windows(tokens: Tensor, seqlen: int, where: str) -> Tensor:
+    """All whole windows in order, [windows, seqlen].
+
+    Raises:
+        PaluError: if there is not even one.
+    """
+    count = tokens.numel() // seqlen
+    if count == 0:
+        raise PaluError(f"{where}: {tokens.numel()} tokens are too few for one window of {seqlen}; give more text")
+    return tokens[: count * seqlen].view(count, seqlen)
+
+
+def sample_windows(tokens: Tensor, count: int, seqlen: int, seed: int, where: str) -> Tensor:
+    """`count` windows that do not overlap, drawn by `seed`, [count, seqlen]; all there are if there are fewer.
+
+    Raises:
+        PaluError: if there is not even one.
+    """
+    windows = consecutive_windows(tokens, seqlen, where)
+    if len(windows) < count:
+        logger.warning("%s holds %d windows of %d tokens, %d were asked for", where, len(windows), seqlen, count)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    return windows[order[:count]]

@@ -1,0 +1,1 @@
+"""Measuring models, stock or compressed."""

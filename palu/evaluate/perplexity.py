@@ -1,0 +1,59 @@
+"""Perplexity over non-overlapping windows, and the bytes that the model really caches meanwhile."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from palu.core.errors import PaluError
+from palu.core.progress import Progress, silent
+from palu.nn.latent_cache import cache_bytes_per_token
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity of one text.
+
+    tokens: predicted tokens (one less than a window's length, times the windows).
+    kv_bytes_per_token: bytes that the live cache held per token of context, over all layers.
+    """
+
+    perplexity: float
+    tokens: int
+    windows: int
+    seqlen: int
+    kv_bytes_per_token: float
+
+
+def perplexity(
+    model: PreTrainedModel, windows: Tensor, batch_size: int = 1, progress: Progress = silent, name: str = "perplexity"
+) -> Perplexity:
+    """`exp` of the mean next-token loss; every window starts with an empty cache.
+
+    Args:
+        windows: token ids, int64 [windows, seqlen].
+        batch_size: windows at a time; the result does not depend on it beyond rounding.
+
+    Raises:
+        PaluError: if the loss is not finite, naming the window.
+    """
+    total_loss, bytes_per_token = 0.0, 0.0
+    batches = windows.split(batch_size)
+    with torch.no_grad():
+        for index, batch in enumerate(progress(batches, name, len(batches))):
+            batch = batch.to(model.device)
+            output = model(batch, use_cache=True)
+            bytes_per_token = cache_bytes_per_token(output.past_key_values)
+            loss = sum(
+                F.cross_entropy(logits[:-1].float(), ids[1:], reduction="sum").double().item()
+                for logits, ids in zip(output.logits, batch, strict=True)
+            )
+            if not math.isfinite(loss):
+                raise PaluError(f"{name}: the loss is not finite in window {index * batch_size} or just after it")
+            total_loss += loss
+    count, seqlen = windows.shape
+    tokens = count * (seqlen - 1)
+    return Perplexity(math.exp(total_loss / tokens), tokens, count, seqlen, bytes_per_token)

@@ -1,0 +1,18 @@
+"""Every group's rank in proportion to its Fisher information (Palu, section 3.3)."""
+
+from collections.abc import Mapping, Sequence
+
+from palu.core.budget import RankBudget, round_to_budget, share_proportionally
+from palu.core.types import RankPlan, Site, SiteShape, Statistic
+
+
+class Fisher:
+    """`rank_i = total * F_i d_i / sum_j F_j d_j`, capped at the group's dimension d_i."""
+
+    needs: frozenset[Statistic] = frozenset({Statistic.FISHER})
+
+    def __call__(self, shapes: Sequence[SiteShape], scores: Mapping[Site, float], budget: RankBudget) -> RankPlan:
+        """The rank of every site."""
+        weights = [scores[shape.site] * shape.group_dim for shape in shapes]
+        ideal = share_proportionally(weights, [shape.group_dim for shape in shapes], budget.total(shapes))
+        return round_to_budget(shapes, ideal, budget)

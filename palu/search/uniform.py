@@ -1,0 +1,16 @@
+"""The same kept fraction everywhere."""
+
+from collections.abc import Mapping, Sequence
+
+from palu.core.budget import RankBudget, round_to_budget
+from palu.core.types import RankPlan, Site, SiteShape, Statistic
+
+
+class Uniform:
+    """`rank = ratio * group_dim`."""
+
+    needs: frozenset[Statistic] = frozenset()
+
+    def __call__(self, shapes: Sequence[SiteShape], scores: Mapping[Site, float], budget: RankBudget) -> RankPlan:
+        """The rank of every site."""
+        return round_to_budget(shapes, [budget.kept_ratio * shape.group_dim for shape in shapes], budget)
