@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from palu.core.errors import PaluError
+from palu.core.hub import hub_reachable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Room for the tokenizer, the code and the file system's own needs beside the weights.
@@ -74,16 +75,18 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
 
 def _load(auto_class: Any, path: str | Path, **kwargs: Any) -> Any:
     """`auto_class.from_pretrained`, with one line for what a user can mend."""
-    looks_local = str(path).startswith((".", "/", "~")) or Path(path).exists()
-    if looks_local and not (Path(path) / "config.json").is_file():
+    is_local = Path(path).exists()
+    if (is_local or str(path).startswith((".", "/", "~"))) and not (Path(path) / "config.json").is_file():
         raise PaluError(f"{path}: no model directory (config.json is missing)")
     try:
-        return auto_class.from_pretrained(path, **kwargs)
+        return auto_class.from_pretrained(path, local_files_only=not is_local and not hub_reachable(), **kwargs)
     except PaluError:
         raise
     except torch.OutOfMemoryError as error:
         raise PaluError(f"{path}: does not fit into the memory of the device") from error
     except Exception as error:  # the hub client and the loaders raise a dozen unrelated types
+        if not is_local and not hub_reachable():
+            raise PaluError(f"{path}: no such directory here, and the hub cannot be reached") from error
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise PaluError(f"{path}: cannot be loaded: {reason}") from error
 

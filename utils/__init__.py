@@ -1,0 +1,1 @@
+"""What the command-line scripts share; the library never imports this."""

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from palu.kernels.decode_attention import reference
 from palu.kernels.decode_attention.reference import LatentProjection
+from palu.kernels.decode_attention.reference import decode_attention as reference_decode_attention
 
 
 def decode_attention(
@@ -19,7 +19,7 @@ def decode_attention(
     scaling: float,
     key_norm: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of a few query tokens over latents; arguments and result as in `reference.decode_attention`.
+    """Attention of a few query tokens over latents; arguments and result as in the reference.
 
     The probabilities are None where a kernel does not form them.
 
@@ -31,6 +31,6 @@ def decode_attention(
             raise ValueError(f"{name} latents are {latents.shape[-1]} wide, the ranks {list(side.ranks)} need a sum of that")
     if key_latents.shape[1] != value_latents.shape[1]:
         raise ValueError(f"{key_latents.shape[1]} key latents but {value_latents.shape[1]} value latents")
-    return reference.decode_attention(
+    return reference_decode_attention(
         query, key_latents, value_latents, key, value, rotation, mask, scaling, key_norm=key_norm
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from palu.core.errors import PaluError
+from palu.core.hub import hub_reachable
 
 Purpose = Literal["calibration", "evaluation"]
 
@@ -110,6 +111,8 @@ def _hub_rows(name: str, *args: str, **kwargs: Any) -> Any:
         import datasets
     except ImportError as error:
         raise PaluError(f"data set {name!r} needs the 'datasets' package; install it {FILE_HINT}") from error
+    if not hub_reachable():
+        datasets.config.HF_HUB_OFFLINE = True  # what an earlier run has downloaded may still serve
     try:
         return datasets.load_dataset(*args, **kwargs)
     except Exception as error:  # the hub client raises a dozen unrelated types for "cannot be reached"

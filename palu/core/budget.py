@@ -54,8 +54,8 @@ def share_proportionally(weights: Sequence[float], caps: Sequence[int], total: f
 def round_to_budget(shapes: Sequence[SiteShape], ideal: Sequence[float], budget: RankBudget) -> RankPlan:
     """Round ideal ranks down to allowed ones, then give what is left to the largest remainders.
 
-    Every site keeps at least one multiple. Equal remainders are served evenly over the sites' order, so that no end of
-    the model is favoured.
+    Every site keeps at least one multiple. Equal remainders are served values before keys (the more sensitive side),
+    a projection's groups together, spread evenly over the depth.
 
     Raises:
         PaluError: if not even the smallest rank fits everywhere.
@@ -74,7 +74,7 @@ def round_to_budget(shapes: Sequence[SiteShape], ideal: Sequence[float], budget:
         for want, cap, low in zip(ideal, caps, smallest, strict=True)
     ]
     _lower_until_within(ranks, ideal, smallest, multiple, total)
-    _raise_largest_remainders(ranks, ideal, caps, multiple, total)
+    _raise_largest_remainders(ranks, ideal, caps, multiple, total, tie_order(shapes))
     return RankPlan({shape.site: rank for shape, rank in zip(shapes, ranks, strict=True)})
 
 
@@ -89,25 +89,28 @@ def _lower_until_within(
 
 
 def _raise_largest_remainders(
-    ranks: list[int], ideal: Sequence[float], caps: Sequence[int], multiple: int, total: int
+    ranks: list[int], ideal: Sequence[float], caps: Sequence[int], multiple: int, total: int, place: Sequence[int]
 ) -> None:
     """Spend what is left, one step at a time, on the site that is furthest below its ideal rank."""
-    tie_break = evenly_spread_order(len(ranks))
     while True:
         left = total - sum(ranks)
         steps = {i: min(multiple, caps[i] - ranks[i]) for i in range(len(ranks)) if ranks[i] < caps[i]}
         affordable = [i for i, step in steps.items() if step <= left]
         if not affordable:
             return
-        winner = max(affordable, key=lambda i: (round(ideal[i] - ranks[i], 6), -tie_break[i]))
+        winner = max(affordable, key=lambda i: (round(ideal[i] - ranks[i], 6), -place[i]))
         ranks[winner] += steps[winner]
 
 
-def evenly_spread_order(count: int) -> list[int]:
-    """Place of every index in an order whose prefixes are spread evenly (golden-ratio sequence)."""
+def tie_order(shapes: Sequence[SiteShape]) -> list[int]:
+    """Place of every site when remainders are equal: values first, then layers in golden-ratio order, then groups."""
     golden = (math.sqrt(5) - 1) / 2
-    by_place = sorted(range(count), key=lambda i: (i * golden) % 1.0)
-    place = [0] * count
-    for position, index in enumerate(by_place):
+
+    def rule(index: int) -> tuple[bool, float, int]:
+        site = shapes[index].site
+        return site.side == "key", (site.layer * golden) % 1.0, site.group
+
+    place = [0] * len(shapes)
+    for position, index in enumerate(sorted(range(len(shapes)), key=rule)):
         place[index] = position
     return place

@@ -1,0 +1,171 @@
+"""Compress a model's KV cache: calibrate, search ranks, factor, write a Hugging Face checkpoint.
+
+    python compress.py                                        # the bundled demo model, half of its cache kept
+    python compress.py --model_id meta-llama/Llama-2-7b-hf --param_ratio_target 0.5 --calib_dataset wikitext2
+    python compress.py --model_id ./my-model --calib_dataset my-text.jsonl --head_group_size all   # J-LRD
+
+Load the result with transformers' AutoModelForCausalLM after `import palu`, or with trust_remote_code=True.
+"""
+
+import argparse
+from pathlib import Path
+
+from utils.cli import DATASET_HELP, add_common_flags, group_size, new_parser, resolve_device, run_script
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = new_parser(__doc__)
+    model = parser.add_argument_group("model and output")
+    model.add_argument("--model_id", help="directory or hub name of a Llama, Mistral, Qwen2 or Qwen3 model "
+                       "(default: the bundled demo model)")  # fmt: skip
+    model.add_argument("--output_dir", help="the new checkpoint's directory "
+                       "(default: {MODEL}_ratio-{r}_gs-{gs}-{search}-{decompose})")  # fmt: skip
+    model.add_argument("--overwrite", action="store_true", help="replace an existing output directory")
+    model.add_argument("--dump_huggingface_model", action=argparse.BooleanOptionalAction, default=True,
+                       help="write the checkpoint; with --no-..., only search and report the ranks")  # fmt: skip
+    model.add_argument("--dtype", default="auto", help="number format of the new checkpoint: auto (the original's), "
+                       "float32, bfloat16, float16; a GPU also computes in it, a CPU in float32")  # fmt: skip
+    model.add_argument("--max_shard_size", default="5GB", help="largest weight file (default: %(default)s)")
+    ranks = parser.add_argument_group("ranks")
+    ranks.add_argument("--param_ratio_target", type=float, default=0.5,
+                       help="KEPT fraction of the cache, in (0, 1] (default: %(default)s)")  # fmt: skip
+    ranks.add_argument("--head_group_size", type=group_size, default=4,
+                       help="kv heads that share a latent; 1 is M-LRD, all is J-LRD (default: %(default)s)")  # fmt: skip
+    ranks.add_argument("--value_group_size", type=group_size,
+                       help="the same for values (default: as --head_group_size)")  # fmt: skip
+    ranks.add_argument("--search_method", default="fisher_uniform",
+                       help="uniform, fisher or fisher_uniform (default: %(default)s)")  # fmt: skip
+    ranks.add_argument("--decompose_method", default="whiten", help="whiten or svd (default: %(default)s)")
+    ranks.add_argument("--rank_multiple", type=int, default=32,
+                       help="ranks are multiples of this, or a whole group (default: %(default)s)")  # fmt: skip
+    data = parser.add_argument_group("calibration")
+    data.add_argument("--calib_dataset", help=f"{DATASET_HELP} (default: wikitext2; demo for the demo model)")
+    data.add_argument("--n_whiten_calib_samples", type=int, default=256,
+                      help="windows for the input moments (default: %(default)s, or as many as the text has)")  # fmt: skip
+    data.add_argument("--calib_seqlen", type=int, default=1024, help="tokens in each (default: %(default)s)")
+    data.add_argument("--n_fisher_calib_samples", type=int, default=32,
+                      help="windows for the Fisher information (default: %(default)s)")  # fmt: skip
+    data.add_argument("--fisher_seqlen", type=int,
+                      help="tokens in each (default: 1024, at most --calib_seqlen)")  # fmt: skip
+    data.add_argument("--use_cache", action="store_true", help="keep calibration statistics on disk and reuse them")
+    data.add_argument("--cache_dir", help="where (default: $PALU_CACHE or ~/.cache/palu)")
+    add_common_flags(parser)
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Compress, write, report."""
+    import torch
+
+    from palu import CompressionConfig, compress
+    from palu.calibrate.store import default_cache_dir
+    from palu.calibrate.text import DEMO_ASSETS
+    from palu.checkpoint import check_space, load_config, load_model, load_tokenizer, parse_dtype, prepare_output
+    from palu.pipeline import calibration_windows, check_compression
+    from utils.console import progress, working
+
+    source = args.model_id or str(DEMO_ASSETS / "model")
+    config = CompressionConfig(
+        param_ratio_target=args.param_ratio_target,
+        head_group_size=args.head_group_size,
+        value_group_size=args.value_group_size,
+        search_method=args.search_method,
+        decompose_method=args.decompose_method,
+        rank_multiple=args.rank_multiple,
+        n_whiten_calib_samples=args.n_whiten_calib_samples,
+        n_fisher_calib_samples=args.n_fisher_calib_samples,
+        calib_seqlen=args.calib_seqlen,
+        fisher_seqlen=args.fisher_seqlen or min(1024, args.calib_seqlen),
+        calib_dataset=args.calib_dataset or ("wikitext2" if args.model_id else "demo"),
+        seed=args.seed,
+    )
+    dtype, device = parse_dtype(args.dtype), resolve_device(args.device)
+    name = Path(args.model_id).resolve().name if args.model_id else "demo"
+    output = None
+    if args.dump_huggingface_model:
+        output = prepare_output(args.output_dir or checkpoint_name(name, config), args.overwrite)
+    model_config = load_config(source, args.trust_remote_code)
+    check_compression(model_config, config)
+    torch.manual_seed(args.seed)
+    with working("reading the calibration text and the model"):
+        tokenizer = load_tokenizer(source, args.trust_remote_code)
+        windows = calibration_windows(tokenizer, model_config, config)
+        saved_dtype = dtype if dtype != "auto" else (model_config.dtype or torch.float32)
+        compute_dtype = torch.float32 if device == "cpu" else saved_dtype
+        model = load_model(source, compute_dtype, device, args.trust_remote_code)
+    if output is not None:
+        check_space(output, sum(p.numel() for p in model.parameters()) * saved_dtype.itemsize)
+    cache_dir = Path(args.cache_dir) if args.cache_dir else default_cache_dir()
+    compression = compress(
+        model, tokenizer, config, windows=windows, cache_dir=cache_dir if args.use_cache else None, progress=progress
+    )
+    compression.model.to(saved_dtype)
+    report(args, config, compression, tokenizer, output, device, name)
+
+
+def checkpoint_name(model: str, config) -> str:  # noqa: ANN001 (palu is imported after parsing)
+    """`{MODEL}_ratio-{r}_gs-{gs}-{search}-{decompose}`, the value group size named where it differs."""
+    groups = f"gs-{config.head_group_size}"
+    if config.value_group_size not in (None, config.head_group_size):
+        groups += f"-vgs-{config.value_group_size}"
+    return f"{model}_ratio-{config.param_ratio_target:g}_{groups}-{config.search_method}-{config.decompose_method}"
+
+
+def report(args, config, compression, tokenizer, output, device, name) -> None:  # noqa: ANN001 (as above)
+    """Save the checkpoint and the record, print the tables."""
+    import time
+
+    from palu.checkpoint import save_checkpoint
+    from utils.console import console, working
+    from utils.report import plot_ranks, rank_table, stage_table
+    from utils.results import default_path, environment, write_results
+
+    env = environment(device, args.seed)
+    label = output.name if output else checkpoint_name(name, config)
+    rows = result_rows(label, compression)
+    asked = vars(args) | {"compression": config.to_dict(), "calibration": compression.calibration}
+    if output is not None:
+        started = time.perf_counter()
+        with working(f"writing {output}"):
+            record = {"rows": rows, "config": asked, "environment": env}
+            save_checkpoint(compression.model, tokenizer, output, record, args.max_shard_size)
+        rows.append({"kind": "stage", "stage": "save", "seconds": time.perf_counter() - started})
+    path = Path(args.results) if args.results else default_path("compress", label)
+    results = {"rows": rows, "config": asked, "environment": env}
+    write_results(path, **{"rows": rows, "config": asked, "env": env})
+    plot_ranks(results, path.with_suffix(".png"))
+    rank_table(results)
+    stage_table(results)
+    written = f"checkpoint: {output}" if output else "no checkpoint written (--no-dump_huggingface_model)"
+    console.print(f"{written}\nrecord: {path}, plot: {path.with_suffix('.png')}", highlight=False, soft_wrap=True)
+
+
+def result_rows(model: str, compression) -> list[dict]:  # noqa: ANN001 (as above)
+    """Flat rows: a summary, every site's rank, every stage's time."""
+    itemsize = compression.model.dtype.itemsize
+    summary = {
+        "kind": "summary",
+        "model": model,
+        "target": compression.model.config.palu["compression"]["param_ratio_target"],
+        "kept_ratio": compression.kept_ratio,
+        "latent_bytes_per_token": sum(compression.plan.ranks.values()) * itemsize,
+        "full_bytes_per_token": sum(shape.group_dim for shape in compression.shapes) * itemsize,
+    }
+    ranks = [
+        {
+            "kind": "rank",
+            "model": model,
+            "layer": shape.site.layer,
+            "side": shape.site.side,
+            "group": shape.site.group,
+            "rank": compression.plan.ranks[shape.site],
+            "group_dim": shape.group_dim,
+        }
+        for shape in compression.shapes
+    ]
+    return [summary, *ranks, *({"kind": "stage"} | stage for stage in compression.stages)]
+
+
+if __name__ == "__main__":
+    run_script(parse, main)

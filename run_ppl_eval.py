@@ -1,0 +1,121 @@
+"""Perplexity of a model, stock or compressed, and the bytes that its live cache holds per token.
+
+    python run_ppl_eval.py --model_name_or_path demo_ratio-0.5_gs-4-fisher_uniform-whiten --datasets demo \\
+        --baseline assets/demo/model
+    python run_ppl_eval.py --model_name_or_path DIR --datasets wikitext2,c4,my-text.txt --seqlen 2048
+
+The text is cut into windows of --seqlen tokens that do not overlap; every window starts with an empty cache.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from utils.cli import DATASET_HELP, add_common_flags, new_parser, resolve_device, run_script
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = new_parser(__doc__)
+    parser.add_argument("--model_name_or_path", required=True, help="directory or hub name of the model to measure")
+    parser.add_argument("--baseline", metavar="DIR", help="a model to measure beside it, usually the original")
+    parser.add_argument("--datasets", default="wikitext2", help=f"comma-separated: {DATASET_HELP} (default: %(default)s)")
+    parser.add_argument("--seqlen", type=int, default=2048, help="tokens per window (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=1, help="windows at a time (default: %(default)s)")
+    parser.add_argument("--max_windows", type=int, help="only the first windows of each text (default: all)")
+    parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
+    add_common_flags(parser)
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure the model and its baseline on every text, write the record, print the table."""
+    import torch
+
+    from palu.calibrate.text import load_text
+    from palu.checkpoint import load_config, parse_dtype
+    from palu.core.errors import PaluError
+    from utils.report import perplexity_table, plot_perplexity
+    from utils.results import default_path, environment, write_results
+
+    names = [name for name in args.datasets.split(",") if name]
+    for flag, value in (("--batch_size", args.batch_size), ("--max_windows", args.max_windows)):
+        if value is not None and value < 1:
+            raise PaluError(f"{flag} {value} must be at least 1")
+    if not names:
+        raise PaluError("--datasets is empty")
+    models = [args.model_name_or_path] + ([args.baseline] if args.baseline else [])
+    device = resolve_device(args.device)
+    parse_dtype(args.dtype)
+    torch.manual_seed(args.seed)
+    for path in models:
+        check_model(load_config(path, args.trust_remote_code), path, args.seqlen)
+    texts = {name: load_text(name, "evaluation", args.seed) for name in names}
+    rows = [row for path in models for row in measure(path, texts, args, device)]
+    results = {"rows": rows, "config": vars(args)}
+    path = Path(args.results) if args.results else default_path("ppl", args.model_name_or_path)
+    write_results(path, rows, vars(args), environment(device, args.seed))
+    plot_perplexity(results, path.with_suffix(".png"))
+    perplexity_table(results)
+    print(f"record: {path}, plot: {path.with_suffix('.png')}")
+
+
+def check_model(config: Any, path: str, seqlen: int) -> None:
+    """Refuse windows that a model cannot take."""
+    from palu.calibrate.windows import check_seqlen
+    from palu.core.errors import PaluError
+
+    try:
+        check_seqlen(seqlen, config, "--seqlen")
+    except PaluError as error:
+        raise PaluError(f"{path}: {error}") from error
+
+
+def measure(path: str, texts: dict[str, str], args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
+    """One row per text for one model."""
+    from palu.calibrate.windows import consecutive_windows, tokenize
+    from palu.checkpoint import load_model, load_tokenizer, parse_dtype
+    from palu.evaluate.perplexity import perplexity
+    from utils.console import progress, working
+
+    with working(f"loading {path}"):
+        model = load_model(path, parse_dtype(args.dtype), device, args.trust_remote_code)
+        tokenizer = load_tokenizer(path, args.trust_remote_code)
+        windows = {
+            name: consecutive_windows(tokenize(tokenizer, text, name, model.config), args.seqlen, name)[: args.max_windows]
+            for name, text in texts.items()
+        }
+    label = Path(path).resolve().name if Path(path).exists() else path
+    rows = []
+    for name, batch in windows.items():
+        result = perplexity(model, batch, args.batch_size, progress, f"{label} on {Path(name).name}")
+        rows.append(
+            {
+                "model": label,
+                "dataset": name,
+                "seqlen": result.seqlen,
+                "windows": result.windows,
+                "tokens": result.tokens,
+                "perplexity": result.perplexity,
+                "kv_bytes_per_token": result.kv_bytes_per_token,
+                "kept_ratio": kept_ratio(model.config),
+                "bits": model.dtype.itemsize * 8,
+                "dtype": str(model.dtype).removeprefix("torch."),
+            }
+        )
+    return rows
+
+
+def kept_ratio(config: Any) -> float:
+    """Cached numbers per token over the uncompressed model's: 1 for a stock model."""
+    from palu.models import is_latent
+
+    if not is_latent(config):
+        return 1.0
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    full = 2 * config.num_key_value_heads * head_dim * config.num_hidden_layers
+    return sum(sum(layer.key) + sum(layer.value) for layer in config.latent.layers) / full
+
+
+if __name__ == "__main__":
+    run_script(parse, main)

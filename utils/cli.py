@@ -1,0 +1,77 @@
+"""Building and running a script: common flags, one-line errors with exit code 2."""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+DATASET_HELP = (
+    "demo (bundled), wikitext2, c4, ptb, alpaca (from the hub), or a .txt, .jsonl, .json or .parquet file, "
+    "or a directory of them"
+)
+
+
+def new_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser whose help shows the module's docstring as it is written and every default."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that every script has."""
+    parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    parser.add_argument(
+        "--results", metavar="FILE", help="where the JSON record goes (default: results/, named after model and script)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything that is drawn (default: %(default)s)")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run modelling code that comes with a checkpoint"
+    )
+    parser.add_argument("--verbose", action="store_true", help="log each step, and show full error traces")
+
+
+def run_script(parse: Callable[[list[str]], argparse.Namespace], main: Callable[[argparse.Namespace], None]) -> None:
+    """Parse the command line, run, and turn what a user can mend into one line and exit code 2."""
+    args = parse(sys.argv[1:])
+    # Heavy imports come after parsing, so that --help and a mistyped flag answer at once.
+    from palu.core.errors import PaluError
+    from utils.console import configure, print_error
+
+    configure(args.verbose)
+    try:
+        main(args)
+    except PaluError as error:
+        if args.verbose:
+            raise
+        print_error(" ".join(str(error).split()))
+        raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        print_error("interrupted")
+        raise SystemExit(130) from None
+
+
+def resolve_device(name: str) -> str:
+    """`auto` to the best device there is; refuse one that is not there.
+
+    Raises:
+        PaluError: naming the devices that can be used.
+    """
+    import torch
+
+    from palu.core.errors import PaluError
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return "cuda:0" if count else "cpu"
+    available = ["cpu"] + (["cuda"] + [f"cuda:{i}" for i in range(count)] if count else [])
+    if name not in available:
+        raise PaluError(f"device {name!r} is not available; use {', '.join(available)}")
+    return "cuda:0" if name == "cuda" else name
+
+
+def group_size(text: str) -> int | str:
+    """Argparse type of a group size: a number of kv heads, or `all`."""
+    if text == "all":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of kv heads nor 'all'") from None

@@ -1,0 +1,116 @@
+"""Tables and plots, drawn from result files only."""
+
+from pathlib import Path
+from typing import Any
+
+from utils.console import print_table
+
+
+def rank_table(results: dict[str, Any]) -> None:
+    """The rank plan, one line a layer, and where the time went."""
+    ranks = [row for row in results["rows"] if row["kind"] == "rank"]
+    lines = []
+    for layer in sorted({row["layer"] for row in ranks}):
+        cells: list[Any] = [layer]
+        for side in ("key", "value"):
+            mine = [row for row in ranks if row["layer"] == layer and row["side"] == side]
+            kept = sum(row["rank"] for row in mine) / sum(row["group_dim"] for row in mine)
+            cells += [" ".join(str(row["rank"]) for row in mine), f"{kept:.0%}"]
+        lines.append(cells)
+    summary = next(row for row in results["rows"] if row["kind"] == "summary")
+    print_table(
+        f"Ranks per group: {summary['model']}",
+        ["layer", "key ranks", "kept", "value ranks", "kept"],
+        lines,
+        caption=(
+            f"kept ratio {summary['kept_ratio']:.4f} of target {summary['target']}; "
+            f"{summary['latent_bytes_per_token']:,} of {summary['full_bytes_per_token']:,} bytes per token"
+        ),
+    )
+
+
+def stage_table(results: dict[str, Any]) -> None:
+    """Seconds and peak memory of every stage."""
+    stages = [row for row in results["rows"] if row["kind"] == "stage"]
+    lines = [[row["stage"], f"{row['seconds']:.1f}", _gigabytes(row.get("peak_gpu_bytes"))] for row in stages]
+    lines.append(["total", f"{sum(row['seconds'] for row in stages):.1f}", None])
+    print_table("Time", ["stage", "seconds", "peak GPU GB"], lines)
+
+
+def perplexity_table(results: dict[str, Any]) -> None:
+    """Perplexity of a model beside its baseline's."""
+    models = list(dict.fromkeys(row["model"] for row in results["rows"]))
+    baselines = {row["dataset"]: row for row in results["rows"] if len(models) > 1 and row["model"] == models[1]}
+    lines = []
+    for row in (row for row in results["rows"] if row["model"] == models[0]):
+        base = baselines.get(row["dataset"])
+        lines.append(
+            [
+                Path(row["dataset"]).name,
+                row["seqlen"],
+                f"{row['tokens']:,}",
+                f"{row['perplexity']:.3f}",
+                f"{base['perplexity']:.3f}" if base else None,
+                f"{row['perplexity'] / base['perplexity'] - 1:+.2%}" if base else None,
+                f"{row['kv_bytes_per_token']:,.0f}",
+                f"{base['kv_bytes_per_token']:,.0f}" if base else None,
+                f"{row['kv_bytes_per_token'] / base['kv_bytes_per_token']:.3f}" if base else None,
+            ]
+        )
+    columns = ["data set", "seqlen", "tokens", "perplexity", "baseline", "difference", "KV B/token", "baseline", "ratio"]
+    print_table(f"Perplexity: {models[0]}", columns, lines)
+
+
+def plot_ranks(results: dict[str, Any], path: Path) -> None:
+    """Kept fraction of every group: layers across, one row a group, keys above values."""
+    plt = _pyplot()
+    ranks = [row for row in results["rows"] if row["kind"] == "rank"]
+    summary = next(row for row in results["rows"] if row["kind"] == "summary")
+    layers = sorted({row["layer"] for row in ranks})
+    figure, axes = plt.subplots(2, 1, figsize=(max(6.0, 0.32 * len(layers) + 2), 4.5), sharex=True, layout="constrained")
+    image = None
+    for axis, side in zip(axes, ("key", "value"), strict=True):
+        mine = {(row["group"], row["layer"]): row["rank"] / row["group_dim"] for row in ranks if row["side"] == side}
+        groups = sorted({group for group, _ in mine})
+        grid = [[mine[group, layer] for layer in layers] for group in groups]
+        image = axis.imshow(grid, vmin=0, vmax=1, aspect="auto", cmap="viridis")
+        axis.set_ylabel(f"{side} group")
+        axis.set_yticks(range(len(groups)))
+    axes[1].set_xlabel("layer")
+    figure.suptitle(f"{summary['model']}: kept {summary['kept_ratio']:.3f} of the KV cache", fontsize=10)
+    figure.colorbar(image, ax=axes, label="rank / group dimension")
+    _save(figure, path)
+
+
+def plot_perplexity(results: dict[str, Any], path: Path) -> None:
+    """Perplexity against bytes per token, one panel a data set."""
+    plt = _pyplot()
+    datasets = list(dict.fromkeys(row["dataset"] for row in results["rows"]))
+    figure, axes = plt.subplots(1, len(datasets), figsize=(4.5 * len(datasets), 3.6), layout="constrained", squeeze=False)
+    for axis, dataset in zip(axes[0], datasets, strict=True):
+        for row in (row for row in results["rows"] if row["dataset"] == dataset):
+            axis.scatter(row["kv_bytes_per_token"], row["perplexity"], s=60, label=row["model"])
+        axis.set(title=Path(dataset).name, xlabel="KV bytes per token", ylabel=f"perplexity (seqlen {row['seqlen']})")
+        axis.set_xlim(left=0)
+        axis.margins(y=0.3)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    _save(figure, path)
+
+
+def _pyplot():  # noqa: ANN202 (a module)
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=140)
+
+
+def _gigabytes(count: int | None) -> str | None:
+    return None if count is None else f"{count / 1e9:.2f}"
