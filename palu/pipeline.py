@@ -19,6 +19,7 @@ from palu.calibrate.text import load_text
 from palu.calibrate.windows import check_seqlen, sample_windows, tokenize
 from palu.config import CompressionConfig, LatentConfig
 from palu.core.budget import RankBudget
+from palu.core.errors import PaluError
 from palu.core.progress import Progress, silent
 from palu.core.types import SIDES, RankPlan, Side, Site, SiteShape, SiteStats, Statistic
 from palu.decompose import get_decomposition
@@ -53,6 +54,19 @@ class CalibrationWindows:
 
     moments: Tensor | None
     fisher: Tensor | None
+
+    def only(self, needed: frozenset[Statistic]) -> "CalibrationWindows":
+        """The windows that the needed statistics are gathered on.
+
+        Raises:
+            PaluError: if some are missing.
+        """
+        given = {Statistic.GRAM: self.moments, Statistic.FISHER: self.fisher}
+        missing = [statistic.value for statistic in needed if given[statistic] is None]
+        if missing:
+            raise PaluError(f"no calibration windows for the {', '.join(missing)} statistic")
+        kept = {statistic: windows if statistic in needed else None for statistic, windows in given.items()}
+        return CalibrationWindows(kept[Statistic.GRAM], kept[Statistic.FISHER])
 
     def describe(self) -> dict[str, Any]:
         """Sizes and fingerprints, for the record."""
@@ -144,6 +158,7 @@ def compress(
     check_compression(model.config, config)
     check_weights(model)
     windows = windows or calibration_windows(tokenizer, model.config, config, text)
+    windows = windows.only(statistics_needed(config))
     stages: list[dict[str, Any]] = []
     shapes = site_shapes(model, config)
     with _stage("Fisher information", stages, model.device):
@@ -235,7 +250,7 @@ def _assemble(
 ) -> PreTrainedModel:
     """The compressed model around the original's other weights."""
     adapter = get_adapter(model.config)
-    record = config.to_dict() | {"calibration": calibration}
+    record = config.to_dict() | {"calibration": calibration, "source_model": model.config._name_or_path}
     latent = LatentConfig.from_plan(plan, model.config.num_hidden_layers, record)
     latent_config = adapter.latent_config(model.config, latent)
     latent_config._attn_implementation = model.config._attn_implementation

@@ -32,7 +32,7 @@ def fisher_information(model: PreTrainedModel, windows: Tensor, progress: Progre
         PaluError: if a gradient is not finite, naming the layer.
     """
     squared: dict[Key, Tensor] = {}
-    with _frozen(model), _gradient_hooks(model, squared):
+    with torch.enable_grad(), _frozen(model), _gradient_hooks(model, squared):
         for window in progress(windows.to(model.device), "Fisher information", len(windows)):
             logits = model(window[None], use_cache=False).logits[0, :-1].float()
             # The sum, not the mean: larger gradients survive 16-bit arithmetic; the division comes at the end.

@@ -54,6 +54,11 @@ class LatentConfigMixin:
 class LatentPreTrainedMixin:
     """Weights: initialisation, strict loading, saving together with the code that loads them."""
 
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        # transformers finds attention weights by module class.
+        cls._can_record_outputs = (getattr(cls, "_can_record_outputs", None) or {}) | {"attentions": LatentAttention}
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, LowRankLinear) and not getattr(module.up, "_is_hf_initialized", False):
