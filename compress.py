@@ -119,11 +119,11 @@ def report(args, config, compression, tokenizer, output, device, name) -> None: 
     from palu.checkpoint import save_checkpoint
     from utils.console import console, working
     from utils.report import plot_ranks, rank_table, stage_table
-    from utils.results import default_path, environment, write_results
+    from utils.results import compression_rows, default_path, environment, write_results
 
     env = environment(device, args.seed)
     label = output.name if output else checkpoint_name(name, config)
-    rows = result_rows(label, compression)
+    rows = compression_rows(label, compression)
     asked = vars(args) | {"compression": config.to_dict(), "calibration": compression.calibration}
     if output is not None:
         started = time.perf_counter()
@@ -139,32 +139,6 @@ def report(args, config, compression, tokenizer, output, device, name) -> None: 
     stage_table(results)
     written = f"checkpoint: {output}" if output else "no checkpoint written (--no-dump_huggingface_model)"
     console.print(f"{written}\nrecord: {path}, plot: {path.with_suffix('.png')}", highlight=False, soft_wrap=True)
-
-
-def result_rows(model: str, compression) -> list[dict]:  # noqa: ANN001 (as above)
-    """Flat rows: a summary, every site's rank, every stage's time."""
-    itemsize = compression.model.dtype.itemsize
-    summary = {
-        "kind": "summary",
-        "model": model,
-        "target": compression.model.config.palu["compression"]["param_ratio_target"],
-        "kept_ratio": compression.kept_ratio,
-        "latent_bytes_per_token": sum(compression.plan.ranks.values()) * itemsize,
-        "full_bytes_per_token": sum(shape.group_dim for shape in compression.shapes) * itemsize,
-    }
-    ranks = [
-        {
-            "kind": "rank",
-            "model": model,
-            "layer": shape.site.layer,
-            "side": shape.site.side,
-            "group": shape.site.group,
-            "rank": compression.plan.ranks[shape.site],
-            "group_dim": shape.group_dim,
-        }
-        for shape in compression.shapes
-    ]
-    return [summary, *ranks, *({"kind": "stage"} | stage for stage in compression.stages)]
 
 
 if __name__ == "__main__":

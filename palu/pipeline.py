@@ -87,7 +87,7 @@ def statistics_needed(config: CompressionConfig) -> frozenset[Statistic]:
     return get_search(config.search_method).needs | get_decomposition(config.decompose_method).needs
 
 
-def check_compression(model_config: Any, config: CompressionConfig) -> None:
+def check_compression(model_config: Any, config: CompressionConfig, windows: CalibrationWindows | None = None) -> None:
     """Everything that can be refused before weights are loaded or text is read.
 
     Raises:
@@ -95,13 +95,16 @@ def check_compression(model_config: Any, config: CompressionConfig) -> None:
     """
     get_adapter(model_config)
     check_rope(model_config.rope_parameters["rope_type"])
-    needed = statistics_needed(config)
     for side in SIDES:
         config.group_size(side, model_config.num_key_value_heads)
-    if Statistic.GRAM in needed:
-        check_seqlen(config.calib_seqlen, model_config, "calib_seqlen")
-    if Statistic.FISHER in needed:
-        check_seqlen(config.fisher_seqlen, model_config, "fisher_seqlen")
+    needed = statistics_needed(config)
+    lengths = {"calib_seqlen": config.calib_seqlen, "fisher_seqlen": config.fisher_seqlen}
+    if windows is not None:
+        given = {"calib_seqlen": windows.moments, "fisher_seqlen": windows.fisher}
+        lengths = {name: tokens.shape[1] for name, tokens in given.items() if tokens is not None}
+    for statistic, name in ((Statistic.GRAM, "calib_seqlen"), (Statistic.FISHER, "fisher_seqlen")):
+        if statistic in needed and name in lengths:
+            check_seqlen(lengths[name], model_config, name)
 
 
 def calibration_windows(
@@ -155,11 +158,12 @@ def compress(
         PaluError: for anything in the request, the text or the weights that cannot be used.
     """
     config = config or CompressionConfig()
-    check_compression(model.config, config)
-    check_weights(model)
-    windows = windows or calibration_windows(tokenizer, model.config, config, text)
-    windows = windows.only(statistics_needed(config))
+    check_compression(model.config, config, windows)
     stages: list[dict[str, Any]] = []
+    with _stage("checks and calibration text", stages, model.device):
+        check_weights(model)
+        windows = windows or calibration_windows(tokenizer, model.config, config, text)
+        windows = windows.only(statistics_needed(config))
     shapes = site_shapes(model, config)
     with _stage("Fisher information", stages, model.device):
         scores = _site_scores(model, windows.fisher, shapes, cache_dir, progress)
@@ -167,7 +171,8 @@ def compress(
     plan = get_search(config.search_method)(shapes, scores, budget)
     with _stage("input moments and factors", stages, model.device):
         factors = dict(_stream_factors(model, windows.moments, shapes, plan, config, cache_dir, progress))
-    compressed = _assemble(model, plan, factors, config, windows.describe())
+    with _stage("assembling", stages, model.device):
+        compressed = _assemble(model, plan, factors, config, windows.describe())
     return Compression(compressed, plan, shapes, plan.kept_ratio(shapes), windows.describe(), stages)
 
 

@@ -131,14 +131,17 @@ def test_every_group_size_is_exact_at_full_rank(family, group_sizes):
 
 
 @torch.no_grad()
-def test_eager_attention_equals_and_returns_its_weights():
+@pytest.mark.parametrize("length", [20, 2], ids=["prefill", "on latents"])
+def test_eager_attention_returns_weights_and_hidden_states(length):
     model = tiny_model("qwen3", attention="eager")
     latent = compressed(model).model
-    ids = random_windows(model, 2, 20)
-    expected, got = model(ids, output_attentions=True), latent(ids, output_attentions=True)
+    ids = random_windows(model, 2, length)
+    options = {"output_attentions": True, "output_hidden_states": True}
+    expected, got = model(ids, **options), latent(ids, **options)
     assert max_difference(expected.logits, got.logits) < TOLERANCE
-    assert len(got.attentions) == len(expected.attentions)
-    assert max_difference(expected.attentions[-1], got.attentions[-1]) < TOLERANCE
+    for name in ("attentions", "hidden_states"):
+        assert len(got[name]) == len(expected[name]) > 0
+        assert all(max_difference(a, b) < TOLERANCE for a, b in zip(expected[name], got[name], strict=True))
 
 
 @torch.no_grad()

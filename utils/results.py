@@ -65,3 +65,29 @@ def write_results(path: Path, rows: list[dict[str, Any]], config: dict[str, Any]
 def read_results(path: Path) -> dict[str, Any]:
     """A result file's object."""
     return json.loads(path.read_text())
+
+
+def compression_rows(model: str, compression: Any) -> list[dict[str, Any]]:
+    """Flat rows of a `palu.Compression`: a summary, every site's rank, every stage's time."""
+    itemsize = compression.model.dtype.itemsize
+    summary = {
+        "kind": "summary",
+        "model": model,
+        "target": compression.model.config.palu["compression"]["param_ratio_target"],
+        "kept_ratio": compression.kept_ratio,
+        "latent_bytes_per_token": sum(compression.plan.ranks.values()) * itemsize,
+        "full_bytes_per_token": sum(shape.group_dim for shape in compression.shapes) * itemsize,
+    }
+    ranks = [
+        {
+            "kind": "rank",
+            "model": model,
+            "layer": shape.site.layer,
+            "side": shape.site.side,
+            "group": shape.site.group,
+            "rank": compression.plan.ranks[shape.site],
+            "group_dim": shape.group_dim,
+        }
+        for shape in compression.shapes
+    ]
+    return [summary, *ranks, *({"kind": "stage"} | stage for stage in compression.stages)]

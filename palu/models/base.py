@@ -56,8 +56,9 @@ class LatentPreTrainedMixin:
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
-        # transformers finds attention weights by module class.
-        cls._can_record_outputs = (getattr(cls, "_can_record_outputs", None) or {}) | {"attentions": LatentAttention}
+        if issubclass(cls, PreTrainedModel):
+            # transformers finds attention weights by module class.
+            cls._can_record_outputs = (cls._can_record_outputs or {}) | {"attentions": LatentAttention}
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

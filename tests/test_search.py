@@ -1,0 +1,98 @@
+"""Rank plans: exact budgets, caps, proportions."""
+
+import random
+
+import pytest
+
+from palu.core.budget import RankBudget, round_to_budget, share_proportionally
+from palu.core.errors import PaluError
+from palu.core.types import Site, SiteShape
+from palu.search import SEARCHES, get_search
+
+
+def sites(num_layers, key_groups, value_groups, key_dim=128, value_dim=128):
+    return [
+        SiteShape(Site(layer, side, group), dim)
+        for layer in range(num_layers)
+        for side, groups, dim in (("key", key_groups, key_dim), ("value", value_groups, value_dim))
+        for group in range(groups)
+    ]
+
+
+@pytest.mark.parametrize("method", list(SEARCHES))
+@pytest.mark.parametrize("case", range(40))
+def test_the_total_never_exceeds_the_budget_and_wastes_less_than_one_step(method, case):
+    generator = random.Random(random.random() + case)
+    key_groups, value_groups = generator.choice([(1, 1), (2, 4), (8, 1)])
+    shapes = sites(generator.randint(1, 12), key_groups, value_groups, generator.choice([80, 256]), 128)
+    scores = {shape.site: generator.lognormvariate(0, 2) for shape in shapes}
+    multiple = generator.choice([1, 8, 16, 32])
+    ratio = generator.uniform(0.45, 1.0)
+    plan = get_search(method)(shapes, scores, RankBudget(ratio, multiple))
+    full = sum(shape.group_dim for shape in shapes)
+    total = sum(plan.ranks.values())
+    assert total <= ratio * full
+    assert plan.kept_ratio(shapes) == total / full
+    for shape in shapes:
+        rank = plan.ranks[shape.site]
+        assert 1 <= rank <= shape.group_dim
+        assert rank % multiple == 0 or rank == shape.group_dim
+    if total < full:
+        assert ratio * full - total < multiple + 1
+
+
+def test_ratio_one_keeps_everything_whatever_the_multiple():
+    shapes = sites(3, 2, 1, 80, 200)
+    scores = {shape.site: 1.0 + shape.site.layer for shape in shapes}
+    for method in SEARCHES:
+        plan = get_search(method)(shapes, scores, RankBudget(1.0, 32))
+        assert all(plan.ranks[shape.site] == shape.group_dim for shape in shapes)
+
+
+def test_leftovers_go_to_the_largest_remainders():
+    shapes = sites(2, 1, 1)
+    plan = round_to_budget(shapes, [33.0, 62.0, 50.0, 40.0], RankBudget(185 / 512, 32))
+    assert list(plan.ranks.values()) == [32, 64, 32, 32]
+
+
+def test_equal_remainders_go_to_values_first_and_whole_projections():
+    shapes = sites(4, 2, 2)
+    plan = get_search("uniform")(shapes, {}, RankBudget((16 * 32 + 4 * 32) / (16 * 128), 32))
+    raised = [site for site, rank in plan.ranks.items() if rank == 64]
+    assert len(raised) == 4
+    assert {site.side for site in raised} == {"value"}
+    assert len({site.layer for site in raised}) == 2
+
+
+def test_fisher_shares_in_proportion_to_the_scores():
+    shapes = sites(2, 1, 1)
+    scores = dict(zip((shape.site for shape in shapes), (1.0, 3.0, 2.0, 2.0), strict=True))
+    plan = get_search("fisher")(shapes, scores, RankBudget(0.5, 1))
+    assert list(plan.ranks.values()) == [32, 96, 64, 64]
+
+
+def test_fisher_uniform_gives_a_projections_groups_equal_ranks():
+    shapes = sites(3, 4, 2, 64, 128)
+    scores = {shape.site: random.random() for shape in shapes}
+    plan = get_search("fisher_uniform")(shapes, scores, RankBudget(0.5, 1))
+    for layer in range(3):
+        for side in ("key", "value"):
+            ranks = plan.group_ranks(layer, side)
+            assert max(ranks) - min(ranks) <= 1
+
+
+def test_what_a_cap_cuts_off_goes_to_the_others():
+    shares = share_proportionally([100.0, 1.0, 1.0], [10, 50, 50], 60)
+    assert shares == [10, 25, 25]
+    assert share_proportionally([0.0, 0.0], [40, 40], 20) == [10, 10]
+
+
+def test_a_ratio_too_small_for_the_multiple_says_what_is_possible():
+    shapes = sites(2, 2, 2, 64, 64)
+    with pytest.raises(PaluError, match=r"ratio of at least 0\.500 or a smaller rank_multiple"):
+        get_search("uniform")(shapes, {}, RankBudget(0.3, 32))
+
+
+def test_an_unknown_search_lists_the_known_ones():
+    with pytest.raises(PaluError, match="uniform, fisher, fisher_uniform"):
+        get_search("best")
