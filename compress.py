@@ -8,7 +8,9 @@ Load the result with transformers' AutoModelForCausalLM after `import palu`, or 
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from utils.cli import DATASET_HELP, add_common_flags, group_size, new_parser, resolve_device, run_script
 
@@ -16,42 +18,57 @@ from utils.cli import DATASET_HELP, add_common_flags, group_size, new_parser, re
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = new_parser(__doc__)
-    model = parser.add_argument_group("model and output")
-    model.add_argument("--model_id", help="directory or hub name of a Llama, Mistral, Qwen2 or Qwen3 model "
-                       "(default: the bundled demo model)")  # fmt: skip
-    model.add_argument("--output_dir", help="the new checkpoint's directory "
-                       "(default: {MODEL}_ratio-{r}_gs-{gs}-{search}-{decompose})")  # fmt: skip
-    model.add_argument("--overwrite", action="store_true", help="replace an existing output directory")
-    model.add_argument("--dump_huggingface_model", action=argparse.BooleanOptionalAction, default=True,
-                       help="write the checkpoint; with --no-..., only search and report the ranks")  # fmt: skip
-    model.add_argument("--dtype", default="auto", help="number format of the new checkpoint: auto (the original's), "
-                       "float32, bfloat16, float16; a GPU also computes in it, a CPU in float32")  # fmt: skip
-    model.add_argument("--max_shard_size", default="5GB", help="largest weight file (default: %(default)s)")
-    ranks = parser.add_argument_group("ranks")
-    ranks.add_argument("--param_ratio_target", type=float, default=0.5,
-                       help="KEPT fraction of the cache, in (0, 1] (default: %(default)s)")  # fmt: skip
-    ranks.add_argument("--head_group_size", type=group_size, default=4,
-                       help="kv heads that share a latent; 1 is M-LRD, all is J-LRD (default: %(default)s)")  # fmt: skip
-    ranks.add_argument("--value_group_size", type=group_size,
-                       help="the same for values (default: as --head_group_size)")  # fmt: skip
-    ranks.add_argument("--search_method", default="fisher_uniform",
-                       help="uniform, fisher or fisher_uniform (default: %(default)s)")  # fmt: skip
-    ranks.add_argument("--decompose_method", default="whiten", help="whiten or svd (default: %(default)s)")
-    ranks.add_argument("--rank_multiple", type=int, default=32,
-                       help="ranks are multiples of this, or a whole group (default: %(default)s)")  # fmt: skip
-    data = parser.add_argument_group("calibration")
-    data.add_argument("--calib_dataset", help=f"{DATASET_HELP} (default: wikitext2; demo for the demo model)")
-    data.add_argument("--n_whiten_calib_samples", type=int, default=256,
-                      help="windows for the input moments (default: %(default)s, or as many as the text has)")  # fmt: skip
-    data.add_argument("--calib_seqlen", type=int, default=1024, help="tokens in each (default: %(default)s)")
-    data.add_argument("--n_fisher_calib_samples", type=int, default=32,
-                      help="windows for the Fisher information (default: %(default)s)")  # fmt: skip
-    data.add_argument("--fisher_seqlen", type=int,
-                      help="tokens in each (default: 1024, at most --calib_seqlen)")  # fmt: skip
-    data.add_argument("--use_cache", action="store_true", help="keep calibration statistics on disk and reuse them")
-    data.add_argument("--cache_dir", help="where (default: $PALU_CACHE or ~/.cache/palu)")
+    add_model_flags(parser.add_argument_group("model and output").add_argument)
+    add_rank_flags(parser.add_argument_group("ranks").add_argument)
+    add_calibration_flags(parser.add_argument_group("calibration").add_argument)
     add_common_flags(parser)
     return parser.parse_args(argv)
+
+
+def add_model_flags(flag: Callable[..., Any]) -> None:
+    """Which model, where to."""
+    flag("--model_id", help="directory or hub name: Llama, Mistral, Qwen2 or Qwen3 (default: the bundled demo model)")
+    flag("--output_dir", help="the new checkpoint (default: {MODEL}_ratio-{r}_gs-{gs}-{search}-{decompose})")
+    flag("--overwrite", action="store_true", help="replace an existing output directory")
+    flag(
+        "--dump_huggingface_model",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write the checkpoint; with --no-..., only search and report the ranks",
+    )
+    flag(
+        "--dtype",
+        default="auto",
+        help="number format of the new checkpoint: auto (the original's), float32, bfloat16, float16; "
+        "a GPU also computes in it, a CPU always in float32",
+    )
+    flag("--max_shard_size", default="5GB", help="largest weight file (default: %(default)s)")
+
+
+def add_rank_flags(flag: Callable[..., Any]) -> None:
+    """How much to keep, and where."""
+    flag("--param_ratio_target", type=float, default=0.5, help="KEPT fraction of the cache (default: %(default)s)")
+    flag(
+        "--head_group_size",
+        type=group_size,
+        default=4,
+        help="kv heads that share a latent: a number, or all; 1 is M-LRD, all is J-LRD (default: %(default)s)",
+    )
+    flag("--value_group_size", type=group_size, help="the same for values (default: as --head_group_size)")
+    flag("--search_method", default="fisher_uniform", help="uniform, fisher or fisher_uniform (default: %(default)s)")
+    flag("--decompose_method", default="whiten", help="whiten or svd (default: %(default)s)")
+    flag("--rank_multiple", type=int, default=32, help="ranks are multiples of this (default: %(default)s)")
+
+
+def add_calibration_flags(flag: Callable[..., Any]) -> None:
+    """Which text, how much of it."""
+    flag("--calib_dataset", help=f"{DATASET_HELP} (default: wikitext2; demo for the demo model)")
+    flag("--n_whiten_calib_samples", type=int, default=256, help="windows for the moments (default: %(default)s)")
+    flag("--calib_seqlen", type=int, default=1024, help="tokens in each (default: %(default)s)")
+    flag("--n_fisher_calib_samples", type=int, default=32, help="windows for Fisher (default: %(default)s)")
+    flag("--fisher_seqlen", type=int, help="tokens in each (default: 1024, at most --calib_seqlen)")
+    flag("--use_cache", action="store_true", help="keep calibration statistics on disk and reuse them")
+    flag("--cache_dir", help="where (default: $PALU_CACHE or ~/.cache/palu)")
 
 
 def main(args: argparse.Namespace) -> None:

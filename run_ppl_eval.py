@@ -19,7 +19,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = new_parser(__doc__)
     parser.add_argument("--model_name_or_path", required=True, help="directory or hub name of the model to measure")
     parser.add_argument("--baseline", metavar="DIR", help="a model to measure beside it, usually the original")
-    parser.add_argument("--datasets", default="wikitext2", help=f"comma-separated: {DATASET_HELP} (default: %(default)s)")
+    parser.add_argument(
+        "--datasets", default="wikitext2", help=f"comma-separated: {DATASET_HELP} (default: %(default)s)"
+    )
     parser.add_argument("--seqlen", type=int, default=2048, help="tokens per window (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=1, help="windows at a time (default: %(default)s)")
     parser.add_argument("--max_windows", type=int, help="only the first windows of each text (default: all)")
@@ -82,7 +84,9 @@ def measure(path: str, texts: dict[str, str], args: argparse.Namespace, device: 
         model = load_model(path, parse_dtype(args.dtype), device, args.trust_remote_code)
         tokenizer = load_tokenizer(path, args.trust_remote_code)
         windows = {
-            name: consecutive_windows(tokenize(tokenizer, text, name, model.config), args.seqlen, name)[: args.max_windows]
+            name: consecutive_windows(tokenize(tokenizer, text, name, model.config), args.seqlen, name)[
+                : args.max_windows
+            ]
             for name, text in texts.items()
         }
     label = Path(path).resolve().name if Path(path).exists() else path

@@ -58,9 +58,7 @@ def load_model(
         PaluError: if it cannot be loaded, or tensors are missing or misshapen.
     """
     device_map = "auto" if device == "auto" else {"": device}
-    model = _load(
-        AutoModelForCausalLM, path, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
-    )
+    model = _load(AutoModelForCausalLM, path, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
     return model.eval()
 
 

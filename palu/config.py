@@ -22,7 +22,9 @@ def resolve_group_size(group_size: GroupSize, num_kv_heads: int, name: str) -> i
     divisors = [d for d in range(1, num_kv_heads + 1) if num_kv_heads % d == 0]
     if group_size not in divisors:
         allowed = ", ".join(map(str, divisors))
-        raise PaluError(f"{name} {group_size} does not divide the model's {num_kv_heads} kv heads; use {allowed} or all")
+        raise PaluError(
+            f"{name} {group_size} does not divide the model's {num_kv_heads} kv heads; use {allowed} or all"
+        )
     return group_size
 
 
@@ -124,11 +126,15 @@ class LatentConfig:
         """
         _require(isinstance(block, Mapping), "config.json has no 'palu' block: not a compressed checkpoint")
         version = block.get("format_version")
-        _require(version == FORMAT_VERSION, f"'palu' block has format_version {version}; this code reads {FORMAT_VERSION}")
+        _require(
+            version == FORMAT_VERSION, f"'palu' block has format_version {version}; this code reads {FORMAT_VERSION}"
+        )
         unknown = set(block) - {f.name for f in fields(cls)}
         _require(not unknown, f"'palu' block has unknown entries: {', '.join(sorted(unknown))}")
         layers = block.get("layers")
-        _require(isinstance(layers, list | tuple) and len(layers) > 0, "'palu' block: 'layers' must be a non-empty list")
+        _require(
+            isinstance(layers, list | tuple) and len(layers) > 0, "'palu' block: 'layers' must be a non-empty list"
+        )
         return cls(
             layers=tuple(_parse_layer(index, entry) for index, entry in enumerate(layers)),
             compression=block.get("compression") or {},

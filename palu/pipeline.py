@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from palu.calibrate.fisher import fisher_information
 from palu.calibrate.moments import stream_grams
-from palu.calibrate.sites import check_weights, projection, site_shapes, site_weight
+from palu.calibrate.sites import check_weights, site_shapes, site_weight
 from palu.calibrate.store import StatisticsStore, tokens_fingerprint
 from palu.calibrate.text import load_text
 from palu.calibrate.windows import check_seqlen, sample_windows, tokenize

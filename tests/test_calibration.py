@@ -145,7 +145,7 @@ def test_text_is_read_from_every_kind_of_file_and_from_a_directory(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, content, message",
+    ("name", "content", "message"),
     [
         ("empty", None, "no .txt, .raw"),
         ("bad.jsonl", b'{"text": "a"}\n{"te', "bad.jsonl: cannot be read as .jsonl"),

@@ -11,7 +11,7 @@ def output_error(weight, factors, inputs):
     return ((weight - factors.up @ factors.down) @ inputs.T).square().sum().item()
 
 
-@pytest.mark.parametrize("group_dim, in_features", [(12, 40), (40, 40), (48, 30)])
+@pytest.mark.parametrize(("group_dim", "in_features"), [(12, 40), (40, 40), (48, 30)])
 def test_whitened_factors_equal_the_svd_of_the_whitened_weight(group_dim, in_features):
     weight = torch.randn(group_dim, in_features, dtype=torch.float64)
     inputs = torch.randn(500, in_features, dtype=torch.float64) @ torch.randn(in_features, in_features).double()

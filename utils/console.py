@@ -65,8 +65,10 @@ def print_table(title: str, columns: list[str], rows: Iterable[Iterable[Any]], c
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:,.4g}" if isinstance(value, float) and abs(value) < 100 else (
-        f"{value:,.2f}" if isinstance(value, float) else str(value)
+    return (
+        f"{value:,.4g}"
+        if isinstance(value, float) and abs(value) < 100
+        else (f"{value:,.2f}" if isinstance(value, float) else str(value))
     )
 
 

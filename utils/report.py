@@ -57,7 +57,17 @@ def perplexity_table(results: dict[str, Any]) -> None:
                 f"{row['kv_bytes_per_token'] / base['kv_bytes_per_token']:.3f}" if base else None,
             ]
         )
-    columns = ["data set", "seqlen", "tokens", "perplexity", "baseline", "difference", "KV B/token", "baseline", "ratio"]
+    columns = [
+        "data set",
+        "seqlen",
+        "tokens",
+        "perplexity",
+        "baseline",
+        "difference",
+        "KV B/token",
+        "baseline",
+        "ratio",
+    ]
     print_table(f"Perplexity: {models[0]}", columns, lines)
 
 
@@ -67,7 +77,9 @@ def plot_ranks(results: dict[str, Any], path: Path) -> None:
     ranks = [row for row in results["rows"] if row["kind"] == "rank"]
     summary = next(row for row in results["rows"] if row["kind"] == "summary")
     layers = sorted({row["layer"] for row in ranks})
-    figure, axes = plt.subplots(2, 1, figsize=(max(6.0, 0.32 * len(layers) + 2), 4.5), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(
+        2, 1, figsize=(max(6.0, 0.32 * len(layers) + 2), 4.5), sharex=True, layout="constrained"
+    )
     image = None
     for axis, side in zip(axes, ("key", "value"), strict=True):
         mine = {(row["group"], row["layer"]): row["rank"] / row["group_dim"] for row in ranks if row["side"] == side}
@@ -86,7 +98,9 @@ def plot_perplexity(results: dict[str, Any], path: Path) -> None:
     """Perplexity against bytes per token, one panel a data set."""
     plt = _pyplot()
     datasets = list(dict.fromkeys(row["dataset"] for row in results["rows"]))
-    figure, axes = plt.subplots(1, len(datasets), figsize=(4.5 * len(datasets), 3.6), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(datasets), figsize=(4.5 * len(datasets), 3.6), layout="constrained", squeeze=False
+    )
     for axis, dataset in zip(axes[0], datasets, strict=True):
         for row in (row for row in results["rows"] if row["dataset"] == dataset):
             axis.scatter(row["kv_bytes_per_token"], row["perplexity"], s=60, label=row["model"])

@@ -25,7 +25,9 @@ def environment(device: str, seed: int) -> dict[str, Any]:
             continue
     # The imported build, which may not be the one that a package manager knows of.
     versions["torch"] = torch.__version__
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"cpu ({torch.get_num_threads()} threads)"
+    name = (
+        torch.cuda.get_device_name(device) if device.startswith("cuda") else f"cpu ({torch.get_num_threads()} threads)"
+    )
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"commit": commit(), "versions": versions, "device": name, "seed": seed, "date": date}
 

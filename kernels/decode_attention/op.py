@@ -28,7 +28,9 @@ def decode_attention(
     """
     for name, latents, side in (("key", key_latents, key), ("value", value_latents, value)):
         if latents.shape[-1] != sum(side.ranks):
-            raise ValueError(f"{name} latents are {latents.shape[-1]} wide, the ranks {list(side.ranks)} need a sum of that")
+            raise ValueError(
+                f"{name} latents are {latents.shape[-1]} wide, the ranks {list(side.ranks)} need a sum of that"
+            )
     if key_latents.shape[1] != value_latents.shape[1]:
         raise ValueError(f"{key_latents.shape[1]} key latents but {value_latents.shape[1]} value latents")
     return reference_decode_attention(

@@ -133,7 +133,9 @@ def _wikitext2(purpose: Purpose, seed: int) -> str:
 
 
 def _c4(purpose: Purpose, seed: int) -> str:
-    file = "en/c4-train.00000-of-01024.json.gz" if purpose == "calibration" else "en/c4-validation.00000-of-00008.json.gz"
+    file = (
+        "en/c4-train.00000-of-01024.json.gz" if purpose == "calibration" else "en/c4-validation.00000-of-00008.json.gz"
+    )
     rows = _hub_rows("c4", "allenai/c4", data_files={"rows": file}, split="rows")
     if purpose == "evaluation":
         return " ".join(rows[:C4_EVALUATION_ROWS]["text"])

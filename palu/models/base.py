@@ -1,10 +1,13 @@
 """What the families share: the config block, latent layers in place of full ones, generation with the latent cache."""
 
 from dataclasses import dataclass
+from os import PathLike
+from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.generation import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from palu.config import LatentConfig
@@ -66,7 +69,7 @@ class LatentPreTrainedMixin:
             nn.init.normal_(module.up, std=self.config.initializer_range)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, *args, **kwargs):
         """As in transformers, but a checkpoint with missing or misshapen tensors is refused.
 
         Raises:
@@ -74,9 +77,7 @@ class LatentPreTrainedMixin:
         """
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         missing = sorted(info["missing_keys"])
         misshapen = [f"{name} {tuple(found)}, not {tuple(wanted)}" for name, found, wanted in info["mismatched_keys"]]
         problems = [
@@ -88,7 +89,7 @@ class LatentPreTrainedMixin:
             raise PaluError(f"{pretrained_model_name_or_path}: {', '.join(problems)}")
         return (model, info) if wants_info else model
 
-    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | PathLike, *args, **kwargs) -> None:
         """As in transformers, plus the modelling code, for programs that do not import palu."""
         super().save_pretrained(save_directory, *args, **kwargs)
         write_remote_code(type(self).__module__, save_directory)
@@ -147,7 +148,12 @@ class LatentCausalLMMixin(LatentPreTrainedMixin):
         self.post_init()
 
     def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
     ) -> None:
         wanted = generation_config.cache_implementation
         given = model_kwargs.get("past_key_values")
@@ -164,4 +170,3 @@ class LatentCausalLMMixin(LatentPreTrainedMixin):
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
-

@@ -45,9 +45,7 @@ class LatentCache(Cache):
         capacity: allocate this many tokens once and never more (for CUDA graphs); grows freely if None.
     """
 
-    def __init__(
-        self, config: PreTrainedConfig, max_length: int | None = None, capacity: int | None = None
-    ) -> None:
+    def __init__(self, config: PreTrainedConfig, max_length: int | None = None, capacity: int | None = None) -> None:
         super().__init__(layers=latent_layers(config, max_length, capacity))
 
     def nbytes(self) -> int:
@@ -73,7 +71,9 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:
         return
     name = type(cache).__name__
     if any(layer.is_initialized for layer in cache.layers):
-        raise PaluError(f"this {name} holds full keys and values; a compressed model needs an empty cache or LatentCache")
+        raise PaluError(
+            f"this {name} holds full keys and values; a compressed model needs an empty cache or LatentCache"
+        )
     if type(cache).__name__ == "QuantizedCache" or cache.offloading:
         raise PaluError(f"a compressed model cannot use {name} (quantised or offloaded); pass no cache or LatentCache")
     capacity = cache.get_max_length() if isinstance(cache, StaticCache) else None

@@ -1,4 +1,4 @@
-"""Fisher information shares the budget out over projections; a projection's groups get equal shares (Palu's default)."""
+"""Fisher information shares the budget out over projections, whose groups get equal ranks (Palu's default)."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence

@@ -1,0 +1,90 @@
+"""Every op against a float64 definition written a different way."""
+
+import pytest
+import torch
+
+from palu.kernels.decode_attention import reference
+from palu.kernels.decode_attention.op import decode_attention
+from palu.kernels.decode_attention.reference import LatentProjection
+from palu.kernels.decode_attention.spec import SHAPES, TOLERANCE, Shape
+
+
+def random_call(shape: Shape, dtype: torch.dtype, with_bias: bool):
+    """Arguments of one call; every row has its own positions and its own padding."""
+
+    def projection(ranks):
+        up = torch.randn(shape.num_kv_heads // len(ranks) * shape.head_dim, sum(ranks)) / sum(ranks) ** 0.5
+        bias = torch.randn(shape.num_kv_heads * shape.head_dim).to(dtype) if with_bias else None
+        return LatentProjection(up.to(dtype), ranks, bias)
+
+    query = torch.randn(shape.batch, shape.num_heads, shape.queries, shape.head_dim).to(dtype)
+    latents = [torch.randn(shape.batch, shape.length, sum(r)).to(dtype) for r in (shape.key_ranks, shape.value_ranks)]
+    positions = torch.randint(0, 5000, (shape.batch, shape.length))
+    frequencies = 10000.0 ** (-torch.arange(0, shape.head_dim, 2).double() / shape.head_dim)
+    angles = torch.cat([positions[..., None] * frequencies] * 2, dim=-1)
+    mask = torch.rand(shape.batch, 1, shape.queries, shape.length) < 0.7
+    mask[..., -1] = True
+    rotation = (angles.cos().to(dtype), angles.sin().to(dtype))
+    return query, *latents, projection(shape.key_ranks), projection(shape.value_ranks), rotation, mask
+
+
+def defined(query, key_latents, value_latents, key, value, rotation, mask, scaling, shape, norm):
+    """The definition, head by head in float64: rebuild keys and values, rotate complex pairs, attend."""
+    up = {}
+    for side, latents, name in ((key, key_latents, "key"), (value, value_latents, "value")):
+        groups, offset = [], 0
+        for rank in side.ranks:
+            groups.append(latents[..., offset : offset + rank].double() @ side.up[:, offset : offset + rank].double().T)
+            offset += rank
+        full = torch.cat(groups, -1) + (0 if side.bias is None else side.bias.double())
+        up[name] = full.view(shape.batch, shape.length, shape.num_kv_heads, shape.head_dim)
+    if norm is not None:
+        up["key"] = norm(up["key"])
+    half = shape.head_dim // 2
+    turn = torch.complex(rotation[0][..., :half].double(), rotation[1][..., :half].double())
+    rotated = torch.complex(up["key"][..., :half], up["key"][..., half:]) * turn[:, :, None]
+    keys = torch.cat([rotated.real, rotated.imag], -1)
+    output = torch.full((shape.batch, shape.queries, shape.num_heads, shape.head_dim), float("nan")).double()
+    for head in range(shape.num_heads):
+        kv_head = head * shape.num_kv_heads // shape.num_heads
+        scores = query[:, head].double() @ keys[:, :, kv_head].mT * scaling
+        scores = scores.masked_fill(~mask[:, 0], float("-inf"))
+        output[:, :, head] = scores.softmax(-1) @ up["value"][:, :, kv_head]
+    return output
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.num_heads}-{s.num_kv_heads}-{s.head_dim}x{s.length}")
+@pytest.mark.parametrize("variant", ["plain", "bias", "key norm"])
+def test_decode_attention_equals_its_definition(shape, dtype, variant, monkeypatch):
+    monkeypatch.setattr(reference, "BLOCK_LENGTH", 50)
+    weight = torch.rand(shape.head_dim) + 0.5
+    norm = (
+        (lambda x: x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight.to(x))
+        if variant == "key norm"
+        else None
+    )
+    call = random_call(shape, getattr(torch, dtype), variant == "bias")
+    scaling = shape.head_dim**-0.5
+    output, probabilities = decode_attention(*call, scaling, key_norm=norm)
+    expected = defined(*call, scaling, shape, norm)
+    assert output.dtype == call[0].dtype
+    assert (output.double() - expected).norm() / expected.norm() < TOLERANCE[dtype]
+    assert probabilities.float().sum(-1).allclose(torch.ones(()), atol=2e-2)
+    additive = torch.zeros(call[-1].shape).masked_fill(~call[-1], -1e30)
+    again, _ = decode_attention(*call[:-1], additive, scaling, key_norm=norm)
+    assert torch.allclose(again.float(), output.float(), atol=1e-5)
+
+
+def test_widths_that_do_not_fit_the_ranks_are_refused():
+    query, keys, values, key, value, rotation, mask = random_call(SHAPES[1], torch.float32, False)
+    with pytest.raises(ValueError, match="key latents are 127 wide"):
+        decode_attention(query, keys[..., :-1], values, key, value, rotation, mask, 1.0)
+    with pytest.raises(ValueError, match="63 key latents but 62 value latents"):
+        decode_attention(query, keys, values[:, 1:], key, value, rotation, mask, 1.0)
+
+
+def test_cost_formulas():
+    shape = Shape(2, 8, 4, 64, 1, 10, (96, 32), (160,))
+    assert shape.bytes_read(2) == 2 * 10 * (128 + 160) * 2
+    assert shape.flops() == 2 * 2 * 10 * (128 * 128 + 8 * 64 + 160 * 8)
