@@ -112,12 +112,12 @@ def measure(path: str, texts: dict[str, str], args: argparse.Namespace, device: 
 
 def kept_ratio(config: Any) -> float:
     """Cached numbers per token over the uncompressed model's: 1 for a stock model."""
+    from palu.calibrate.sites import head_dim
     from palu.models import is_latent
 
     if not is_latent(config):
         return 1.0
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    full = 2 * config.num_key_value_heads * head_dim * config.num_hidden_layers
+    full = 2 * config.num_key_value_heads * head_dim(config) * config.num_hidden_layers
     return sum(sum(layer.key) + sum(layer.value) for layer in config.latent.layers) / full
 
 

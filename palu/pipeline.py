@@ -95,8 +95,7 @@ def check_compression(model_config: Any, config: CompressionConfig, windows: Cal
     """
     get_adapter(model_config)
     check_rope(model_config.rope_parameters["rope_type"])
-    for side in SIDES:
-        config.group_size(side, model_config.num_key_value_heads)
+    RankBudget(config.param_ratio_target, config.rank_multiple).check(site_shapes(model_config, config))
     needed = statistics_needed(config)
     lengths = {"calib_seqlen": config.calib_seqlen, "fisher_seqlen": config.fisher_seqlen}
     if windows is not None:
@@ -164,7 +163,7 @@ def compress(
         check_weights(model)
         windows = windows or calibration_windows(tokenizer, model.config, config, text)
         windows = windows.only(statistics_needed(config))
-    shapes = site_shapes(model, config)
+    shapes = site_shapes(model.config, config)
     with _stage("Fisher information", stages, model.device):
         scores = _site_scores(model, windows.fisher, shapes, cache_dir, progress)
     budget = RankBudget(config.param_ratio_target, config.rank_multiple)

@@ -28,9 +28,13 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verbose", action="store_true", help="log each step, and show full error traces")
 
 
-def run_script(parse: Callable[[list[str]], argparse.Namespace], main: Callable[[argparse.Namespace], None]) -> None:
+def run_script(
+    parse: Callable[[list[str]], argparse.Namespace],
+    main: Callable[[argparse.Namespace], None],
+    argv: list[str] | None = None,
+) -> None:
     """Parse the command line, run, and turn what a user can mend into one line and exit code 2."""
-    args = parse(sys.argv[1:])
+    args = parse(sys.argv[1:] if argv is None else argv)
     # Heavy imports come after parsing, so that --help and a mistyped flag answer at once.
     from palu.core.errors import PaluError
     from utils.console import configure, print_error

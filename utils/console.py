@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
+from rich import box
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -52,11 +53,20 @@ def working(description: str) -> AbstractContextManager[Any]:
 
 def print_table(title: str, columns: list[str], rows: Iterable[Iterable[Any]], caption: str | None = None) -> None:
     """One table on stdout; numbers right-aligned."""
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    table = Table(
+        title=title,
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),  # nine columns of figures fit into 80
+    )
     rows = [[_cell(value) for value in row] for row in rows]
     for index, name in enumerate(columns):
         numeric = all(_is_number(row[index]) for row in rows)
-        table.add_column(name, justify="right" if numeric else "left")
+        table.add_column(name, no_wrap=True, justify="right" if numeric else "left")
     for row in rows:
         table.add_row(*row)
     console.print(table)

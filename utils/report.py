@@ -57,17 +57,7 @@ def perplexity_table(results: dict[str, Any]) -> None:
                 f"{row['kv_bytes_per_token'] / base['kv_bytes_per_token']:.3f}" if base else None,
             ]
         )
-    columns = [
-        "data set",
-        "seqlen",
-        "tokens",
-        "perplexity",
-        "baseline",
-        "difference",
-        "KV B/token",
-        "baseline",
-        "ratio",
-    ]
+    columns = ["data set", "seqlen", "tokens", "ppl", "base", "diff", "KV B/tok", "base", "ratio"]
     print_table(f"Perplexity: {models[0]}", columns, lines)
 
 
@@ -124,6 +114,7 @@ def _pyplot():  # noqa: ANN202 (a module)
 def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=140)
+    _pyplot().close(figure)
 
 
 def _gigabytes(count: int | None) -> str | None:

@@ -2,16 +2,16 @@
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from palu.config import CompressionConfig
 from palu.core.errors import PaluError
 from palu.core.types import SIDES, Side, Site, SiteShape
 
 
-def head_dim(model: PreTrainedModel) -> int:
+def head_dim(config: PreTrainedConfig) -> int:
     """Numbers per key or value head."""
-    return model.model.layers[0].self_attn.head_dim
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def projection(model: PreTrainedModel, layer: int, side: Side) -> nn.Linear:
@@ -20,17 +20,17 @@ def projection(model: PreTrainedModel, layer: int, side: Side) -> nn.Linear:
     return attention.k_proj if side == "key" else attention.v_proj
 
 
-def site_shapes(model: PreTrainedModel, config: CompressionConfig) -> list[SiteShape]:
+def site_shapes(model_config: PreTrainedConfig, config: CompressionConfig) -> list[SiteShape]:
     """Every site of a model, layer by layer, keys before values.
 
     Raises:
         PaluError: if a group size does not divide the kv heads.
     """
-    heads = model.config.num_key_value_heads
+    heads = model_config.num_key_value_heads
     sizes = {side: config.group_size(side, heads) for side in SIDES}
     return [
-        SiteShape(Site(layer, side, group), sizes[side] * head_dim(model))
-        for layer in range(model.config.num_hidden_layers)
+        SiteShape(Site(layer, side, group), sizes[side] * head_dim(model_config))
+        for layer in range(model_config.num_hidden_layers)
         for side in SIDES
         for group in range(heads // sizes[side])
     ]

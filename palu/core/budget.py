@@ -24,6 +24,21 @@ class RankBudget:
         # The small slack keeps 0.7 * 10 = 7.000000000000001-like products from losing or gaining a rank.
         return math.floor(self.kept_ratio * sum(shape.group_dim for shape in shapes) + 1e-9)
 
+    def check(self, shapes: Sequence[SiteShape]) -> None:
+        """Refuse a budget too small for the smallest rank everywhere.
+
+        Raises:
+            PaluError: with the smallest ratio that would do.
+        """
+        caps = [shape.group_dim for shape in shapes]
+        least = sum(min(self.rank_multiple, cap) for cap in caps)
+        if least > self.total(shapes):
+            raise PaluError(
+                f"param_ratio_target {self.kept_ratio} leaves {self.total(shapes)} ranks for {len(shapes)} groups, "
+                f"fewer than rank_multiple {self.rank_multiple} each; use a ratio of at least {least / sum(caps):.3f} or a "
+                f"smaller rank_multiple"
+            )
+
 
 def share_proportionally(weights: Sequence[float], caps: Sequence[int], total: float) -> list[float]:
     """Split `total` in proportion to `weights`, none above its cap; what a cap cuts off goes to the others.
@@ -60,15 +75,10 @@ def round_to_budget(shapes: Sequence[SiteShape], ideal: Sequence[float], budget:
     Raises:
         PaluError: if not even the smallest rank fits everywhere.
     """
+    budget.check(shapes)
     multiple, total = budget.rank_multiple, budget.total(shapes)
     caps = [shape.group_dim for shape in shapes]
     smallest = [min(multiple, cap) for cap in caps]
-    if sum(smallest) > total:
-        raise PaluError(
-            f"param_ratio_target {budget.kept_ratio} leaves {total} ranks for {len(shapes)} groups, fewer than "
-            f"rank_multiple {multiple} each; use a ratio of at least {sum(smallest) / sum(caps):.3f} or a smaller "
-            f"rank_multiple"
-        )
     ranks = [
         cap if want >= cap else max(low, math.floor(want / multiple + 1e-9) * multiple)
         for want, cap, low in zip(ideal, caps, smallest, strict=True)

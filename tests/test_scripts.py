@@ -1,0 +1,290 @@
+"""The command lines: real runs on the demo model, the effect of every flag, one line for every bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import compress
+import run_ppl_eval
+from palu.calibrate.text import DEMO_ASSETS
+from palu.decompose import DECOMPOSITIONS
+from palu.search import SEARCHES
+from utils.cli import run_script
+from utils.results import read_results
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ["--n_whiten_calib_samples", "2", "--n_fisher_calib_samples", "1", "--calib_seqlen", "64"]
+NAME = "demo_ratio-0.5_gs-4-fisher_uniform-whiten"
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PALU_CACHE", str(tmp_path / "cache"))
+
+
+def invoke(script, *argv):
+    """Run a script in this process; its exit code, 0 if it ends well."""
+    try:
+        run_script(script.parse, script.main, [str(part) for part in argv])
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def compress_rows(*argv):
+    """Rows of a small compression of the demo model."""
+    assert invoke(compress, *SMALL, "--results", "out.json", "--overwrite", *argv) == 0
+    return read_results(Path("out.json"))
+
+
+def ranks(results):
+    return [row["rank"] for row in results["rows"] if row["kind"] == "rank"]
+
+
+def test_compress_then_evaluate_as_a_user_does():
+    python = [sys.executable]
+    environment = os.environ | {"COLUMNS": "80", "PYTHONPATH": ""}
+    done = subprocess.run([*python, ROOT / "compress.py", *SMALL], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert Path(NAME, "config.json").is_file()
+    assert f"checkpoint: {NAME}" in done.stdout
+    assert "…" not in done.stdout
+    command = [*python, ROOT / "run_ppl_eval.py", "--model_name_or_path", NAME, "--datasets", "demo", "--seqlen", "128"]
+    command += ["--max_windows", "3", "--batch_size", "2", "--baseline", DEMO_ASSETS / "model", "--results", "r.json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "…" not in done.stdout
+    results = read_results(Path("r.json"))
+    latent, stock = results["rows"]
+    assert set(latent) >= {
+        "model",
+        "dataset",
+        "seqlen",
+        "tokens",
+        "perplexity",
+        "kv_bytes_per_token",
+        "kept_ratio",
+        "bits",
+    }
+    assert latent["tokens"] == 3 * 127
+    assert stock["kv_bytes_per_token"] == 5 * 2 * 4 * 64 * 2
+    assert latent["kv_bytes_per_token"] <= 0.5 * stock["kv_bytes_per_token"] + 8
+    assert 1 < stock["perplexity"] < 100
+    assert latent["perplexity"] == pytest.approx(stock["perplexity"], rel=0.1)
+    assert results["config"]["seqlen"] == 128
+    assert results["environment"]["versions"]["torch"] == torch.__version__
+    assert {"commit", "device", "seed", "date"} <= set(results["environment"])
+    assert Path("r.png").read_bytes().startswith(b"\x89PNG")
+    assert Path("results", f"{NAME}_compress.png").is_file()
+    assert not [path for path in Path().rglob("*") if "partial" in path.name]
+
+
+def test_batch_size_does_not_change_the_perplexity(capsys):
+    values = []
+    for batch_size in (1, 3):
+        argv = ["--model_name_or_path", DEMO_ASSETS / "model", "--datasets", "demo", "--seqlen", 64, "--max_windows", 5]
+        assert invoke(run_ppl_eval, *argv, "--batch_size", batch_size, "--dtype", "float32", "--results", "r.json") == 0
+        values.append(read_results(Path("r.json"))["rows"][0]["perplexity"])
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+def test_several_texts_are_measured_in_one_run():
+    Path("mine.txt").write_text("She walked along the shore and thought of nothing. " * 200)
+    argv = ["--model_name_or_path", DEMO_ASSETS / "model", "--datasets", "demo,mine.txt", "--seqlen", 64]
+    assert invoke(run_ppl_eval, *argv, "--max_windows", 2) == 0
+    rows = read_results(Path("results/model_ppl.json"))["rows"]
+    assert [row["dataset"] for row in rows] == ["demo", "mine.txt"]
+    assert rows[1]["perplexity"] < rows[0]["perplexity"]
+
+
+def test_the_same_seed_gives_the_same_checkpoint_and_another_seed_does_not():
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        compress_rows("--seed", seed, "--output_dir", name)
+    weights = [Path(name, "model.safetensors").read_bytes() for name in "abc"]
+    assert weights[0] == weights[1]
+    assert weights[0] != weights[2]
+
+
+@pytest.mark.parametrize(
+    ("argv", "changes"),
+    [
+        (["--param_ratio_target", "0.3"], "ranks"),
+        (["--head_group_size", "2"], "ranks"),
+        (["--head_group_size", "2", "--value_group_size", "all"], "ranks"),
+        (["--rank_multiple", "8"], "ranks"),
+        (["--search_method", "uniform"], "ranks"),
+        (["--search_method", "fisher", "--head_group_size", "1", "--rank_multiple", "4"], "ranks"),
+        (["--n_whiten_calib_samples", "3"], "moments"),
+        (["--calib_seqlen", "80"], "moments"),
+        (["--n_fisher_calib_samples", "2"], "fisher"),
+        (["--fisher_seqlen", "32"], "fisher"),
+        (["--seed", "5"], "moments"),
+        (["--calib_dataset", str(DEMO_ASSETS / "evaluation.txt")], "moments"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_every_flag_changes_what_it_names(argv, changes):
+    plain = compress_rows("--no-dump_huggingface_model")
+    changed = compress_rows("--no-dump_huggingface_model", *argv)
+    if changes == "ranks":
+        assert ranks(plain) != ranks(changed)
+    else:
+        key = plain["config"]["calibration"][changes]
+        assert key != changed["config"]["calibration"][changes]
+
+
+def test_decomposition_and_number_format_change_the_weights():
+    compress_rows("--output_dir", "a", "--search_method", "uniform")
+    compress_rows("--output_dir", "b", "--search_method", "uniform", "--decompose_method", "svd")
+    compress_rows("--output_dir", "c", "--search_method", "uniform", "--dtype", "float32", "--max_shard_size", "2MB")
+    name = "model.layers.0.self_attn.k_proj.up"
+    tensors = {}
+    for folder in "ab":
+        with safe_open(Path(folder, "model.safetensors"), "pt") as file:
+            tensors[folder] = file.get_tensor(name)
+    assert tensors["a"].dtype == torch.bfloat16
+    assert not torch.equal(tensors["a"], tensors["b"])
+    assert json.loads(Path("c", "config.json").read_text())["dtype"] == "float32"
+    assert len(list(Path("c").glob("*.safetensors"))) > 1
+
+
+def test_no_dump_writes_no_checkpoint_but_the_record():
+    results = compress_rows("--no-dump_huggingface_model")
+    assert [path.name for path in Path().iterdir() if path.is_dir()] == []
+    summary = results["rows"][0]
+    assert summary["kept_ratio"] <= 0.5
+    assert summary["latent_bytes_per_token"] == summary["kept_ratio"] * summary["full_bytes_per_token"]
+
+
+def test_use_cache_keeps_statistics_and_reuses_them():
+    compress_rows("--no-dump_huggingface_model")
+    assert not Path("cache").exists()
+    first = compress_rows("--use_cache", "--output_dir", "a")
+    files = {path: path.stat().st_mtime_ns for path in Path("cache").rglob("*.safetensors")}
+    assert len(files) == 5 + 1
+    again = compress_rows("--use_cache", "--output_dir", "b")
+    assert {path: path.stat().st_mtime_ns for path in Path("cache").rglob("*.safetensors")} == files
+    assert ranks(first) == ranks(again)
+    assert Path("a", "model.safetensors").read_bytes() == Path("b", "model.safetensors").read_bytes()
+
+
+def test_overwrite_replaces_a_checkpoint():
+    compress_rows("--output_dir", "a")
+    before = Path("a", "model.safetensors").read_bytes()
+    compress_rows("--output_dir", "a", "--param_ratio_target", "0.3")
+    assert Path("a", "model.safetensors").read_bytes() != before
+
+
+def test_help_names_every_method(capsys):
+    assert invoke(compress, "--help") == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in (*SEARCHES, *DECOMPOSITIONS))
+
+
+BAD_COMPRESS = [
+    (["--param_ratio_target", "0"], "param_ratio_target 0.0 is the kept fraction and must lie in (0, 1]"),
+    (["--param_ratio_target", "1.5"], "must lie in (0, 1]"),
+    (["--param_ratio_target", "nan"], "must lie in (0, 1]"),
+    (["--param_ratio_target", "0.01"], "use a ratio of at least"),
+    (["--head_group_size", "3"], "head_group_size 3 does not divide the model's 4 kv heads; use 1, 2, 4 or all"),
+    (["--value_group_size", "8"], "value_group_size 8 does not divide"),
+    (["--head_group_size", "0"], "must be a number of kv heads or 'all'"),
+    (["--calib_dataset", "wikitext3"], "data set 'wikitext3' is unknown"),
+    (["--calib_dataset", "wikitext2"], "give a .txt, .jsonl or .parquet file"),
+    (["--calib_dataset", "empty.txt"], "empty.txt: the text is empty"),
+    (["--calib_dataset", "short.txt"], "are too few for one window of 64"),
+    (["--calib_seqlen", "4096"], "calib_seqlen 4096 must lie in 2..2048"),
+    (["--calib_seqlen", "1"], "calib_seqlen 1 must be at least 2"),
+    (["--n_whiten_calib_samples", "0"], "n_whiten_calib_samples 0 must be at least 1"),
+    (["--rank_multiple", "0"], "rank_multiple 0 must be at least 1"),
+    (["--model_id", "./nowhere"], "./nowhere: no model directory"),
+    (["--model_id", "org/none"], "org/none: no such directory here, and the hub cannot be reached"),
+    (["--model_id", "broken"], "broken: cannot be loaded"),
+    (["--model_id", "gpt2"], "model family 'gpt2' is not supported; supported: llama, mistral, qwen2, qwen3"),
+    (["--output_dir", "exists"], "output directory exists exists; choose another or pass --overwrite"),
+    (["--search_method", "best"], "search_method 'best' is unknown; use one of uniform, fisher, fisher_uniform"),
+    (["--decompose_method", "qr"], "decompose_method 'qr' is unknown; use one of whiten, svd"),
+    (["--device", "tpu"], "device 'tpu' is not available; use cpu"),
+    (["--dtype", "int8"], "dtype 'int8' is unknown; use auto, float32, bfloat16, float16"),
+]
+
+
+def make_bad_inputs():
+    Path("exists").mkdir()
+    Path("empty.txt").write_text("\n")
+    Path("short.txt").write_text("too short")
+    for name, text in (("broken", "{"), ("gpt2", '{"model_type": "gpt2"}')):
+        Path(name).mkdir()
+        Path(name, "config.json").write_text(text)
+
+
+def tree():
+    return sorted(str(path) for path in Path().rglob("*"))
+
+
+def one_line(capsys):
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(("argv", "message"), BAD_COMPRESS, ids=[" ".join(argv) for argv, _ in BAD_COMPRESS])
+def test_bad_input_of_compress_is_one_line_and_leaves_nothing(argv, message, capsys):
+    make_bad_inputs()
+    before = tree()
+    settings = ["--n_whiten_calib_samples", "1", "--n_fisher_calib_samples", "1", "--calib_seqlen", "64"]
+    assert invoke(compress, *settings, *argv) == 2
+    assert message in one_line(capsys)
+    assert tree() == before
+
+
+def test_no_space_is_found_out_before_the_work(capsys, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10, 10, 0))
+    assert invoke(compress, *SMALL) == 2
+    assert "no space for demo_ratio-0.5" in one_line(capsys)
+    assert tree() == []
+
+
+def test_nan_in_the_weights_names_the_tensor(capsys):
+    from palu.checkpoint import load_model, load_tokenizer
+
+    model = load_model(DEMO_ASSETS / "model")
+    with torch.no_grad():
+        model.model.layers[3].self_attn.v_proj.weight[0, 0] = float("nan")
+    model.save_pretrained("bad")
+    load_tokenizer(DEMO_ASSETS / "model").save_pretrained("bad")
+    before = tree()
+    assert invoke(compress, *SMALL, "--model_id", "bad", "--calib_dataset", "demo") == 2
+    assert "model.layers.3.self_attn.v_proj.weight" in one_line(capsys)
+    assert tree() == before
+
+
+BAD_PPL = [
+    (["--seqlen", "4096"], "--seqlen 4096 must lie in 2..2048"),
+    (["--datasets", "nothing"], "data set 'nothing' is unknown"),
+    (["--datasets", "short.txt"], "too few for one window"),
+    (["--datasets", ","], "--datasets is empty"),
+    (["--batch_size", "0"], "--batch_size 0 must be at least 1"),
+    (["--max_windows", "0"], "--max_windows 0 must be at least 1"),
+    (["--baseline", "./nowhere"], "./nowhere: no model directory"),
+    (["--device", "cuda:9"], "device 'cuda:9' is not available"),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), BAD_PPL, ids=[" ".join(argv) for argv, _ in BAD_PPL])
+def test_bad_input_of_the_perplexity_script_is_one_line_and_leaves_nothing(argv, message, capsys):
+    make_bad_inputs()
+    before = tree()
+    assert invoke(run_ppl_eval, "--model_name_or_path", DEMO_ASSETS / "model", "--datasets", "demo", *argv) == 2
+    assert message in one_line(capsys)
+    assert tree() == before
