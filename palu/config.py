@@ -48,7 +48,7 @@ class CompressionConfig:
     seed: draws the calibration windows.
     """
 
-    param_ratio_target: float = 0.7
+    param_ratio_target: float = 0.5
     head_group_size: GroupSize = 4
     value_group_size: GroupSize | None = None
     search_method: str = "fisher_uniform"

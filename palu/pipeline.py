@@ -1,5 +1,7 @@
 """Compression end to end: token windows -> statistics -> rank plan -> factors -> a compressed model."""
 
+import copy
+import logging
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,12 +22,15 @@ from palu.calibrate.windows import check_seqlen, sample_windows, tokenize
 from palu.config import CompressionConfig, LatentConfig
 from palu.core.budget import RankBudget
 from palu.core.errors import PaluError
+from palu.core.linalg import relative_error
 from palu.core.progress import Progress, silent
 from palu.core.types import SIDES, RankPlan, Side, Site, SiteShape, SiteStats, Statistic
 from palu.decompose import get_decomposition
 from palu.models import get_adapter
 from palu.nn.rotary import check_rope
 from palu.search import get_search
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -164,6 +169,7 @@ def compress(
         windows = windows or calibration_windows(tokenizer, model.config, config, text)
         windows = windows.only(statistics_needed(config))
     shapes = site_shapes(model.config, config)
+    logger.info("calibration windows: %s", windows.describe() or "none needed")
     with _stage("Fisher information", stages, model.device):
         scores = _site_scores(model, windows.fisher, shapes, cache_dir, progress)
     budget = RankBudget(config.param_ratio_target, config.rank_multiple)
@@ -236,13 +242,15 @@ def _stream_factors(
     for layer, gram in enumerate(grams):
         for side in SIDES:
             groups = [shape for shape in shapes if shape.site.layer == layer and shape.site.side == side]
-            parts = [
-                decompose(site_weight(model, shape), SiteStats(gram)).truncate(plan.ranks[shape.site])
-                for shape in groups
-            ]
-            dtype = model.dtype
-            down = torch.cat([part.down for part in parts]).to(dtype)
-            yield (layer, side), (down, torch.cat([part.up for part in parts], dim=1).to(dtype))
+            parts = []
+            for shape in groups:
+                weight = site_weight(model, shape)
+                parts.append(decompose(weight, SiteStats(gram)).truncate(plan.ranks[shape.site]))
+                if logger.isEnabledFor(logging.DEBUG):
+                    lost = relative_error(weight, parts[-1], gram)
+                    logger.debug("%s: rank %d loses %.2e of the output energy", shape.site, len(parts[-1].down), lost)
+            down, up = torch.cat([part.down for part in parts]), torch.cat([part.up for part in parts], dim=1)
+            yield (layer, side), (down.to(model.dtype), up.to(model.dtype))
 
 
 def _assemble(
@@ -267,11 +275,11 @@ def _assemble(
         state[f"{prefix}.down.weight"], state[f"{prefix}.up"] = down, up
     compressed.load_state_dict(state, strict=True, assign=True)
     compressed.tie_weights()
-    _share_rotary(compressed, model)
+    _copy_rotary(compressed, model)
     compressed.generation_config = model.generation_config
-    return compressed.eval().requires_grad_(False)
+    return compressed.eval()
 
 
-def _share_rotary(compressed: nn.Module, model: nn.Module) -> None:
-    """RoPE's frequencies are not part of the state dict."""
-    compressed.model.rotary_emb = model.model.rotary_emb
+def _copy_rotary(compressed: nn.Module, model: nn.Module) -> None:
+    """RoPE's frequencies are not part of the state dict; a copy, so that casting one model leaves the other alone."""
+    compressed.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from palu.core.linalg import relative_error
 from palu.core.types import SiteStats
 from palu.decompose import DECOMPOSITIONS, get_decomposition
 
@@ -24,6 +25,8 @@ def test_whitened_factors_equal_the_svd_of_the_whitened_weight(group_dim, in_fea
         kept = factors.truncate(rank)
         assert torch.allclose(kept.up @ kept.down, best, rtol=1e-6, atol=1e-6 * best.abs().max())
         assert output_error(weight, kept, inputs) == pytest.approx(s[rank:].square().sum().item(), rel=1e-6)
+        lost = output_error(weight, kept, inputs) / (weight @ inputs.T).square().sum().item()
+        assert relative_error(weight, kept, gram) == pytest.approx(lost, rel=1e-6)
         # Palu splits the singular values evenly over the two factors.
         assert torch.allclose(kept.up.norm(dim=0), s[:rank].sqrt(), rtol=1e-6)
 

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from palu.checkpoint import save_checkpoint
 from tests.helpers import FAMILIES, compressed, left_padded_batch, random_windows, tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -29,3 +31,18 @@ def test_whitening_on_the_gpu_agrees_with_the_cpu():
     on_gpu = compressed(tiny_model("llama").cuda(), **options)
     assert on_cpu.plan == on_gpu.plan
     assert torch.allclose(on_cpu.model(ids).logits, on_gpu.model(ids.cuda()).logits.cpu(), atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_layers_spread_over_two_gpus_generate_the_same_tokens(family, tmp_path):
+    model = tiny_model(family)
+    save_checkpoint(compressed(model).model, None, tmp_path / "c")
+    device_map = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
+    device_map |= {f"model.layers.{layer}": int(layer > 0) for layer in range(3)}
+    latent = AutoModelForCausalLM.from_pretrained(tmp_path / "c", device_map=device_map)
+    assert len({parameter.device for parameter in latent.parameters()}) == 2
+    batch = {name: tensor.cuda() for name, tensor in left_padded_batch(model).items()}
+    expected = model.cuda().generate(**batch, max_new_tokens=24, do_sample=False)
+    assert torch.equal(expected, latent.generate(**batch, max_new_tokens=24, do_sample=False))

@@ -176,6 +176,15 @@ def test_use_cache_keeps_statistics_and_reuses_them():
     assert Path("a", "model.safetensors").read_bytes() == Path("b", "model.safetensors").read_bytes()
 
 
+def test_verbose_logs_what_every_site_loses(capsys):
+    compress_rows("--no-dump_huggingface_model")
+    assert "output energy" not in capsys.readouterr().err
+    compress_rows("--no-dump_huggingface_model", "--verbose")
+    log = capsys.readouterr().err
+    assert log.count("of the output energy") == 10
+    assert "calibration windows" in log
+
+
 def test_overwrite_replaces_a_checkpoint():
     compress_rows("--output_dir", "a")
     before = Path("a", "model.safetensors").read_bytes()

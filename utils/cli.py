@@ -42,7 +42,7 @@ def run_script(
     configure(args.verbose)
     try:
         main(args)
-    except PaluError as error:
+    except (PaluError, OSError) as error:
         if args.verbose:
             raise
         print_error(" ".join(str(error).split()))

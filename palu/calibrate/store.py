@@ -105,6 +105,7 @@ class StatisticsStore:
         """`count` tensors, one file each: from disk if all are there, else from `computed`, saved as they come."""
         names = [f"{index:04d}" for index in range(count)]
         if all([self.holds(name) for name in names]):
+            logger.info("statistics read from %s", self.directory)
             for name in names:
                 yield self.read(name)["tensor"].to(device)
             return

@@ -35,8 +35,8 @@ class RankBudget:
         if least > self.total(shapes):
             raise PaluError(
                 f"param_ratio_target {self.kept_ratio} leaves {self.total(shapes)} ranks for {len(shapes)} groups, "
-                f"fewer than rank_multiple {self.rank_multiple} each; use a ratio of at least {least / sum(caps):.3f} or a "
-                f"smaller rank_multiple"
+                f"fewer than rank_multiple {self.rank_multiple} each; use a ratio of at least "
+                f"{least / sum(caps):.3f} or a smaller rank_multiple"
             )
 
 

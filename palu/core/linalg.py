@@ -34,3 +34,12 @@ def energy_factors(weight: Tensor, energy: Tensor) -> Factors:
     floored = squared_singular.clamp_min(largest * RELATIVE_ENERGY_FLOOR) if largest > 0 else basis.new_ones(len(order))
     scale = floored.pow(0.25)
     return Factors(down=(basis.T @ weight) / scale[:, None], up=basis * scale)
+
+
+def relative_error(weight: Tensor, factors: Factors, gram: Tensor | None) -> float:
+    """Lost share of the output energy, `tr(E C E^T) / tr(W C W^T)` with `E = W - up @ down` (`C = I` without a gram)."""
+    weight = weight.double()
+    error = weight - factors.up @ factors.down
+    metric = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device) if gram is None else gram.double()
+    total = ((weight @ metric) * weight).sum().item()
+    return ((error @ metric) * error).sum().item() / total if total > 0 else 0.0
