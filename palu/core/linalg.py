@@ -37,7 +37,7 @@ def energy_factors(weight: Tensor, energy: Tensor) -> Factors:
 
 
 def relative_error(weight: Tensor, factors: Factors, gram: Tensor | None) -> float:
-    """Lost share of the output energy, `tr(E C E^T) / tr(W C W^T)` with `E = W - up @ down` (`C = I` without a gram)."""
+    """Lost share of output energy: `tr(E C E^T) / tr(W C W^T)` with `E = W - up @ down`, `C = I` without a gram."""
     weight = weight.double()
     error = weight - factors.up @ factors.down
     metric = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device) if gram is None else gram.double()
