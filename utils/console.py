@@ -54,10 +54,6 @@ def working(description: str) -> AbstractContextManager[Any]:
 def print_table(title: str, columns: list[str], rows: Iterable[Iterable[Any]], caption: str | None = None) -> None:
     """One table on stdout; numbers right-aligned."""
     table = Table(
-        title=title,
-        caption=caption,
-        title_justify="left",
-        caption_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
@@ -69,7 +65,11 @@ def print_table(title: str, columns: list[str], rows: Iterable[Iterable[Any]], c
         table.add_column(name, no_wrap=True, justify="right" if numeric else "left")
     for row in rows:
         table.add_row(*row)
+    # Outside the table, where a long name is not broken at the table's width.
+    console.print(f"\n{title}", style="bold", highlight=False, soft_wrap=True)
     console.print(table)
+    if caption:
+        console.print(caption, highlight=False, soft_wrap=True)
 
 
 def _cell(value: Any) -> str:
