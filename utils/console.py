@@ -43,7 +43,12 @@ def progress(items: Iterable[Item], description: str, total: int) -> Iterator[It
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=error_console) as bar:
-        yield from bar.track(items, total=total, description=description)
+        yield from bar.track(items, total=total, description=_shortened(description))
+
+
+def _shortened(text: str, width: int = 34) -> str:
+    """The beginning and the end of a long text, so that bar and time keep their place on the line."""
+    return text if len(text) <= width else f"{text[: width // 2 - 1]}..{text[-width // 2 + 1 :]}"
 
 
 def working(description: str) -> AbstractContextManager[Any]:
