@@ -17,7 +17,7 @@ class _Stop(Exception):
 
 
 def stream_grams(model: PreTrainedModel, windows: Tensor, progress: Progress = silent) -> Iterator[Tensor]:
-    """Yield, for layer 0, 1, ..., the Gram `sum_t x_t x_t^T` of the input that k_proj and v_proj share.
+    """Yield, for layer 0, 1, ..., the Gram `E[x x^T]` of the input that k_proj and v_proj share.
 
     The hidden states of all windows advance together, one decoder layer at a time, so that memory beyond the model is
     those hidden states and one Gram, whatever the depth. Products of 16-bit activations are exact in TF32 and in
@@ -52,7 +52,7 @@ def stream_grams(model: PreTrainedModel, windows: Tensor, progress: Progress = s
             if window_index == len(hidden) - 1:
                 if not torch.isfinite(gram).all():
                     raise PaluError(f"NaN or infinity in the activations of layer {layer_index} (input of k_proj)")
-                yield gram
+                yield gram / windows.numel()
 
 
 def _calls(num_layers: int, num_windows: int) -> Iterator[tuple[int, int]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
-FORMAT = "palu-statistics-1"
+FORMAT = "palu-statistics-2"
 
 
 def default_cache_dir() -> Path:

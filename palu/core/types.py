@@ -39,7 +39,7 @@ class SiteShape:
 class SiteStats:
     """Calibration statistics of a site's input.
 
-    gram: uncentred second moment `sum_t x_t x_t^T` of the projection's input, [in_features, in_features], or None when
+    gram: uncentred second moment `E[x x^T]` of the projection's input, [in_features, in_features], or None when
         no method asked for it.
     """
 

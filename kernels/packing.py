@@ -1,0 +1,57 @@
+"""The one place that knows how latent codes lie in memory.
+
+A row of `width` codes of `bits` bits is stored as bit planes of 8, 4, 2 and 1 bits, side by side: 3 bits are a plane of
+2 and a plane of 1, so that nothing is wasted and no code straddles a byte. Within a plane, consecutive codes fill a
+byte from its low end. A plane takes `ceil(width * plane_bits / 8)` bytes.
+"""
+
+import torch
+from torch import Tensor
+
+PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+
+
+def packed_width(width: int, bits: int) -> int:
+    """Bytes of one row of `width` codes."""
+    return sum(-(-width * plane // 8) for plane in PLANES[bits])
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes [..., width], each below `2 ** bits`, to uint8 bytes [..., packed_width(width, bits)]."""
+    parts, shift = [], 0
+    for plane in PLANES[bits]:
+        parts.append(_pack_plane((codes >> shift) & (2**plane - 1), plane))
+        shift += plane
+    return torch.cat(parts, dim=-1)
+
+
+def unpack(packed: Tensor, width: int, bits: int) -> Tensor:
+    """The inverse of `pack`: uint8 [..., width]."""
+    codes, shift, offset = None, 0, 0
+    for plane in PLANES[bits]:
+        size = -(-width * plane // 8)
+        values = _unpack_plane(packed[..., offset : offset + size], width, plane) << shift
+        codes = values if codes is None else codes | values
+        shift += plane
+        offset += size
+    return codes
+
+
+def _pack_plane(values: Tensor, bits: int) -> Tensor:
+    per_byte = 8 // bits
+    missing = -values.shape[-1] % per_byte
+    if missing:
+        values = torch.nn.functional.pad(values, (0, missing))
+    values = values.unflatten(-1, (-1, per_byte))
+    packed = values[..., 0].clone()
+    for index in range(1, per_byte):
+        packed |= values[..., index] << (index * bits)
+    return packed
+
+
+def _unpack_plane(packed: Tensor, width: int, bits: int) -> Tensor:
+    if bits == 8:
+        return packed
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    values = (packed[..., None] >> shifts) & (2**bits - 1)
+    return values.flatten(-2)[..., :width]

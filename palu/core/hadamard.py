@@ -1,0 +1,152 @@
+"""Hadamard matrices by construction: Sylvester, Paley I and II over any finite field, and their products.
+
+Matrices of +1 and -1 with `H H^T = n I` (R. Paley, "On orthogonal matrices", 1933). Orders that no such product reaches
+(92, 116, ... need Williamson's or later constructions) are refused.
+"""
+
+import functools
+import itertools
+
+import torch
+from torch import Tensor
+
+from palu.core.errors import PaluError
+
+Element = tuple[int, ...]  # coefficients of a polynomial over GF(p), constant first
+
+
+@functools.cache
+def is_reachable(order: int) -> bool:
+    """Whether `hadamard(order)` can be constructed."""
+    return order in (1, 2) or _paley(order) is not None or _split(order) is not None
+
+
+def nearest_reachable(order: int) -> int:
+    """The closest reachable order, the smaller of two equally close ones."""
+    candidates = (order + sign * distance for distance in itertools.count() for sign in (-1, 1))
+    return next(candidate for candidate in candidates if candidate >= 1 and is_reachable(candidate))
+
+
+@functools.cache
+def hadamard(order: int) -> Tensor:
+    """A Hadamard matrix, int8 [order, order].
+
+    Raises:
+        PaluError: with the nearest order that can be reached.
+    """
+    if not is_reachable(order):
+        raise PaluError(
+            f"no Hadamard matrix of order {order} can be constructed; the nearest is {nearest_reachable(order)}"
+        )
+    if order == 1:
+        return torch.ones(1, 1, dtype=torch.int8)
+    if order == 2:
+        return torch.tensor([[1, 1], [1, -1]], dtype=torch.int8)
+    if (method := _paley(order)) is not None:
+        return method(order)
+    small, large = _split(order)
+    return torch.kron(hadamard(small), hadamard(large))
+
+
+def orthonormal_hadamard(order: int) -> Tensor:
+    """`hadamard(order) / sqrt(order)`, float64: its transpose is its inverse."""
+    return hadamard(order).double() / order**0.5
+
+
+def _split(order: int) -> tuple[int, int] | None:
+    """Two reachable factors, the smallest first, or None."""
+    return next(
+        (
+            (small, order // small)
+            for small in range(2, int(order**0.5) + 1)
+            if order % small == 0 and is_reachable(small) and is_reachable(order // small)
+        ),
+        None,
+    )
+
+
+def _paley(order: int):  # noqa: ANN202 (one of the two functions below, or None)
+    if order % 4 == 0 and _prime_power(order - 1) and (order - 1) % 4 == 3:
+        return _paley_one
+    if order % 4 == 0 and _prime_power(order // 2 - 1) and (order // 2 - 1) % 4 == 1:
+        return _paley_two
+    return None
+
+
+def _paley_one(order: int) -> Tensor:
+    """`I + S` with S skew-symmetric, of order q + 1 for a prime power q = 3 mod 4."""
+    conference = _bordered_jacobsthal(order - 1, corner_sign=-1)
+    return conference + torch.eye(order, dtype=torch.int8)
+
+
+def _paley_two(order: int) -> Tensor:
+    """`S x [[1, 1], [1, -1]] + I x [[1, -1], [-1, -1]]`, of order 2 (q + 1) for a prime power q = 1 mod 4."""
+    conference = _bordered_jacobsthal(order // 2 - 1, corner_sign=1)
+    diagonal = torch.tensor([[1, -1], [-1, -1]], dtype=torch.int8)
+    return torch.kron(conference, hadamard(2)) + torch.kron(torch.eye(order // 2, dtype=torch.int8), diagonal)
+
+
+def _bordered_jacobsthal(field_order: int, corner_sign: int) -> Tensor:
+    """Conference matrix [[0, 1], [corner_sign, Q]] with `Q_ij = chi(a_i - a_j)`, chi the quadratic character."""
+    prime, degree = _prime_power(field_order)
+    elements = list(itertools.product(range(prime), repeat=degree))
+    modulus = _irreducible(prime, degree)
+    squares = {_multiply(element, element, prime, modulus) for element in elements if any(element)}
+    values = torch.full((prime,) * degree, -1, dtype=torch.int8)
+    for square in squares:
+        values[square] = 1
+    values[(0,) * degree] = 0
+    table = torch.tensor(elements)
+    differences = (table[:, None] - table[None]) % prime
+    jacobsthal = values[tuple(differences.unbind(-1))]
+    matrix = torch.ones(field_order + 1, field_order + 1, dtype=torch.int8)
+    matrix[0, 0] = 0
+    matrix[1:, 0] = corner_sign
+    matrix[1:, 1:] = jacobsthal
+    return matrix
+
+
+@functools.cache
+def _prime_power(number: int) -> tuple[int, int] | None:
+    """(p, k) with p prime and p^k = number, or None."""
+    if number < 2:
+        return None
+    prime = next((d for d in range(2, int(number**0.5) + 1) if number % d == 0), number)
+    degree = 0
+    while number % prime == 0:
+        number //= prime
+        degree += 1
+    return (prime, degree) if number == 1 else None
+
+
+def _multiply(a: Element, b: Element, prime: int, modulus: Element) -> Element:
+    """Product in GF(p)[x] modulo the monic polynomial x^k + modulus."""
+    degree = len(modulus)
+    product = [0] * (2 * degree - 1)
+    for i, j in itertools.product(range(degree), repeat=2):
+        product[i + j] += a[i] * b[j]
+    for power in range(2 * degree - 2, degree - 1, -1):
+        for i in range(degree):
+            product[power - degree + i] -= product[power] * modulus[i]
+    return tuple(coefficient % prime for coefficient in product[:degree])
+
+
+@functools.cache
+def _irreducible(prime: int, degree: int) -> Element:
+    """Lower coefficients of a monic irreducible polynomial: no monic one of at most half its degree divides it."""
+    divisors = [
+        (*lower, 1) for half in range(1, degree // 2 + 1) for lower in itertools.product(range(prime), repeat=half)
+    ]
+    candidates = itertools.product(range(prime), repeat=degree)
+    return next(lower for lower in candidates if all(any(_remainder((*lower, 1), d, prime)) for d in divisors))
+
+
+def _remainder(dividend: Element, divisor: Element, prime: int) -> Element:
+    """Remainder of polynomials over GF(p), constant first; `divisor` is monic."""
+    rest = list(dividend)
+    size = len(divisor)
+    for top in range(len(rest) - 1, size - 2, -1):
+        factor = rest[top]
+        for offset in range(size):
+            rest[top - size + 1 + offset] = (rest[top - size + 1 + offset] - factor * divisor[offset]) % prime
+    return tuple(rest[: size - 1])
