@@ -112,7 +112,7 @@ def measure(path: str, texts: dict[str, str], args: argparse.Namespace, device: 
 
 def kept_ratio(config: Any) -> float:
     """Cached numbers per token over the uncompressed model's: 1 for a stock model."""
-    from palu.calibrate.sites import head_dim
+    from palu.config import head_dim
     from palu.models import is_latent
 
     if not is_latent(config):

@@ -4,10 +4,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from transformers import PreTrainedConfig
+
 from palu.core.errors import PaluError
 from palu.core.types import RankPlan, Side
 
 FORMAT_VERSION = 1
+DEFAULT_FISHER_SEQLEN = 1024
 GroupSize = int | Literal["all"]
 
 
@@ -28,6 +31,15 @@ def resolve_group_size(group_size: GroupSize, num_kv_heads: int, name: str) -> i
     return group_size
 
 
+def head_dim(model_config: PreTrainedConfig) -> int:
+    """Numbers per key or value head of a model."""
+    return getattr(model_config, "head_dim", None) or model_config.hidden_size // model_config.num_attention_heads
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise PaluError(message)
@@ -43,7 +55,8 @@ class CompressionConfig:
     search_method, decompose_method: names in `palu.search` and `palu.decompose`.
     rank_multiple: ranks are multiples of this (or a group's whole dimension).
     n_whiten_calib_samples, calib_seqlen: windows and tokens per window for the input moments.
-    n_fisher_calib_samples, fisher_seqlen: the same for the Fisher information.
+    n_fisher_calib_samples, fisher_seqlen: the same for the Fisher information; a length of None means 1024, or
+        calib_seqlen where that is shorter.
     calib_dataset: a data set's name, or a file or directory.
     seed: draws the calibration windows.
     """
@@ -57,20 +70,23 @@ class CompressionConfig:
     n_whiten_calib_samples: int = 256
     n_fisher_calib_samples: int = 32
     calib_seqlen: int = 1024
-    fisher_seqlen: int = 1024
+    fisher_seqlen: int | None = None
     calib_dataset: str = "wikitext2"
     seed: int = 0
 
     def __post_init__(self) -> None:
         ratio = self.param_ratio_target
-        _require(0 < ratio <= 1, f"param_ratio_target {ratio} is the kept fraction and must lie in (0, 1]")
-        for name in ("rank_multiple", "n_whiten_calib_samples", "n_fisher_calib_samples"):
-            _require(getattr(self, name) >= 1, f"{name} {getattr(self, name)} must be at least 1")
-        for name in ("calib_seqlen", "fisher_seqlen"):
-            _require(getattr(self, name) >= 2, f"{name} {getattr(self, name)} must be at least 2")
-        for name in ("head_group_size", "value_group_size"):
-            size = getattr(self, name)
-            valid = size in (None, "all") if not isinstance(size, int) else size >= 1
+        valid = isinstance(ratio, int | float) and 0 < ratio <= 1
+        _require(valid, f"param_ratio_target {ratio!r} is the kept fraction and must lie in (0, 1]")
+        if self.fisher_seqlen is None and _is_count(self.calib_seqlen):
+            object.__setattr__(self, "fisher_seqlen", min(DEFAULT_FISHER_SEQLEN, self.calib_seqlen))
+        counts = {"rank_multiple": 1, "n_whiten_calib_samples": 1, "n_fisher_calib_samples": 1}
+        for name, least in (counts | {"calib_seqlen": 2, "fisher_seqlen": 2, "seed": 0}).items():
+            value = getattr(self, name)
+            _require(_is_count(value) and value >= least, f"{name} {value!r} must be a number of at least {least}")
+        _require(self.seed < 2**63, f"seed {self.seed} must be below 2**63")
+        for name, size in (("head_group_size", self.head_group_size), ("value_group_size", self.value_group_size)):
+            valid = size == "all" or (_is_count(size) and size >= 1) or (size is None and name == "value_group_size")
             _require(valid, f"{name} {size!r} must be a number of kv heads or 'all'")
 
     def group_size(self, side: Side, num_kv_heads: int) -> int:

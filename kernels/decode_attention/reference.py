@@ -63,6 +63,8 @@ def decode_attention(
         The output [batch, queries, num_heads, head_dim] and the probabilities [batch, num_heads, queries, length],
         both of `query`'s dtype.
     """
+    # Scaled before the product, so that scores of 16-bit tensors do not overflow.
+    query = query * scaling
     scores = torch.cat(
         [
             _block_scores(query, latents, key, (cos, sin), key_norm)
@@ -75,7 +77,7 @@ def decode_attention(
         ],
         dim=-1,
     )
-    scores = scores.float() * scaling
+    scores = scores.float()
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
@@ -92,7 +94,7 @@ def _block_scores(
     rotation: tuple[Tensor, Tensor],
     key_norm: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
-    """Unscaled scores of one block of tokens, [batch, num_heads, queries, block]."""
+    """Scores of one block of tokens, [batch, num_heads, queries, block]."""
     batch, num_heads, queries, head_dim = query.shape
     keys = reconstruct(latents, key.up, key.ranks, key.bias)
     keys = keys.view(batch, latents.shape[1], -1, head_dim)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from palu.calibrate.sites import head_dim, projection
+from palu.calibrate.sites import projection
+from palu.config import head_dim
 from palu.core.errors import PaluError
 from palu.core.progress import Progress, silent
 from palu.core.types import SIDES, Side

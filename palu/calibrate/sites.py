@@ -4,14 +4,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from palu.config import CompressionConfig
+from palu.config import CompressionConfig, head_dim
 from palu.core.errors import PaluError
 from palu.core.types import SIDES, Side, Site, SiteShape
-
-
-def head_dim(config: PreTrainedConfig) -> int:
-    """Numbers per key or value head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def projection(model: PreTrainedModel, layer: int, side: Side) -> nn.Linear:

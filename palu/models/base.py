@@ -1,7 +1,7 @@
 """What the families share: the config block, latent layers in place of full ones, generation with the latent cache."""
 
 from dataclasses import dataclass
-from os import PathLike
+from os import PathLike, makedirs
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from palu.config import LatentConfig
+from palu.config import LatentConfig, head_dim
 from palu.core.errors import PaluError
 from palu.models.remote_code import auto_map, write_remote_code
 from palu.nn.latent_attention import LatentAttention
@@ -49,9 +49,25 @@ class LatentConfigMixin:
             PaluError: if it is missing or does not fit the model.
         """
         latent = LatentConfig.from_dict(self.palu)
-        head_dim = getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
-        latent.check_model(self.num_hidden_layers, self.num_key_value_heads, head_dim)
+        latent.check_model(self.num_hidden_layers, self.num_key_value_heads, head_dim(self))
         return latent
+
+
+def check_loading_info(path: str | PathLike, info: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose tensors are not exactly the model's.
+
+    Raises:
+        PaluError: naming the tensors.
+    """
+    misshapen = [f"{name} {tuple(found)}, not {tuple(wanted)}" for name, found, wanted in info["mismatched_keys"]]
+    kinds = {"missing": info["missing_keys"], "misshapen": misshapen, "unexpected": info["unexpected_keys"]}
+    problems = [
+        f"{len(found)} {kind} tensors: {'; '.join(sorted(found)[:4])}{'; ...' if len(found) > 4 else ''}"
+        for kind, found in kinds.items()
+        if found
+    ]
+    if problems:
+        raise PaluError(f"{path}: {', '.join(problems)}")
 
 
 class LatentPreTrainedMixin:
@@ -78,21 +94,15 @@ class LatentPreTrainedMixin:
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        missing = sorted(info["missing_keys"])
-        misshapen = [f"{name} {tuple(found)}, not {tuple(wanted)}" for name, found, wanted in info["mismatched_keys"]]
-        problems = [
-            f"{len(found)} {what}: {'; '.join(found[:4])}{'; ...' if len(found) > 4 else ''}"
-            for what, found in (("missing tensors", missing), ("misshapen tensors", sorted(misshapen)))
-            if found
-        ]
-        if problems:
-            raise PaluError(f"{pretrained_model_name_or_path}: {', '.join(problems)}")
+        check_loading_info(pretrained_model_name_or_path, info)
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: str | PathLike, *args, **kwargs) -> None:
         """As in transformers, plus the modelling code, for programs that do not import palu."""
-        super().save_pretrained(save_directory, *args, **kwargs)
+        # The code first: with push_to_hub the directory is uploaded inside the call to super.
+        makedirs(save_directory, exist_ok=True)
         write_remote_code(type(self).__module__, save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
 
 class LatentModelMixin(LatentPreTrainedMixin):

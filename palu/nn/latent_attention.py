@@ -59,15 +59,16 @@ class LatentAttention(nn.Module):
         query = rotate(query, *(table[:, None] for table in position_embeddings))
         key_latents = self.k_proj.latents(hidden_states)
         value_latents = self.v_proj.latents(hidden_states)
-        rotation = position_embeddings
+        rotation, filled = position_embeddings, key_latents.shape[1]
         if past_key_values is not None:
             key_latents, value_latents = past_key_values.update(
                 key_latents, value_latents, self.layer_idx, position_ids
             )
-            positions = past_key_values.layers[self.layer_idx].positions.to(query.device)
-            rotation = key_rotation(positions, self.sliding_window, query.dtype)
+            layer = past_key_values.layers[self.layer_idx]
+            rotation = key_rotation(layer.positions.to(query.device), self.sliding_window, query.dtype)
+            filled = layer.filled
         if self._decodes(query.shape[2], attention_mask):
-            mask = self._decode_mask(attention_mask, query.shape[2], key_latents.shape[1])
+            mask = self._decode_mask(attention_mask, query.shape[2], key_latents.shape[1], filled)
             output, weights = self._decode(query, key_latents, value_latents, rotation, mask)
         else:
             output, weights = self._prefill(query, key_latents, value_latents, rotation, attention_mask, **kwargs)
@@ -134,21 +135,29 @@ class LatentAttention(nn.Module):
         dense_mask = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.ndim in (2, 4))
         return queries <= FEW_TOKENS and dense_mask and not self.training
 
-    def _decode_mask(self, attention_mask: Tensor | None, queries: int, length: int) -> Tensor | None:
-        """A mask [batch or 1, 1, queries, length] from what the attention implementations are given."""
+    def _decode_mask(
+        self, attention_mask: Tensor | None, queries: int, length: int, filled: int | Tensor
+    ) -> Tensor | None:
+        """A mask [batch or 1, 1, queries, length] from what the attention implementations are given.
+
+        Without a 4D mask the newest `queries` of the `filled` slots are the queries themselves, each sees what came
+        before it, and a 2D mask (flash attention's convention) hides padding.
+        """
         if attention_mask is not None and attention_mask.ndim == 4:
             return attention_mask[..., :length]
-        if attention_mask is None and queries == 1:
+        if attention_mask is None and queries == 1 and isinstance(filled, int) and filled == length:
             return None
-        # Flash attention's convention: the newest query sees everything, a 2D mask hides padding.
-        device = self.o_proj.weight.device
-        behind = torch.arange(length - queries, length, device=device)[:, None] - torch.arange(length, device=device)
-        causal = behind >= 0
+        slots = torch.arange(length, device=self.o_proj.weight.device)
+        own = torch.arange(queries, device=slots.device) + (filled - queries)
+        behind = own[:, None] - slots
+        visible = behind >= 0
         if self.sliding_window is not None:
-            causal = causal & (behind < self.sliding_window)
+            visible = visible & (behind < self.sliding_window)
         if attention_mask is None:
-            return causal[None, None]
-        return causal[None, None] & attention_mask[:, None, None, -length:].bool()
+            return visible[None, None]
+        padding = attention_mask[:, -length:].bool()
+        padding = torch.nn.functional.pad(padding, (0, length - padding.shape[1]))
+        return visible[None, None] & padding[:, None, None]
 
 
 def _low_rank(projection: nn.Linear, ranks: tuple[int, ...]) -> LowRankLinear:

@@ -96,6 +96,7 @@ def cache_bytes_per_token(cache: Cache) -> float:
     """Held bytes over (rows x tokens seen); 0 for an empty cache."""
     for layer in cache.layers:
         rows = layer.batch_size if isinstance(layer, LatentLayer) else (len(layer.keys) if layer.is_initialized else 0)
-        if rows > 0:
-            return cache_nbytes(cache) / (rows * int(layer.get_seq_length()))
+        length = int(layer.get_seq_length())
+        if rows > 0 and length > 0:
+            return cache_nbytes(cache) / (rows * length)
     return 0.0

@@ -38,6 +38,7 @@ class LatentLayer(CacheLayerMixin):
         self.cumulative_length = 0
         self.key_buffer, self.value_buffer, self.position_buffer = TokenBuffer(), TokenBuffer(), TokenBuffer()
         self.visible_positions: Tensor | None = None
+        self.filled: int | Tensor = 0
 
     @property
     def buffers(self) -> tuple[TokenBuffer, ...]:
@@ -61,8 +62,10 @@ class LatentLayer(CacheLayerMixin):
         """Append latents [batch, new, sum(ranks)] with their positions [batch or 1, new].
 
         Returns:
-            The key and value latents that the new tokens may attend to, the new ones last. `positions` are theirs.
+            The key and value latents that the new tokens may attend to. `positions` are theirs; the first `filled` of
+            them are tokens, the new ones last (a fixed layer returns its unwritten room too).
         """
+        self._check_rows(key_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = key_states.shape[1]
@@ -78,9 +81,15 @@ class LatentLayer(CacheLayerMixin):
         if self.leader is None:
             self.visible_positions = self.position_buffer.tokens[:, -visible:, 0]
         keys, values = self.key_buffer.tokens[:, -visible:], self.value_buffer.tokens[:, -visible:]
+        self.filled = visible
         if not self.record_past:
             self._restrict_to_window()
         return keys, values
+
+    def _check_rows(self, key_states: Tensor) -> None:
+        rows = self.batch_size
+        if rows not in (-1, key_states.shape[0]):
+            raise PaluError(f"the latent cache holds {rows} rows, the new tokens have {key_states.shape[0]}")
 
     def _restrict_to_window(self) -> None:
         if self.is_sliding:
@@ -181,6 +190,8 @@ class FixedLatentLayer(LatentLayer):
     def __init__(
         self, capacity: int, leader: Optional["FixedLatentLayer"] = None, sliding_window: int | None = None
     ) -> None:
+        if capacity < 1:
+            raise PaluError(f"the capacity of a latent cache must be at least 1, not {capacity}")
         super().__init__(leader=leader, sliding_window=sliding_window, max_length=capacity)
         self.capacity = capacity if sliding_window is None else min(capacity, sliding_window)
         self.written = torch.zeros((), dtype=torch.int64)
@@ -205,6 +216,7 @@ class FixedLatentLayer(LatentLayer):
         self, key_states: Tensor, value_states: Tensor, position_ids: Tensor, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
         """Write latents behind the ones held; see `LatentLayer.update`."""
+        self._check_rows(key_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = key_states.shape[1]
@@ -222,6 +234,7 @@ class FixedLatentLayer(LatentLayer):
         if not rolls:
             self.written.add_(new)
         self.cumulative_length += new
+        self.filled = min(self.cumulative_length, keys.shape[1]) if self.is_sliding else self.written
         return keys, values
 
     def _write(self, buffer: TokenBuffer, tokens: Tensor) -> Tensor:
@@ -254,6 +267,14 @@ class FixedLatentLayer(LatentLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """A fixed cache cannot be cropped (nor can transformers' StaticCache)."""
         raise RuntimeError("a latent cache of fixed capacity cannot be cropped; use the growing one")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only the rows `indices`; in place where their number stays, so that the tensors do not move."""
+        for buffer in self.buffers:
+            if buffer.storage is not None and len(indices) == buffer.storage.shape[0] and indices.dtype != torch.bool:
+                buffer.storage.copy_(buffer.storage[indices.to(buffer.storage.device)])
+            else:
+                buffer.select_rows(indices)
 
     def reset(self) -> None:
         """Forget all tokens, keep the memory."""

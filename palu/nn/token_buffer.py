@@ -3,6 +3,10 @@
 import torch
 from torch import Tensor
 
+# Storage is given back when it is larger than this times the held tokens, plus the slack that spares tiny buffers.
+SHRINK_FACTOR = 4
+SHRINK_SLACK = 16
+
 
 class TokenBuffer:
     """[batch, capacity, width] storage of which the tokens start..stop are held.
@@ -46,8 +50,10 @@ class TokenBuffer:
         self.storage, self.start, self.stop = room, 0, len(self)
 
     def drop_front(self, count: int) -> None:
-        """Forget the `count` oldest tokens."""
+        """Forget the `count` oldest tokens, and give back the memory where most of it is unused then."""
         self.start = min(self.stop, self.start + count)
+        if self.storage is not None and self.storage.shape[1] > SHRINK_FACTOR * len(self) + SHRINK_SLACK:
+            self.storage, self.start, self.stop = self.tokens.clone(), 0, len(self)
 
     def drop_back(self, count: int) -> None:
         """Forget the `count` newest tokens."""
