@@ -72,18 +72,47 @@ def add_calibration_flags(flag: Callable[..., Any]) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Compress, write, report."""
+    """Check what was asked, compress, write, report."""
     import torch
 
-    from palu import CompressionConfig, compress
+    from palu import compress
     from palu.calibrate.store import default_cache_dir
     from palu.calibrate.text import DEMO_ASSETS
-    from palu.checkpoint import check_space, load_config, load_model, load_tokenizer, parse_dtype, prepare_output
-    from palu.pipeline import calibration_windows, check_compression
-    from utils.console import progress, working
+    from palu.checkpoint import check_shard_size, load_config, parse_dtype, prepare_output
+    from palu.pipeline import check_compression
+    from utils.console import progress
+    from utils.results import results_path
 
-    source = args.model_id or str(DEMO_ASSETS / "model")
-    config = CompressionConfig(
+    source = str(DEMO_ASSETS / "model") if args.model_id is None else args.model_id
+    config = compression_config(args)
+    dtype, device = parse_dtype(args.dtype), resolve_device(args.device)
+    check_shard_size(args.max_shard_size)
+    label = checkpoint_name("demo" if args.model_id is None else Path(args.model_id).resolve().name, config)
+    output = None
+    if args.dump_huggingface_model:
+        output = prepare_output(label if args.output_dir is None else args.output_dir, args.overwrite, [source])
+    results = results_path(args.results, "compress", output.name if output else label)
+    cache_dir = Path(args.cache_dir) if args.cache_dir is not None else default_cache_dir()
+    model_config = load_config(source, args.trust_remote_code)
+    check_compression(model_config, config)
+    if args.use_cache:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    saved_dtype = dtype if dtype != "auto" else (model_config.dtype or torch.float32)
+    model, tokenizer, windows = load_inputs(source, model_config, config, saved_dtype, output, device, args)
+    compression = compress(
+        model, tokenizer, config, windows=windows, cache_dir=cache_dir if args.use_cache else None, progress=progress
+    )
+    compression.model.to(saved_dtype)
+    report(args, config, compression, tokenizer, output, results, device, output.name if output else label)
+
+
+def compression_config(args: argparse.Namespace) -> Any:
+    """The library's CompressionConfig for the flags."""
+    from palu import CompressionConfig
+
+    default_text = "demo" if args.model_id is None else "wikitext2"
+    return CompressionConfig(
         param_ratio_target=args.param_ratio_target,
         head_group_size=args.head_group_size,
         value_group_size=args.value_group_size,
@@ -93,35 +122,33 @@ def main(args: argparse.Namespace) -> None:
         n_whiten_calib_samples=args.n_whiten_calib_samples,
         n_fisher_calib_samples=args.n_fisher_calib_samples,
         calib_seqlen=args.calib_seqlen,
-        fisher_seqlen=args.fisher_seqlen or min(1024, args.calib_seqlen),
-        calib_dataset=args.calib_dataset or ("wikitext2" if args.model_id else "demo"),
+        fisher_seqlen=args.fisher_seqlen,
+        calib_dataset=default_text if args.calib_dataset is None else args.calib_dataset,
         seed=args.seed,
     )
-    dtype, device = parse_dtype(args.dtype), resolve_device(args.device)
-    name = Path(args.model_id).resolve().name if args.model_id else "demo"
-    output = None
-    if args.dump_huggingface_model:
-        output = prepare_output(args.output_dir or checkpoint_name(name, config), args.overwrite)
-    model_config = load_config(source, args.trust_remote_code)
-    check_compression(model_config, config)
-    torch.manual_seed(args.seed)
+
+
+def load_inputs(
+    source: str, model_config: Any, config: Any, dtype: Any, output: Path | None, device: str, args: argparse.Namespace
+) -> tuple[Any, Any, Any]:
+    """The model, its tokenizer and the calibration windows; refuses a disk too small for the result."""
+    import torch
+
+    from palu.checkpoint import check_space, load_model, load_tokenizer
+    from palu.pipeline import calibration_windows
+    from utils.console import working
+
     with working("reading the calibration text and the model"):
         tokenizer = load_tokenizer(source, args.trust_remote_code)
         windows = calibration_windows(tokenizer, model_config, config)
-        saved_dtype = dtype if dtype != "auto" else (model_config.dtype or torch.float32)
-        compute_dtype = torch.float32 if device == "cpu" else saved_dtype
+        compute_dtype = torch.float32 if device == "cpu" else dtype
         model = load_model(source, compute_dtype, device, args.trust_remote_code)
     if output is not None:
-        check_space(output, sum(p.numel() for p in model.parameters()) * saved_dtype.itemsize)
-    cache_dir = Path(args.cache_dir) if args.cache_dir else default_cache_dir()
-    compression = compress(
-        model, tokenizer, config, windows=windows, cache_dir=cache_dir if args.use_cache else None, progress=progress
-    )
-    compression.model.to(saved_dtype)
-    report(args, config, compression, tokenizer, output, device, name)
+        check_space(output, sum(p.numel() for p in model.parameters()) * dtype.itemsize)
+    return model, tokenizer, windows
 
 
-def checkpoint_name(model: str, config) -> str:  # noqa: ANN001 (palu is imported after parsing)
+def checkpoint_name(model: str, config: Any) -> str:
     """`{MODEL}_ratio-{r}_gs-{gs}-{search}-{decompose}`, the value group size named where it differs."""
     groups = f"gs-{config.head_group_size}"
     if config.value_group_size not in (None, config.head_group_size):
@@ -129,32 +156,41 @@ def checkpoint_name(model: str, config) -> str:  # noqa: ANN001 (palu is importe
     return f"{model}_ratio-{config.param_ratio_target:g}_{groups}-{config.search_method}-{config.decompose_method}"
 
 
-def report(args, config, compression, tokenizer, output, device, name) -> None:  # noqa: ANN001 (as above)
+def report(
+    args: argparse.Namespace,
+    config: Any,
+    compression: Any,
+    tokenizer: Any,
+    output: Path | None,
+    path: Path,
+    device: str,
+    label: str,
+) -> None:
     """Save the checkpoint and the record, print the tables."""
     import time
 
     from palu.checkpoint import save_checkpoint
     from utils.console import console, working
     from utils.report import plot_ranks, rank_table, stage_table
-    from utils.results import compression_rows, default_path, environment, write_results
+    from utils.results import compression_rows, environment, write_results
 
-    env = environment(device, args.seed)
-    label = output.name if output else checkpoint_name(name, config)
-    rows = compression_rows(label, compression)
     asked = vars(args) | {"compression": config.to_dict(), "calibration": compression.calibration}
+    results = {
+        "rows": compression_rows(label, compression),
+        "config": asked,
+        "environment": environment(device, args.seed),
+    }
     if output is not None:
         started = time.perf_counter()
         with working(f"writing {output}"):
-            record = {"rows": rows, "config": asked, "environment": env}
-            save_checkpoint(compression.model, tokenizer, output, record, args.max_shard_size)
-        rows.append({"kind": "stage", "stage": "save", "seconds": time.perf_counter() - started})
-    path = Path(args.results) if args.results else default_path("compress", label)
-    results = {"rows": rows, "config": asked, "environment": env}
-    write_results(path, **{"rows": rows, "config": asked, "env": env})
+            save_checkpoint(compression.model, tokenizer, output, results, args.max_shard_size, args.overwrite)
+        results["rows"].append({"kind": "stage", "stage": "save", "seconds": time.perf_counter() - started})
+    write_results(path, results)
     plot_ranks(results, path.with_suffix(".png"))
     rank_table(results)
     stage_table(results)
-    written = f"checkpoint: {output}" if output else "no checkpoint written (--no-dump_huggingface_model)"
+    shown = label if args.output_dir is None else args.output_dir
+    written = f"checkpoint: {shown}" if output else "no checkpoint written (--no-dump_huggingface_model)"
     console.print(f"{written}\nrecord: {path}, plot: {path.with_suffix('.png')}", highlight=False, soft_wrap=True)
 
 

@@ -35,12 +35,13 @@ def main(args: argparse.Namespace) -> None:
     import torch
 
     from palu.calibrate.text import load_text
-    from palu.checkpoint import load_config, parse_dtype
+    from palu.checkpoint import load_config, load_tokenizer, parse_dtype
     from palu.core.errors import PaluError
+    from utils.console import console
     from utils.report import perplexity_table, plot_perplexity
-    from utils.results import default_path, environment, write_results
+    from utils.results import environment, results_path, write_results
 
-    names = [name for name in args.datasets.split(",") if name]
+    names = [name.strip() for name in args.datasets.split(",") if name.strip()]
     for flag, value in (("--batch_size", args.batch_size), ("--max_windows", args.max_windows)):
         if value is not None and value < 1:
             raise PaluError(f"{flag} {value} must be at least 1")
@@ -50,16 +51,23 @@ def main(args: argparse.Namespace) -> None:
     device = resolve_device(args.device)
     parse_dtype(args.dtype)
     torch.manual_seed(args.seed)
-    for path in models:
-        check_model(load_config(path, args.trust_remote_code), path, args.seqlen)
+    path = results_path(args.results, "ppl", args.model_name_or_path)
+    for model in models:
+        check_model(load_config(model, args.trust_remote_code), model, args.seqlen)
+        load_tokenizer(model, args.trust_remote_code)
     texts = {name: load_text(name, "evaluation", args.seed) for name in names}
-    rows = [row for path in models for row in measure(path, texts, args, device)]
-    results = {"rows": rows, "config": vars(args)}
-    path = Path(args.results) if args.results else default_path("ppl", args.model_name_or_path)
-    write_results(path, rows, vars(args), environment(device, args.seed))
+    rows = [row for model in models for row in measure(model, labels(models)[model], texts, args, device)]
+    results = {"rows": rows, "config": vars(args), "environment": environment(device, args.seed)}
+    write_results(path, results)
     plot_perplexity(results, path.with_suffix(".png"))
     perplexity_table(results)
-    print(f"record: {path}, plot: {path.with_suffix('.png')}")
+    console.print(f"record: {path}, plot: {path.with_suffix('.png')}", highlight=False, soft_wrap=True)
+
+
+def labels(models: list[str]) -> dict[str, str]:
+    """Directory names, or whole paths where two are equal."""
+    names = {model: Path(model).resolve().name if Path(model).exists() else model for model in models}
+    return names if len(set(names.values())) == len(names) else {model: model for model in models}
 
 
 def check_model(config: Any, path: str, seqlen: int) -> None:
@@ -73,7 +81,9 @@ def check_model(config: Any, path: str, seqlen: int) -> None:
         raise PaluError(f"{path}: {error}") from error
 
 
-def measure(path: str, texts: dict[str, str], args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
+def measure(
+    path: str, label: str, texts: dict[str, str], args: argparse.Namespace, device: str
+) -> list[dict[str, Any]]:
     """One row per text for one model."""
     from palu.calibrate.windows import consecutive_windows, tokenize
     from palu.checkpoint import load_model, load_tokenizer, parse_dtype
@@ -89,7 +99,6 @@ def measure(path: str, texts: dict[str, str], args: argparse.Namespace, device: 
             ]
             for name, text in texts.items()
         }
-    label = Path(path).resolve().name if Path(path).exists() else path
     rows = []
     for name, batch in windows.items():
         result = perplexity(model, batch, args.batch_size, progress, f"{label} on {Path(name).name}")

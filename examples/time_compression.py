@@ -67,10 +67,11 @@ def main(args: argparse.Namespace) -> None:
     from palu.pipeline import CalibrationWindows
     from utils.console import progress
     from utils.report import stage_table
-    from utils.results import compression_rows, default_path, environment, write_results
+    from utils.results import compression_rows, environment, results_path, write_results
 
     device = resolve_device(args.device)
     output = prepare_output(args.output_dir, overwrite=False)
+    path = results_path(args.results, "time_compression", args.model_shape)
     torch.manual_seed(args.seed)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
@@ -87,9 +88,8 @@ def main(args: argparse.Namespace) -> None:
     save_checkpoint(compression.model, None, output)
     compression.stages.append({"stage": "save", "seconds": time.perf_counter() - started})
     rows = compression_rows(args.model_shape, compression)
-    path = Path(args.results) if args.results else default_path("time_compression", args.model_shape)
     results = {"rows": rows, "config": vars(args), "environment": environment(device, args.seed)}
-    write_results(path, rows, results["config"], results["environment"])
+    write_results(path, results)
     stage_table(results)
     ids = windows.fisher[:2, :64].to(device)
     loaded = load_model(output, device=device)

@@ -3,13 +3,15 @@
 import errno
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,6 +23,7 @@ from transformers import (
 
 from palu.core.errors import PaluError
 from palu.core.hub import hub_reachable
+from palu.models.base import check_loading_info
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Room for the tokenizer, the code and the file system's own needs beside the weights.
@@ -44,9 +47,18 @@ def load_config(path: str | Path, trust_remote_code: bool = False) -> PreTrained
     """A model's config.
 
     Raises:
-        PaluError: if the directory or hub name holds no readable config.
+        PaluError: if the directory or hub name holds no readable config, or a weight file beside it is damaged.
     """
-    return _load(AutoConfig, path, trust_remote_code=trust_remote_code)
+    config = _load(AutoConfig, path, trust_remote_code=trust_remote_code)
+    if getattr(config, "max_position_embeddings", None) is None or getattr(config, "vocab_size", None) is None:
+        raise PaluError(f"{path}: {config.model_type!r} is no language model with positions and a vocabulary")
+    for file in Path(path).glob("*.safetensors"):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise PaluError(f"{file} is damaged: {error}") from error
+    return config
 
 
 def load_model(
@@ -55,10 +67,18 @@ def load_model(
     """A causal language model, stock or compressed, in evaluation mode.
 
     Raises:
-        PaluError: if it cannot be loaded, or tensors are missing or misshapen.
+        PaluError: if it cannot be loaded, or its tensors are not exactly those that its config asks for.
     """
-    device_map = "auto" if device == "auto" else {"": device}
-    model = _load(AutoModelForCausalLM, path, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    model, info = _load(
+        AutoModelForCausalLM,
+        path,
+        dtype=dtype,
+        device_map={"": device},
+        trust_remote_code=trust_remote_code,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    check_loading_info(path, info)
     return model.eval()
 
 
@@ -85,29 +105,48 @@ def _load(auto_class: Any, path: str | Path, **kwargs: Any) -> Any:
     except Exception as error:  # the hub client and the loaders raise a dozen unrelated types
         if not is_local and not hub_reachable():
             raise PaluError(f"{path}: no such directory here, and the hub cannot be reached") from error
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise PaluError(f"{path}: cannot be loaded: {reason}") from error
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = " ".join(lines[:2]) or type(error).__name__
+        what = auto_class.__name__.removeprefix("Auto").removesuffix("ForCausalLM").lower()
+        raise PaluError(f"{path}: the {what} cannot be loaded: {reason}") from error
 
 
-def prepare_output(path: str | Path, overwrite: bool) -> Path:
-    """Refuse an output directory that exists (or is a file) unless it may be replaced; before any long work.
+def prepare_output(path: str | Path, overwrite: bool, sources: Sequence[str | Path] = ()) -> Path:
+    """Check an output directory before any long work; returns it with links resolved.
+
+    Args:
+        overwrite: whether a checkpoint that is there may be replaced.
+        sources: directories that must not be replaced because they are read.
 
     Raises:
-        PaluError: saying what to do.
+        PaluError: saying what is wrong and what to do.
     """
-    path = Path(path)
-    if path.exists() and not overwrite:
+    resolved = Path(path).resolve()
+    if resolved.exists() and not overwrite:
         raise PaluError(f"output directory {path} exists; choose another or pass --overwrite")
-    if path.exists() and not path.is_dir():
+    if resolved.exists() and not resolved.is_dir():
         raise PaluError(f"output {path} is a file")
-    if path.exists() and any(path.iterdir()) and not (path / "config.json").is_file():
+    if any(Path(source).exists() and Path(source).resolve() == resolved for source in sources):
+        raise PaluError(f"output directory {path} is the model that is read; choose another")
+    if resolved in (Path.cwd(), *Path.cwd().parents):
+        raise PaluError(f"output directory {path} holds the current directory; choose another")
+    if resolved.exists() and any(resolved.iterdir()) and not (resolved / "config.json").is_file():
         raise PaluError(f"output directory {path} does not look like a checkpoint; it is not overwritten")
-    parent = path.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not os.access(parent, os.W_OK):
-        raise PaluError(f"output directory {path}: {parent} is not writable")
-    return path
+    parent = _existing_parent(resolved)
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise PaluError(f"output directory {path}: {parent} is not a directory that can be written to")
+    return resolved
+
+
+def check_shard_size(size: str) -> str:
+    """Refuse a shard size that transformers would not understand.
+
+    Raises:
+        PaluError: with an example.
+    """
+    if not re.fullmatch(r"[1-9][0-9]*(KB|MB|GB)", size):
+        raise PaluError(f"max_shard_size {size!r} must be a whole number with KB, MB or GB, such as 5GB")
+    return size
 
 
 def check_space(path: Path, needed_bytes: int) -> None:
@@ -116,12 +155,13 @@ def check_space(path: Path, needed_bytes: int) -> None:
     Raises:
         PaluError: with both sizes.
     """
-    parent = path.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
+    free = shutil.disk_usage(_existing_parent(path)).free
     if free < needed_bytes + SPARE_BYTES:
         raise PaluError(f"no space for {path}: about {needed_bytes / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in path.absolute().parents if parent.exists())
 
 
 @contextmanager
@@ -132,16 +172,19 @@ def whole_directory(path: Path) -> Iterator[Path]:
         PaluError: if the disk is full.
     """
     partial = path.absolute().with_name(f".{path.name}.{os.getpid()}.partial")
+    replaced = partial.with_suffix(".replaced")
     try:
         partial.mkdir(parents=True)
         yield partial
         if path.exists():
-            replaced = partial.with_suffix(".replaced")
             path.rename(replaced)
+        try:
             partial.rename(path)
-            shutil.rmtree(replaced)
-        else:
-            partial.rename(path)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(path)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise PaluError(f"no space left on the device while writing {path}") from error
@@ -153,16 +196,17 @@ def whole_directory(path: Path) -> Iterator[Path]:
 def save_checkpoint(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    path: Path,
+    path: str | Path,
     record: dict[str, Any] | None = None,
     max_shard_size: str = "5GB",
+    overwrite: bool = False,
 ) -> None:
     """Write model, tokenizer, modelling code and `palu.json` (the record of how it was made).
 
     Raises:
-        PaluError: if the disk is full; nothing is left behind.
+        PaluError: if the directory exists and may not be replaced, or the disk is full; nothing is left behind.
     """
-    with whole_directory(path) as partial:
+    with whole_directory(prepare_output(path, overwrite)) as partial:
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)

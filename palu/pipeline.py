@@ -18,7 +18,7 @@ from palu.calibrate.moments import stream_grams
 from palu.calibrate.sites import check_weights, site_shapes, site_weight
 from palu.calibrate.store import StatisticsStore, tokens_fingerprint
 from palu.calibrate.text import load_text
-from palu.calibrate.windows import check_seqlen, sample_windows, tokenize
+from palu.calibrate.windows import check_seqlen, check_vocabulary, sample_windows, tokenize
 from palu.config import CompressionConfig, LatentConfig
 from palu.core.budget import RankBudget
 from palu.core.errors import PaluError
@@ -59,6 +59,11 @@ class CalibrationWindows:
 
     moments: Tensor | None
     fisher: Tensor | None
+
+    def __post_init__(self) -> None:
+        for name, windows in (("moments", self.moments), ("fisher", self.fisher)):
+            if windows is not None and (windows.ndim != 2 or windows.dtype != torch.int64 or len(windows) == 0):
+                raise PaluError(f"{name} windows must be int64 [windows, seqlen], not {windows.dtype} {windows.shape}")
 
     def only(self, needed: frozenset[Statistic]) -> "CalibrationWindows":
         """The windows that the needed statistics are gathered on.
@@ -106,13 +111,15 @@ def check_compression(model_config: Any, config: CompressionConfig, windows: Cal
     if windows is not None:
         given = {"calib_seqlen": windows.moments, "fisher_seqlen": windows.fisher}
         lengths = {name: tokens.shape[1] for name, tokens in given.items() if tokens is not None}
+        for tokens in (tokens for tokens in given.values() if tokens is not None):
+            check_vocabulary(tokens, model_config, "calibration windows")
     for statistic, name in ((Statistic.GRAM, "calib_seqlen"), (Statistic.FISHER, "fisher_seqlen")):
         if statistic in needed and name in lengths:
             check_seqlen(lengths[name], model_config, name)
 
 
 def calibration_windows(
-    tokenizer: PreTrainedTokenizerBase, model_config: Any, config: CompressionConfig, text: str | None = None
+    tokenizer: PreTrainedTokenizerBase | None, model_config: Any, config: CompressionConfig, text: str | None = None
 ) -> CalibrationWindows:
     """Draw the windows that the chosen methods need from `text`, or from `config.calib_dataset` if it is None.
 
@@ -122,6 +129,8 @@ def calibration_windows(
     needed = statistics_needed(config)
     if not needed:
         return CalibrationWindows(None, None)
+    if tokenizer is None:
+        raise PaluError("a tokenizer (or calibration windows) is needed by these methods")
     where = config.calib_dataset
     text = load_text(where, "calibration", config.seed) if text is None else text
     tokens = tokenize(tokenizer, text, where, model_config)
@@ -168,6 +177,23 @@ def compress(
         check_weights(model)
         windows = windows or calibration_windows(tokenizer, model.config, config, text)
         windows = windows.only(statistics_needed(config))
+    was_training = model.training
+    model.eval()
+    try:
+        return _compress(model, config, windows, stages, cache_dir, progress)
+    finally:
+        model.train(was_training)
+
+
+def _compress(
+    model: PreTrainedModel,
+    config: CompressionConfig,
+    windows: CalibrationWindows,
+    stages: list[dict[str, Any]],
+    cache_dir: Path | None,
+    progress: Progress,
+) -> Compression:
+    """Statistics, plan, factors and model, with everything checked."""
     shapes = site_shapes(model.config, config)
     logger.info("calibration windows: %s", windows.describe() or "none needed")
     with _stage("Fisher information", stages, model.device):
@@ -276,7 +302,7 @@ def _assemble(
     compressed.load_state_dict(state, strict=True, assign=True)
     compressed.tie_weights()
     _copy_rotary(compressed, model)
-    compressed.generation_config = model.generation_config
+    compressed.generation_config = copy.deepcopy(model.generation_config)
     return compressed.eval()
 
 

@@ -151,6 +151,9 @@ def test_text_is_read_from_every_kind_of_file_and_from_a_directory(tmp_path):
         ("bad.jsonl", b'{"text": "a"}\n{"te', "bad.jsonl: cannot be read as .jsonl"),
         ("bad.parquet", b"PAR1 no", "bad.parquet: cannot be read as parquet"),
         ("bad.txt", b"\xff\xfe\x00", "bad.txt: cannot be read as .txt"),
+        ("x.csv", b"a,b", "x.csv: text of type .csv is not known; use .txt, .raw"),
+        ("null.jsonl", b'{"text": null}', "a row's 'text' is None, not text"),
+        ("deep.json", b"[" * 100_000, "deep.json: cannot be read as .json"),
         ("other.jsonl", b'{"label": 3, "score": 1}', "no text column among label, score"),
     ],
 )
@@ -163,7 +166,9 @@ def test_unreadable_text_is_one_clear_line(tmp_path, name, content, message):
 
 @pytest.mark.parametrize("name", ["wikitext2", "c4", "ptb", "alpaca"])
 def test_hub_data_offline_names_the_file_option(name):
-    with pytest.raises(PaluError, match=f"data set '{name}' cannot be loaded.*give a .txt, .jsonl or .parquet file"):
+    with pytest.raises(
+        PaluError, match=f"data set '{name}' cannot be loaded.*give a .txt, .jsonl, .json or .parquet file"
+    ):
         load_text(name, "calibration")
 
 
@@ -175,6 +180,10 @@ def test_an_unknown_data_set_lists_the_known_ones():
 def test_empty_text_is_refused(demo_tokenizer, demo_model):
     with pytest.raises(PaluError, match="empty"):
         tokenize(demo_tokenizer, " \n", "x.txt", demo_model.config)
+
+
+def compress_windows(model, windows):
+    return palu.compress(model, config=palu.CompressionConfig(), windows=CalibrationWindows(windows, windows))
 
 
 def count_forwards(model, **options):
@@ -211,13 +220,62 @@ def test_the_cache_is_keyed_by_weights_and_tokens(tmp_path):
     assert count_forwards(model, cache_dir=tmp_path)[0] > 0
 
 
-@pytest.mark.parametrize("damage", ["truncated", "stale"])
+def test_the_cache_is_keyed_by_the_whole_config(tmp_path):
+    windows = random_windows(tiny_model("qwen2"), 2, 24)
+    changes = [
+        {},
+        {"hidden_act": "gelu"},
+        {"max_window_layers": 2},
+        {"num_attention_heads": 4, "num_key_value_heads": 2},
+    ]
+    keys = {StatisticsStore(tmp_path, "gram", tiny_model("qwen2", **change), windows).key for change in changes}
+    assert len(keys) == len(changes)
+    again = tiny_model("qwen2")
+    again.config._name_or_path = "elsewhere"
+    assert StatisticsStore(tmp_path, "gram", again, windows).key in keys
+
+
+def test_a_model_in_training_mode_is_compressed_as_in_evaluation_and_left_as_it_was():
+    model = tiny_model("llama", attention_dropout=0.5)
+    expected = compressed(model, 0.5, decompose_method="whiten", search_method="fisher").model.state_dict()
+    got = compressed(model.train(), 0.5, decompose_method="whiten", search_method="fisher").model.state_dict()
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    assert model.training
+
+
+def test_streaming_leaves_the_callers_gradient_mode_alone():
+    model = tiny_model("llama")
+    for _ in stream_grams(model, random_windows(model, 1, 8)):
+        assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: palu.compress(m, config=palu.CompressionConfig(calib_seqlen=64)), "a tokenizer .* is needed"),
+        (lambda m: CalibrationWindows(torch.zeros(5, dtype=torch.int64), None), "moments windows must be int64"),
+        (lambda m: CalibrationWindows(None, torch.zeros(2, 3)), "fisher windows must"),
+        (lambda m: compress_windows(m, torch.full((1, 9), 10**6)), "token id 1000000 is there, the model has 101"),
+        (lambda m: palu.CompressionConfig("0.5"), "must lie in"),
+        (lambda m: palu.CompressionConfig(rank_multiple=1.5), "rank_multiple 1.5 must be"),
+        (lambda m: palu.CompressionConfig(head_group_size=None), "head_group_size None must be"),
+        (lambda m: palu.CompressionConfig(seed="a"), "seed 'a' must be"),
+    ],
+)
+def test_wrong_arguments_of_the_library_are_clear(call, message):
+    with pytest.raises(PaluError, match=message):
+        call(tiny_model("llama"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "overwritten", "stale"])
 def test_a_damaged_cache_is_computed_again_with_a_warning(tmp_path, caplog, damage):
     model = tiny_model("llama")
     _, expected = count_forwards(model, cache_dir=tmp_path)
     for path in tmp_path.rglob("*.safetensors"):
         if damage == "truncated":
             path.write_bytes(path.read_bytes()[:-9])
+        elif damage == "overwritten":
+            path.write_bytes(path.read_bytes()[:-40] + b"\xff" * 40)
         else:
             store = StatisticsStore(tmp_path, "gram", model, random_windows(model, 1, 8))
             store.write("x", {"tensor": torch.zeros(2)})
@@ -226,4 +284,4 @@ def test_a_damaged_cache_is_computed_again_with_a_warning(tmp_path, caplog, dama
         calls, got = count_forwards(model, cache_dir=tmp_path)
     assert calls > 0
     assert got.plan == expected.plan
-    assert ("is damaged" if damage == "truncated" else "belongs to other inputs") in caplog.text
+    assert ("belongs to other inputs" if damage == "stale" else "is damaged") in caplog.text

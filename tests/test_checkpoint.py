@@ -120,6 +120,24 @@ def test_missing_tensors_are_refused_by_name(demo_checkpoint, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / "bad")
 
 
+@pytest.mark.parametrize(
+    ("change", "config", "message"),
+    [
+        (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), {}, "1 missing tensors: model.layers.1.mlp.up_proj"),
+        (lambda t: None, {"attention_bias": True}, "12 missing tensors: model.layers.0.self_attn.k_proj.bias"),
+        (lambda t: None, {"num_hidden_layers": 2}, "9 unexpected tensors: model.layers.2"),
+        (lambda t: None, {"intermediate_size": 95}, "9 misshapen tensors: model.layers.0.mlp"),
+    ],
+)
+def test_a_stock_checkpoint_that_does_not_fit_its_config_is_refused(tmp_path, change, config, message):
+    tiny_model("llama").save_pretrained(tmp_path / "stock")
+    damage(tmp_path / "stock", tmp_path / "bad", change)
+    entries = json.loads((tmp_path / "bad" / "config.json").read_text())
+    (tmp_path / "bad" / "config.json").write_text(json.dumps(entries | config))
+    with pytest.raises(PaluError, match=message):
+        load_model(tmp_path / "bad")
+
+
 def test_misshapen_tensors_are_refused_by_name(demo_checkpoint, tmp_path):
     name = "model.layers.1.self_attn.k_proj.down.weight"
 
@@ -214,16 +232,24 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint(tmp_path, monkeyp
 
     monkeypatch.setattr(type(latent), "save_pretrained", no_space)
     with pytest.raises(PaluError, match="no space left"):
-        save_checkpoint(latent, None, target)
+        save_checkpoint(latent, None, target, overwrite=True)
     assert sorted(path.name for path in target.iterdir()) == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_overwriting_needs_leave_and_spares_what_is_no_checkpoint(tmp_path):
+    tmp_path = tmp_path / "out"
+    tmp_path.mkdir()
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(PaluError, match="exists; choose another or pass --overwrite"):
         prepare_output(tmp_path, overwrite=False)
     assert prepare_output(tmp_path, overwrite=True) == tmp_path
+    (tmp_path.parent / "link").symlink_to(tmp_path)
+    assert prepare_output(tmp_path.parent / "link", overwrite=True) == tmp_path
+    with pytest.raises(PaluError, match="is the model that is read"):
+        prepare_output(tmp_path.parent / "link", overwrite=True, sources=[tmp_path])
+    with pytest.raises(PaluError, match="exists"):
+        save_checkpoint(compressed(tiny_model("llama")).model, None, tmp_path)
     (tmp_path / "config.json").rename(tmp_path / "thesis.tex")
     with pytest.raises(PaluError, match="does not look like a checkpoint"):
         prepare_output(tmp_path, overwrite=True)

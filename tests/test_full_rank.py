@@ -78,6 +78,20 @@ def test_generate_variants_equal(pair, options):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("length", [1, 2, 5, 8, 9])
+@pytest.mark.parametrize("chunk", [None, 3], ids=["at once", "in chunks"])
+def test_fixed_capacity_with_short_unpadded_prompts(pair, length, chunk):
+    model, latent = pair
+    ids = random_windows(model, 2, length)
+    expected = model.generate(ids, max_new_tokens=20, do_sample=False)
+    options = {"cache_implementation": "static", "prefill_chunk_size": chunk}
+    assert torch.equal(expected, latent.generate(ids, max_new_tokens=20, do_sample=False, **options))
+    cache = LatentCache(latent.config, capacity=40)
+    got = latent(ids, past_key_values=cache, attention_mask=torch.ones_like(ids)).logits
+    assert max_difference(model(ids).logits, got) < TOLERANCE
+
+
+@torch.no_grad()
 def test_assisted_decoding_crops_the_cache_correctly(pair):
     model, latent = pair
     ids = random_windows(model, 1, 20)
@@ -151,7 +165,7 @@ def test_two_dimensional_masks_of_flash_attention_hide_padding_and_future(querie
     attention = latent.model.layers[0].self_attn
     padding = torch.ones(2, 20, dtype=torch.int64)
     padding[0, :9] = 0
-    mask = attention._decode_mask(padding, queries, 20).expand(2, 1, queries, 20)
+    mask = attention._decode_mask(padding, queries, 20, 20).expand(2, 1, queries, 20)
     for query in range(queries):
         position = 20 - queries + query
         visible = [t <= position and t > position - attention.sliding_window for t in range(20)]

@@ -84,6 +84,13 @@ def test_widths_that_do_not_fit_the_ranks_are_refused():
         decode_attention(query, keys, values[:, 1:], key, value, rotation, mask, 1.0)
 
 
+def test_half_precision_scores_are_scaled_before_they_can_overflow():
+    shape = Shape(1, 2, 2, 64, 1, 5, (64,), (64,))
+    query, keys, values, key, value, rotation, mask = random_call(shape, torch.float16, False)
+    output, _ = decode_attention(query * 60, keys * 60, values, key, value, rotation, mask, 1 / 64)
+    assert torch.isfinite(output).all()
+
+
 def test_cost_formulas():
     shape = Shape(2, 8, 4, 64, 1, 10, (96, 32), (160,))
     assert shape.bytes_read(2) == 2 * 10 * (128 + 160) * 2

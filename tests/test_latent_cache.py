@@ -50,7 +50,7 @@ def test_sliding_layers_hold_no_more_than_the_window(implementation):
     )
     for layer in output.past_key_values.layers:
         assert layer.nbytes() <= 11 * (2 * 64 * 4 + 4)
-        assert layer.key_buffer.storage.shape[1] <= 2 * (11 + 30)
+        assert layer.allocated_nbytes() <= (4 * 11 + 16) * (2 * 64 * 4 + 4)
 
 
 @torch.no_grad()
@@ -142,6 +142,50 @@ def test_fixed_capacity_says_so_when_it_is_full_and_can_be_reset():
     cache.reset()
     assert torch.allclose(latent(ids, past_key_values=cache).logits, first)
     assert cache.layers[0].key_buffer.storage is storage
+
+
+@torch.no_grad()
+def test_a_long_prompt_does_not_leave_its_memory_behind_in_a_sliding_layer():
+    latent = compressed(tiny_model("mistral")).model
+    cache = latent(random_windows(latent, 1, 400)).past_key_values
+    assert cache.allocated_nbytes() == cache.nbytes()
+    assert cache.layers[0].key_buffer.storage.shape[1] == 10
+
+
+@torch.no_grad()
+def test_new_tokens_for_another_number_of_rows_are_refused():
+    latent = compressed(tiny_model("llama")).model
+    ids = random_windows(latent, 2, 9)
+    for cache in (LatentCache(latent.config), LatentCache(latent.config, capacity=20)):
+        latent(ids, past_key_values=cache)
+        with pytest.raises(PaluError, match="holds 2 rows, the new tokens have 1"):
+            latent(ids[:1, :1], past_key_values=cache)
+        assert cache.get_seq_length() == 9
+
+
+@torch.no_grad()
+def test_an_emptied_cache_has_no_bytes_per_token():
+    latent = compressed(tiny_model("llama")).model
+    ids = random_windows(latent, 2, 9)
+    growing, fixed = LatentCache(latent.config), LatentCache(latent.config, capacity=20)
+    for cache in (growing, fixed):
+        latent(ids, past_key_values=cache)
+        assert cache.bytes_per_token() > 0
+    growing.crop(-1000)
+    fixed.reset()
+    assert growing.bytes_per_token() == fixed.bytes_per_token() == 0
+
+
+@torch.no_grad()
+def test_reordering_a_fixed_cache_does_not_move_its_tensors():
+    latent = compressed(tiny_model("llama")).model
+    cache = LatentCache(latent.config, capacity=20)
+    latent(random_windows(latent, 3, 9), past_key_values=cache)
+    storage = cache.layers[1].key_buffer.storage
+    expected = storage[[2, 0, 0]].clone()
+    cache.reorder_cache(torch.tensor([2, 0, 0]))
+    assert cache.layers[1].key_buffer.storage is storage
+    assert torch.equal(storage, expected)
 
 
 @torch.no_grad()

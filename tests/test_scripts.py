@@ -87,7 +87,15 @@ def test_compress_then_evaluate_as_a_user_does():
     assert not [path for path in Path().rglob("*") if "partial" in path.name]
 
 
-def test_batch_size_does_not_change_the_perplexity(capsys):
+def test_a_baseline_of_the_same_name_keeps_its_own_column(capsys):
+    Path("model").symlink_to(DEMO_ASSETS / "model")
+    argv = ["--model_name_or_path", DEMO_ASSETS / "model", "--baseline", "model", "--datasets", "demo", "--seqlen", 64]
+    assert invoke(run_ppl_eval, *argv, "--max_windows", 1, "--results", "r.json") == 0
+    assert "+0.00%" in capsys.readouterr().out
+    assert len({row["model"] for row in read_results(Path("r.json"))["rows"]}) == 2
+
+
+def test_batch_size_does_not_change_the_perplexity():
     values = []
     for batch_size in (1, 3):
         argv = ["--model_name_or_path", DEMO_ASSETS / "model", "--datasets", "demo", "--seqlen", 64, "--max_windows", 5]
@@ -207,18 +215,28 @@ BAD_COMPRESS = [
     (["--value_group_size", "8"], "value_group_size 8 does not divide"),
     (["--head_group_size", "0"], "must be a number of kv heads or 'all'"),
     (["--calib_dataset", "wikitext3"], "data set 'wikitext3' is unknown"),
-    (["--calib_dataset", "wikitext2"], "give a .txt, .jsonl or .parquet file"),
+    (["--calib_dataset", "wikitext2"], "give a .txt, .jsonl, .json or .parquet file"),
     (["--calib_dataset", "empty.txt"], "empty.txt: the text is empty"),
     (["--calib_dataset", "short.txt"], "are too few for one window of 64"),
     (["--calib_seqlen", "4096"], "calib_seqlen 4096 must lie in 2..2048"),
-    (["--calib_seqlen", "1"], "calib_seqlen 1 must be at least 2"),
-    (["--n_whiten_calib_samples", "0"], "n_whiten_calib_samples 0 must be at least 1"),
-    (["--rank_multiple", "0"], "rank_multiple 0 must be at least 1"),
+    (["--calib_seqlen", "1"], "calib_seqlen 1 must be a number of at least 2"),
+    (["--n_whiten_calib_samples", "0"], "n_whiten_calib_samples 0 must be a number of at least 1"),
+    (["--rank_multiple", "0"], "rank_multiple 0 must be a number of at least 1"),
     (["--model_id", "./nowhere"], "./nowhere: no model directory"),
     (["--model_id", "org/none"], "org/none: no such directory here, and the hub cannot be reached"),
-    (["--model_id", "broken"], "broken: cannot be loaded"),
+    (["--model_id", "broken"], "broken: the config cannot be loaded"),
     (["--model_id", "gpt2"], "model family 'gpt2' is not supported; supported: llama, mistral, qwen2, qwen3"),
     (["--output_dir", "exists"], "output directory exists exists; choose another or pass --overwrite"),
+    (["--fisher_seqlen", "0"], "fisher_seqlen 0 must be a number of at least 2"),
+    (["--model_id", "demo", "--output_dir", "demo", "--overwrite"], "output directory demo is the model that is read"),
+    (["--output_dir", "."], "exists; choose another"),
+    (["--output_dir", ".", "--overwrite"], "holds the current directory"),
+    (["--output_dir", "short.txt/x"], "is not a directory that can be written to"),
+    (["--results", "exists"], "--results exists is a directory"),
+    (["--results", "short.txt/x.json"], "is not a directory that can be written to"),
+    (["--results", "out.png"], "the plot takes that name"),
+    (["--max_shard_size", "big"], "max_shard_size 'big' must be a whole number with KB, MB or GB"),
+    (["--use_cache", "--cache_dir", "short.txt"], "short.txt"),
     (["--search_method", "best"], "search_method 'best' is unknown; use one of uniform, fisher, fisher_uniform"),
     (["--decompose_method", "qr"], "decompose_method 'qr' is unknown; use one of whiten, svd"),
     (["--device", "tpu"], "device 'tpu' is not available; use cpu"),
@@ -228,6 +246,7 @@ BAD_COMPRESS = [
 
 def make_bad_inputs():
     Path("exists").mkdir()
+    Path("demo").symlink_to(DEMO_ASSETS / "model")
     Path("empty.txt").write_text("\n")
     Path("short.txt").write_text("too short")
     for name, text in (("broken", "{"), ("gpt2", '{"model_type": "gpt2"}')):
@@ -260,7 +279,9 @@ def test_no_space_is_found_out_before_the_work(capsys, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10, 10, 0))
     assert invoke(compress, *SMALL) == 2
-    assert "no space for demo_ratio-0.5" in one_line(capsys)
+    line = one_line(capsys)
+    assert "no space for" in line
+    assert "demo_ratio-0.5" in line
     assert tree() == []
 
 
@@ -286,6 +307,8 @@ BAD_PPL = [
     (["--batch_size", "0"], "--batch_size 0 must be at least 1"),
     (["--max_windows", "0"], "--max_windows 0 must be at least 1"),
     (["--baseline", "./nowhere"], "./nowhere: no model directory"),
+    (["--baseline", "gpt2", "--seqlen", "64"], "gpt2: the tokenizer cannot be loaded"),
+    (["--results", "x.png"], "the plot takes that name"),
     (["--device", "cuda:9"], "device 'cuda:9' is not available"),
 ]
 

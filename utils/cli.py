@@ -1,6 +1,7 @@
 """Building and running a script: common flags, one-line errors with exit code 2."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 
@@ -21,7 +22,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--results", metavar="FILE", help="where the JSON record goes (default: results/, named after model and script)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything that is drawn (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of everything that is drawn (default: %(default)s)")
     parser.add_argument(
         "--trust_remote_code", action="store_true", help="run modelling code that comes with a checkpoint"
     )
@@ -36,12 +37,19 @@ def run_script(
     """Parse the command line, run, and turn what a user can mend into one line and exit code 2."""
     args = parse(sys.argv[1:] if argv is None else argv)
     # Heavy imports come after parsing, so that --help and a mistyped flag answer at once.
+    import torch
+
     from palu.core.errors import PaluError
     from utils.console import configure, print_error
 
     configure(args.verbose)
+    # Ends like Ctrl-C, so that nothing half-written is left.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         main(args)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        print_error("out of memory; use fewer or shorter windows, a smaller --dtype, or another --device")
+        raise SystemExit(2) from error
     except (PaluError, OSError) as error:
         if args.verbose:
             raise
@@ -69,6 +77,17 @@ def resolve_device(name: str) -> str:
     if name not in available:
         raise PaluError(f"device {name!r} is not available; use {', '.join(available)}")
     return "cuda:0" if name == "cuda" else name
+
+
+def seed(text: str) -> int:
+    """Argparse type of a seed: a whole number below 2**63."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to 2**63 - 1")
+    return value
 
 
 def group_size(text: str) -> int | str:

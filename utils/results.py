@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from palu.core.errors import PaluError
+
 PACKAGES = ("palu-kv", "torch", "transformers", "triton", "safetensors", "numpy", "datasets", "lm-eval", "accelerate")
 
 
@@ -34,31 +36,43 @@ def environment(device: str, seed: int) -> dict[str, Any]:
 
 def commit() -> str | None:
     """The checkout's commit, with `-dirty` where files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return described.stdout.strip()
 
 
-def default_path(script: str, model: str) -> Path:
-    """`results/<model>_<script>.json`."""
-    name = re.sub(r"[^\w.-]+", "-", Path(model).name or model).strip("-")
-    return Path("results") / f"{name}_{script}.json"
+def results_path(asked: str | None, script: str, model: str) -> Path:
+    """The result file that was asked for, or `results/<model>_<script>.json`; checked before any long work.
+
+    Raises:
+        PaluError: if it cannot be written.
+    """
+    name = re.sub(r"[^\w.-]+", "-", Path(model).resolve().name).strip("-")
+    path = Path("results") / f"{name}_{script}.json" if asked is None else Path(asked)
+    if path.is_dir() or path.name == "":
+        raise PaluError(f"--results {asked} is a directory; name a file")
+    if path.suffix == ".png":
+        raise PaluError(f"--results {asked}: the plot takes that name; use another ending, such as .json")
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise PaluError(f"--results {path}: {parent} is not a directory that can be written to")
+    return path
 
 
-def write_results(path: Path, rows: list[dict[str, Any]], config: dict[str, Any], env: dict[str, Any]) -> None:
-    """Write one JSON object, whole or not at all."""
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """Write `{"rows", "config", "environment"}`, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(json.dumps({"rows": rows, "config": config, "environment": env}, indent=1) + "\n")
+        partial.write_text(json.dumps(results, indent=1) + "\n")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

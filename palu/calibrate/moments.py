@@ -32,36 +32,38 @@ def stream_grams(model: PreTrainedModel, windows: Tensor, progress: Progress = s
     Raises:
         PaluError: if a Gram is not finite, naming the layer.
     """
-    device = model.device
     layers = model.model.layers
-    with torch.no_grad(), _exact_products(model.dtype):
-        hidden, layer_arguments = _embed(model, windows.to(device))
-        calls = progress(_calls(len(layers), len(hidden)), "input moments", len(layers) * len(hidden))
-        gram = None
-        for layer_index, window_index in calls:
-            layer = layers[layer_index]
-            if window_index == 0:
-                gram = _new_gram(layer, device)
-            is_last = layer_index == len(layers) - 1
-            with _accumulate(layer.self_attn.k_proj, gram, stop=is_last):
-                try:
-                    output = layer(hidden[window_index], **layer_arguments[layer_index])
-                    hidden[window_index] = output[0] if isinstance(output, tuple) else output
-                except _Stop:
-                    hidden[window_index] = None
-            if window_index == len(hidden) - 1:
-                if not torch.isfinite(gram).all():
-                    raise PaluError(f"NaN or infinity in the activations of layer {layer_index} (input of k_proj)")
-                yield gram / windows.numel()
+    with torch.no_grad():
+        hidden, layer_arguments = _embed(model, windows.to(model.device))
+    total = len(layers) * len(hidden)
+    ticks = iter(progress(range(total), "input moments", total))
+    for index, (layer, arguments) in enumerate(zip(layers, layer_arguments, strict=True)):
+        gram = _advance(layer, arguments, hidden, ticks, stop=index == len(layers) - 1)
+        if not torch.isfinite(gram).all():
+            raise PaluError(f"NaN or infinity in the activations of layer {index} (input of k_proj)")
+        yield gram / windows.numel()
+    next(ticks, None)
 
 
-def _calls(num_layers: int, num_windows: int) -> Iterator[tuple[int, int]]:
-    return ((layer, window) for layer in range(num_layers) for window in range(num_windows))
+@torch.no_grad()
+def _advance(
+    layer: nn.Module, arguments: dict[str, Any], hidden: list[Tensor], ticks: Iterator[int], stop: bool
+) -> Tensor:
+    """Replace every hidden state by the layer's output; returns the sum of `x x^T` over its key/value inputs.
 
-
-def _new_gram(layer: nn.Module, device: torch.device) -> Tensor:
-    width = layer.self_attn.k_proj.in_features
-    return torch.zeros(width, width, dtype=torch.float32, device=device)
+    With `stop` the layer ends once that input is known, and the hidden states are dropped.
+    """
+    weight = layer.self_attn.k_proj.weight
+    gram = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float32, device=weight.device)
+    with _exact_products(weight.dtype), _accumulate(layer.self_attn.k_proj, gram, stop):
+        for index in range(len(hidden)):
+            next(ticks)
+            try:
+                output = layer(hidden[index], **arguments)
+                hidden[index] = output[0] if isinstance(output, tuple) else output
+            except _Stop:
+                hidden[index] = None
+    return gram
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 FORMAT = "palu-statistics-2"
+# Entries of a config that change nothing in what the model computes.
+IRRELEVANT = {"_name_or_path", "architectures", "auto_map", "dtype", "transformers_version", "use_cache"}
 
 
 def default_cache_dir() -> Path:
@@ -24,7 +26,7 @@ def default_cache_dir() -> Path:
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:
-    """Hash of every parameter's name, shape, dtype and bits (two position-weighted checksums each)."""
+    """Hash of every parameter's name, shape, dtype and bits (two checksums each, one of them weighted by position)."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         bits = parameter.detach().reshape(-1).view(torch.int16 if parameter.element_size() == 2 else torch.int32)
@@ -42,30 +44,35 @@ def tokens_fingerprint(windows: Tensor) -> str:
     return hashlib.sha256(repr(tuple(windows.shape)).encode() + windows.cpu().numpy().tobytes()).hexdigest()
 
 
+def _content_hash(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
 class StatisticsStore:
     """Reads and writes one kind of statistic for one model and one set of windows.
 
     Args:
         directory: the cache's root.
         kind: `gram` or `fisher`.
-        model: fingerprinted with its architecture and compute dtype.
+        model: fingerprinted with its whole config, its weights and its compute dtype.
         windows: the calibration tokens.
     """
 
     def __init__(self, directory: Path, kind: str, model: PreTrainedModel, windows: Tensor) -> None:
+        config = {name: value for name, value in model.config.to_dict().items() if name not in IRRELEVANT}
         identity = {
             "format": FORMAT,
             "kind": kind,
-            "architecture": model.config.model_type,
+            "config": config,
             "attention": model.config._attn_implementation,
-            "rope": repr(model.config.rope_parameters),
-            "window": repr(getattr(model.config, "sliding_window", None)),
-            "norm": repr(model.config.rms_norm_eps),
             "device": model.device.type,
             "weights": weights_fingerprint(model),
             "tokens": tokens_fingerprint(windows),
         }
-        self.key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self.key = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
         self.directory = directory / f"{kind}-{self.key[:24]}"
 
     def holds(self, name: str) -> bool:
@@ -75,9 +82,13 @@ class StatisticsStore:
             return False
         try:
             with safe_open(path, framework="pt") as file:
-                if (file.metadata() or {}).get("key") == self.key:
-                    return True
+                metadata = file.metadata() or {}
+            if metadata.get("key") != self.key:
                 problem = "belongs to other inputs"
+            elif metadata.get("sha256") != _content_hash(load_file(path)):
+                problem = "is damaged (its content does not match its checksum)"
+            else:
+                return True
         except (SafetensorError, OSError) as error:
             problem = f"is damaged ({error})"
         logger.warning("calibration cache %s %s; computing it again", path, problem)
@@ -96,7 +107,8 @@ class StatisticsStore:
         path = self._path(name)
         partial = path.with_suffix(f".{os.getpid()}.partial")
         try:
-            save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, partial, {"key": self.key})
+            tensors = {key: value.contiguous().cpu() for key, value in tensors.items()}
+            save_file(tensors, partial, {"key": self.key, "sha256": _content_hash(tensors)})
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from palu.core.hub import hub_reachable
 Purpose = Literal["calibration", "evaluation"]
 
 DEMO_ASSETS = Path(__file__).resolve().parents[2] / "assets" / "demo"
-FILE_HINT = "or give a .txt, .jsonl or .parquet file, or a directory of them"
+FILE_HINT = "or give a .txt, .jsonl, .json or .parquet file, or a directory of them"
 TEXT_FIELDS = ("text", "content", "sentence", "document")
 CALIBRATION_ROWS = 20_000
 C4_EVALUATION_ROWS = 1_100
@@ -34,30 +34,35 @@ def load_text(name: str, purpose: Purpose, seed: int = 0) -> str:
     path = Path(name)
     if not path.exists():
         raise PaluError(f"data set {name!r} is unknown and no such file exists; use {', '.join(DATASETS)}, {FILE_HINT}")
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in READERS and p.is_file())
+    if not path.is_file() and not path.is_dir():
+        raise PaluError(f"{path} is neither a file nor a directory")
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in READERS)
     if not files:
-        raise PaluError(f"{path}: no {', '.join(READERS)} file in this directory")
+        raise PaluError(f"{path}: no {', '.join(filter(None, READERS))} file in this directory")
     return "\n\n".join(_read_file(file) for file in files)
 
 
 def _read_file(path: Path) -> str:
+    suffix = path.suffix.lower()
+    if suffix not in READERS:
+        raise PaluError(f"{path}: text of type {suffix} is not known; use {', '.join(filter(None, READERS))}")
     try:
-        return READERS.get(path.suffix, _read_plain)(path)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        return READERS[suffix](path)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise PaluError(f"{path}: cannot be read as {path.suffix or 'text'}: {error}") from error
 
 
 def _read_plain(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8-sig")
 
 
 def _read_jsonl(path: Path) -> str:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         return "\n\n".join(row_text(json.loads(line), path) for line in lines if line.strip())
 
 
 def _read_json(path: Path) -> str:
-    rows = json.loads(path.read_text(encoding="utf-8"))
+    rows = json.loads(path.read_text(encoding="utf-8-sig"))
     return "\n\n".join(row_text(row, path) for row in (rows if isinstance(rows, list) else [rows]))
 
 
@@ -73,6 +78,7 @@ def _read_parquet(path: Path) -> str:
 
 
 READERS: dict[str, Callable[[Path], str]] = {
+    "": _read_plain,
     ".txt": _read_plain,
     ".raw": _read_plain,
     ".md": _read_plain,
@@ -94,6 +100,8 @@ def row_text(row: Any, where: object) -> str:
         for column in TEXT_FIELDS:
             if isinstance(row.get(column), str):
                 return row[column]
+            if column in row:
+                raise PaluError(f"{where}: a row's {column!r} is {row[column]!r}, not text")
         if isinstance(row.get("instruction"), str):
             parts = (row["instruction"], row.get("input") or "", row.get("output") or "")
             return "\n".join(part for part in parts if part)

@@ -20,10 +20,18 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, where: str, config: 
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
     if not text.strip() or ids.numel() == 0:
         raise PaluError(f"{where}: the text is empty")
-    largest = int(ids.max())
-    if largest >= config.vocab_size:
-        raise PaluError(f"{where}: the tokenizer makes id {largest}, the model has {config.vocab_size}")
+    check_vocabulary(ids, config, where)
     return ids
+
+
+def check_vocabulary(ids: Tensor, config: PreTrainedConfig, where: str) -> None:
+    """Refuse token ids that the model does not have.
+
+    Raises:
+        PaluError: with the largest one.
+    """
+    if int(ids.max()) >= config.vocab_size or int(ids.min()) < 0:
+        raise PaluError(f"{where}: token id {int(ids.max())} is there, the model has {config.vocab_size}")
 
 
 def check_seqlen(seqlen: int, config: PreTrainedConfig, name: str = "seqlen") -> None:

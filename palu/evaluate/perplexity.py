@@ -12,6 +12,9 @@ from palu.core.errors import PaluError
 from palu.core.progress import Progress, silent
 from palu.nn.latent_cache import cache_bytes_per_token
 
+# exp of more overflows a double.
+MOST_NATS = 700.0
+
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -56,4 +59,5 @@ def perplexity(
             total_loss += loss
     count, seqlen = windows.shape
     tokens = count * (seqlen - 1)
-    return Perplexity(math.exp(total_loss / tokens), tokens, count, seqlen, bytes_per_token)
+    mean = total_loss / tokens
+    return Perplexity(math.exp(mean) if mean < MOST_NATS else math.inf, tokens, count, seqlen, bytes_per_token)
