@@ -78,7 +78,7 @@ def main(args: argparse.Namespace) -> None:
     from palu import compress
     from palu.calibrate.store import default_cache_dir
     from palu.calibrate.text import DEMO_ASSETS
-    from palu.checkpoint import check_shard_size, load_config, parse_dtype, prepare_output
+    from palu.checkpoint import check_shard_size, check_weight_files, load_config, parse_dtype, prepare_output
     from palu.pipeline import check_compression
     from utils.console import progress
     from utils.results import results_path
@@ -95,6 +95,7 @@ def main(args: argparse.Namespace) -> None:
     cache_dir = Path(args.cache_dir) if args.cache_dir is not None else default_cache_dir()
     model_config = load_config(source, args.trust_remote_code)
     check_compression(model_config, config)
+    check_weight_files(source)
     if args.use_cache:
         cache_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)

@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> None:
     import torch
 
     from palu.calibrate.text import load_text
-    from palu.checkpoint import load_config, load_tokenizer, parse_dtype
+    from palu.checkpoint import check_weight_files, load_config, load_tokenizer, parse_dtype
     from palu.core.errors import PaluError
     from utils.console import console
     from utils.report import perplexity_table, plot_perplexity
@@ -55,6 +55,7 @@ def main(args: argparse.Namespace) -> None:
     for model in models:
         check_model(load_config(model, args.trust_remote_code), model, args.seqlen)
         load_tokenizer(model, args.trust_remote_code)
+        check_weight_files(model)
     texts = {name: load_text(name, "evaluation", args.seed) for name in names}
     rows = [row for model in models for row in measure(model, labels(models)[model], texts, args, device)]
     results = {"rows": rows, "config": vars(args), "environment": environment(device, args.seed)}

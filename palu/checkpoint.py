@@ -47,18 +47,29 @@ def load_config(path: str | Path, trust_remote_code: bool = False) -> PreTrained
     """A model's config.
 
     Raises:
-        PaluError: if the directory or hub name holds no readable config, or a weight file beside it is damaged.
+        PaluError: if the directory or hub name holds no readable config of a language model.
     """
     config = _load(AutoConfig, path, trust_remote_code=trust_remote_code)
     if getattr(config, "max_position_embeddings", None) is None or getattr(config, "vocab_size", None) is None:
         raise PaluError(f"{path}: {config.model_type!r} is no language model with positions and a vocabulary")
-    for file in Path(path).glob("*.safetensors"):
+    return config
+
+
+def check_weight_files(path: str | Path) -> None:
+    """Refuse a local model directory without weights, or with a damaged weight file; reads the files' headers only.
+
+    Raises:
+        PaluError: naming the file.
+    """
+    files = sorted(Path(path).glob("*.safetensors"))
+    if Path(path).is_dir() and not files and not list(Path(path).glob("*.bin")):
+        raise PaluError(f"{path}: no weights (*.safetensors) in this directory")
+    for file in files:
         try:
             with safe_open(file, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
             raise PaluError(f"{file} is damaged: {error}") from error
-    return config
 
 
 def load_model(

@@ -225,6 +225,7 @@ BAD_COMPRESS = [
     (["--model_id", "./nowhere"], "./nowhere: no model directory"),
     (["--model_id", "org/none"], "org/none: no such directory here, and the hub cannot be reached"),
     (["--model_id", "broken"], "broken: the config cannot be loaded"),
+    (["--model_id", "cut"], "cut/model.safetensors is damaged"),
     (["--model_id", "gpt2"], "model family 'gpt2' is not supported; supported: llama, mistral, qwen2, qwen3"),
     (["--output_dir", "exists"], "output directory exists exists; choose another or pass --overwrite"),
     (["--fisher_seqlen", "0"], "fisher_seqlen 0 must be a number of at least 2"),
@@ -252,6 +253,10 @@ def make_bad_inputs():
     for name, text in (("broken", "{"), ("gpt2", '{"model_type": "gpt2"}')):
         Path(name).mkdir()
         Path(name, "config.json").write_text(text)
+
+    Path("cut").mkdir()
+    for source in (DEMO_ASSETS / "model").iterdir():
+        Path("cut", source.name).write_bytes(source.read_bytes()[:5_000_000])
 
 
 def tree():
@@ -307,7 +312,8 @@ BAD_PPL = [
     (["--batch_size", "0"], "--batch_size 0 must be at least 1"),
     (["--max_windows", "0"], "--max_windows 0 must be at least 1"),
     (["--baseline", "./nowhere"], "./nowhere: no model directory"),
-    (["--baseline", "gpt2", "--seqlen", "64"], "gpt2: the tokenizer cannot be loaded"),
+    (["--baseline", "gpt2", "--seqlen", "64"], "gpt2: no weights (*.safetensors)"),
+    (["--baseline", "cut", "--seqlen", "64"], "cut/model.safetensors is damaged"),
     (["--results", "x.png"], "the plot takes that name"),
     (["--device", "cuda:9"], "device 'cuda:9' is not available"),
 ]
