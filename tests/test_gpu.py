@@ -46,3 +46,31 @@ def test_layers_spread_over_two_gpus_generate_the_same_tokens(family, tmp_path):
     batch = {name: tensor.cuda() for name, tensor in left_padded_batch(model).items()}
     expected = model.cuda().generate(**batch, max_new_tokens=24, do_sample=False)
     assert torch.equal(expected, latent.generate(**batch, max_new_tokens=24, do_sample=False))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_spread_over_two_gpus_is_compressed_as_on_one(tmp_path):
+    model = tiny_model("qwen3")
+    model.save_pretrained(tmp_path / "stock")
+    device_map = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
+    device_map |= {f"model.layers.{layer}": int(layer > 0) for layer in range(3)}
+    spread = AutoModelForCausalLM.from_pretrained(tmp_path / "stock", device_map=device_map)
+    options = {"ratio": 0.5, "decompose_method": "whiten", "search_method": "fisher_uniform"}
+    expected, got = compressed(model.cuda(), **options), compressed(spread, **options)
+    assert expected.plan == got.plan
+    save_checkpoint(got.model, None, tmp_path / "c")
+    ids = random_windows(model, 2, 30).cuda()
+    with torch.no_grad():
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "c", device_map={"": 0})
+        assert torch.allclose(loaded(ids).logits, expected.model(ids).logits, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 5, 9])
+def test_short_prompts_with_a_fixed_capacity_on_the_gpu(length):
+    model = tiny_model("mistral").cuda()
+    latent = compressed(model).model
+    ids = random_windows(model, 2, length).cuda()
+    expected = model.generate(ids, max_new_tokens=20, do_sample=False)
+    options = {"max_new_tokens": 20, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
+    assert torch.equal(expected, latent.generate(ids, **options))
