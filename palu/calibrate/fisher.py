@@ -49,8 +49,9 @@ def _reduce(model: PreTrainedModel, squared: dict[Key, Tensor], side: Side, wind
         root_mean_square = (squared[layer, side].double() / count).sqrt() / predicted
         if not torch.isfinite(root_mean_square).all():
             raise PaluError(f"NaN or infinity in the {side} gradients of layer {layer}")
-        scores.append(root_mean_square.view(-1, head_dim(model.config) * root_mean_square.shape[1]).mean(dim=1))
-    return torch.stack(scores).cpu()
+        by_head = root_mean_square.view(-1, head_dim(model.config) * root_mean_square.shape[1])
+        scores.append(by_head.mean(dim=1).cpu())
+    return torch.stack(scores)
 
 
 @contextmanager
