@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from palu.nn.latent_cache import LatentCache
 from palu.nn.latent_layer import LatentLayer
@@ -183,3 +184,30 @@ def test_demo_model_is_reproduced_at_full_rank(demo_model, demo_tokenizer):
     assert max_difference(expected, got, batch["attention_mask"]) < TOLERANCE
     options = {"max_new_tokens": 128, "do_sample": False, "eos_token_id": -1}
     assert torch.equal(demo_model.generate(**batch, **options), latent.generate(**batch, **options))
+
+
+def stand_in_for_flash_attention(module, query, key, value, attention_mask, scaling, sliding_window=None, **kwargs):
+    """Flash attention's calling convention in plain PyTorch: 2D padding mask, causal from the bottom right."""
+    assert attention_mask is None or attention_mask.ndim == 2
+    queries, length = query.shape[2], key.shape[2]
+    behind = torch.arange(length - queries, length)[:, None] - torch.arange(length)
+    visible = (behind >= 0) & (behind < (sliding_window or length))
+    visible = visible[None, None]
+    if attention_mask is not None:
+        visible = visible & attention_mask[:, None, None, -length:].bool()
+    key, value = (states.repeat_interleave(module.num_key_value_groups, dim=1) for states in (key, value))
+    scores = (query @ key.mT * scaling).masked_fill(~visible, torch.finfo(query.dtype).min)
+    return (scores.softmax(-1) @ value).transpose(1, 2), None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_the_calling_convention_of_flash_attention_gives_equal_tokens(family, monkeypatch):
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", stand_in_for_flash_attention)
+    model = tiny_model(family)
+    latent = compressed(model).model
+    for candidate in (model, latent):
+        candidate.config._attn_implementation = "flash_attention_2"
+    for batch in (left_padded_batch(model), {"input_ids": random_windows(model, 2, 5)}):
+        expected = model.generate(**batch, max_new_tokens=30, do_sample=False)
+        assert torch.equal(expected, latent.generate(**batch, max_new_tokens=30, do_sample=False))
