@@ -57,6 +57,11 @@ def add_rank_flags(flag: Callable[..., Any]) -> None:
     flag("--value_group_size", type=group_size, help="the same for values (default: as --head_group_size)")
     flag("--search_method", default="fisher_uniform", help="uniform, fisher or fisher_uniform (default: %(default)s)")
     flag("--decompose_method", default="whiten", help="whiten or svd (default: %(default)s)")
+    flag(
+        "--lt_hadamard",
+        action="store_true",
+        help="turn each group's latents by a Hadamard matrix: the same model, kinder to quantisation",
+    )
     flag("--rank_multiple", type=int, default=32, help="ranks are multiples of this (default: %(default)s)")
 
 
@@ -126,6 +131,7 @@ def compression_config(args: argparse.Namespace) -> Any:
         fisher_seqlen=args.fisher_seqlen,
         calib_dataset=default_text if args.calib_dataset is None else args.calib_dataset,
         seed=args.seed,
+        lt_hadamard=args.lt_hadamard,
     )
 
 

@@ -63,8 +63,8 @@ def main(args: argparse.Namespace) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import palu
+    from palu.calibrate.windows import CalibrationWindows
     from palu.checkpoint import load_model, prepare_output, save_checkpoint
-    from palu.pipeline import CalibrationWindows
     from utils.console import progress
     from utils.report import stage_table
     from utils.results import compression_rows, environment, results_path, write_results

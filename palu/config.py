@@ -58,6 +58,7 @@ class CompressionConfig:
     n_fisher_calib_samples, fisher_seqlen: the same for the Fisher information; a length of None means 1024, or
         calib_seqlen where that is shorter.
     calib_dataset: a data set's name, or a file or directory.
+    lt_hadamard: turn every group's latents by a Hadamard matrix, and use only ranks that have one.
     seed: draws the calibration windows.
     """
 
@@ -73,6 +74,7 @@ class CompressionConfig:
     fisher_seqlen: int | None = None
     calib_dataset: str = "wikitext2"
     seed: int = 0
+    lt_hadamard: bool = False
 
     def __post_init__(self) -> None:
         ratio = self.param_ratio_target
@@ -118,10 +120,12 @@ class LatentConfig:
 
     layers: the ranks, one entry per decoder layer; the group size follows from the number of groups.
     compression: the CompressionConfig that made it, with the calibration as it really was (for the record).
+    hadamard: whether every group's latents are turned by a Hadamard matrix.
     """
 
     layers: tuple[LayerRanks, ...]
     compression: Mapping[str, Any] = field(default_factory=dict)
+    hadamard: bool = False
     format_version: int = FORMAT_VERSION
 
     @classmethod
@@ -154,12 +158,18 @@ class LatentConfig:
         return cls(
             layers=tuple(_parse_layer(index, entry) for index, entry in enumerate(layers)),
             compression=block.get("compression") or {},
+            hadamard=bool(block.get("hadamard", False)),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON block."""
         layers = [{"key": list(layer.key), "value": list(layer.value)} for layer in self.layers]
-        return {"format_version": self.format_version, "layers": layers, "compression": dict(self.compression)}
+        return {
+            "format_version": self.format_version,
+            "hadamard": self.hadamard,
+            "layers": layers,
+            "compression": dict(self.compression),
+        }
 
     def check_model(self, num_layers: int, num_kv_heads: int, head_dim: int) -> None:
         """Refuse ranks that do not fit the model's shape.

@@ -16,9 +16,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from palu.calibrate.fisher import fisher_information
 from palu.calibrate.moments import stream_grams
 from palu.calibrate.sites import check_weights, site_shapes, site_weight
-from palu.calibrate.store import StatisticsStore, tokens_fingerprint
+from palu.calibrate.store import StatisticsStore
 from palu.calibrate.text import load_text
-from palu.calibrate.windows import check_seqlen, check_vocabulary, sample_windows, tokenize
+from palu.calibrate.windows import (
+    CalibrationWindows,
+    check_seqlen,
+    check_vocabulary,
+    sample_windows,
+    tokenize,
+)
 from palu.config import CompressionConfig, LatentConfig
 from palu.core.budget import RankBudget
 from palu.core.errors import PaluError
@@ -27,6 +33,7 @@ from palu.core.progress import Progress, silent
 from palu.core.types import SIDES, RankPlan, Side, Site, SiteShape, SiteStats, Statistic
 from palu.decompose import get_decomposition
 from palu.models import get_adapter
+from palu.nn.fusion import fold_hadamard
 from palu.nn.rotary import check_rope
 from palu.search import get_search
 
@@ -53,41 +60,6 @@ class Compression:
     stages: list[dict[str, Any]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class CalibrationWindows:
-    """Token windows for the input moments and for the Fisher information, int64 [windows, seqlen]; None if unneeded."""
-
-    moments: Tensor | None
-    fisher: Tensor | None
-
-    def __post_init__(self) -> None:
-        for name, windows in (("moments", self.moments), ("fisher", self.fisher)):
-            if windows is not None and (windows.ndim != 2 or windows.dtype != torch.int64 or len(windows) == 0):
-                raise PaluError(f"{name} windows must be int64 [windows, seqlen], not {windows.dtype} {windows.shape}")
-
-    def only(self, needed: frozenset[Statistic]) -> "CalibrationWindows":
-        """The windows that the needed statistics are gathered on.
-
-        Raises:
-            PaluError: if some are missing.
-        """
-        given = {Statistic.GRAM: self.moments, Statistic.FISHER: self.fisher}
-        missing = [statistic.value for statistic in needed if given[statistic] is None]
-        if missing:
-            raise PaluError(f"no calibration windows for the {', '.join(missing)} statistic")
-        kept = {statistic: windows if statistic in needed else None for statistic, windows in given.items()}
-        return CalibrationWindows(kept[Statistic.GRAM], kept[Statistic.FISHER])
-
-    def describe(self) -> dict[str, Any]:
-        """Sizes and fingerprints, for the record."""
-        named = (("moments", self.moments), ("fisher", self.fisher))
-        return {
-            name: {"windows": len(windows), "seqlen": windows.shape[1], "sha256": tokens_fingerprint(windows)}
-            for name, windows in named
-            if windows is not None
-        }
-
-
 def statistics_needed(config: CompressionConfig) -> frozenset[Statistic]:
     """What calibration has to gather for the chosen methods.
 
@@ -95,6 +67,11 @@ def statistics_needed(config: CompressionConfig) -> frozenset[Statistic]:
         PaluError: if a method's name is unknown.
     """
     return get_search(config.search_method).needs | get_decomposition(config.decompose_method).needs
+
+
+def rank_budget(config: CompressionConfig) -> RankBudget:
+    """What the rank search may spend."""
+    return RankBudget(config.param_ratio_target, config.rank_multiple, config.lt_hadamard)
 
 
 def check_compression(model_config: Any, config: CompressionConfig, windows: CalibrationWindows | None = None) -> None:
@@ -105,7 +82,7 @@ def check_compression(model_config: Any, config: CompressionConfig, windows: Cal
     """
     get_adapter(model_config)
     check_rope(model_config.rope_parameters["rope_type"])
-    RankBudget(config.param_ratio_target, config.rank_multiple).check(site_shapes(model_config, config))
+    rank_budget(config).check(site_shapes(model_config, config))
     needed = statistics_needed(config)
     lengths = {"calib_seqlen": config.calib_seqlen, "fisher_seqlen": config.fisher_seqlen}
     if windows is not None:
@@ -198,8 +175,7 @@ def _compress(
     logger.info("calibration windows: %s", windows.describe() or "none needed")
     with _stage("Fisher information", stages, model.device):
         scores = _site_scores(model, windows.fisher, shapes, cache_dir, progress)
-    budget = RankBudget(config.param_ratio_target, config.rank_multiple)
-    plan = get_search(config.search_method)(shapes, scores, budget)
+    plan = get_search(config.search_method)(shapes, scores, rank_budget(config))
     with _stage("input moments and factors", stages, model.device):
         factors = dict(_stream_factors(model, windows.moments, shapes, plan, config, cache_dir, progress))
     with _stage("assembling", stages, model.device):
@@ -302,6 +278,8 @@ def _assemble(
     compressed.load_state_dict(state, strict=True, assign=True)
     compressed.tie_weights()
     _copy_rotary(compressed, model)
+    if config.lt_hadamard:
+        fold_hadamard(compressed)
     compressed.generation_config = copy.deepcopy(model.generation_config)
     return compressed.eval()
 

@@ -1,5 +1,6 @@
-"""Small models of every family, with weights large enough that an error anywhere shows in the logits."""
+"""Small models of every family whose weights are large enough to show an error in the logits; running scripts."""
 
+import pytest
 import torch
 from transformers import (
     LlamaConfig,
@@ -14,7 +15,8 @@ from transformers import (
 )
 
 import palu
-from palu.pipeline import CalibrationWindows
+from palu.calibrate.windows import CalibrationWindows
+from utils.cli import run_script
 
 SHAPE = {
     "vocab_size": 101,
@@ -80,3 +82,18 @@ def left_padded_batch(model: PreTrainedModel, length: int = 24) -> dict[str, tor
     for row, padding in enumerate((0, 3, 7, length - 1)):
         mask[row, :padding] = 0
     return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PALU_CACHE", str(tmp_path / "cache"))
+
+
+def invoke(script, *argv):
+    """Run a script in this process; its exit code, 0 if it ends well."""
+    try:
+        run_script(script.parse, script.main, [str(part) for part in argv])
+    except SystemExit as stop:
+        return stop.code
+    return 0

@@ -12,9 +12,8 @@ from palu.calibrate.moments import stream_grams
 from palu.calibrate.sites import projection
 from palu.calibrate.store import StatisticsStore, weights_fingerprint
 from palu.calibrate.text import load_text
-from palu.calibrate.windows import sample_windows, tokenize
+from palu.calibrate.windows import CalibrationWindows, sample_windows, tokenize
 from palu.core.errors import PaluError
-from palu.pipeline import CalibrationWindows
 from tests.helpers import FAMILIES, compressed, random_windows, tiny_model
 
 

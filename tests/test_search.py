@@ -50,6 +50,17 @@ def test_ratio_one_keeps_everything_whatever_the_multiple():
         assert all(plan.ranks[shape.site] == shape.group_dim for shape in shapes)
 
 
+def test_ranks_without_a_hadamard_matrix_are_avoided_where_one_is_asked_for():
+    shapes = sites(2, 1, 1, 128, 128)
+    ideal = [92.0, 116.0, 92.0, 92.0]
+    plan = round_to_budget(shapes, ideal, RankBudget(392 / 512, 4, hadamard=True))
+    assert not {92, 116} & set(plan.ranks.values())
+    assert sum(plan.ranks.values()) <= 392
+    assert round_to_budget(shapes, ideal, RankBudget(392 / 512, 4)).ranks[shapes[0].site] == 92
+    with pytest.raises(PaluError, match="no multiple of 93"):
+        round_to_budget(sites(1, 1, 1, 92, 92), [92.0, 92.0], RankBudget(1.0, 93, hadamard=True))
+
+
 def test_leftovers_go_to_the_largest_remainders():
     shapes = sites(2, 1, 1)
     plan = round_to_budget(shapes, [33.0, 62.0, 50.0, 40.0], RankBudget(185 / 512, 32))

@@ -1,12 +1,16 @@
 """Text to windows of token ids."""
 
 import logging
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from palu.calibrate.store import tokens_fingerprint
 from palu.core.errors import PaluError
+from palu.core.types import Statistic
 
 logger = logging.getLogger(__name__)
 
@@ -68,3 +72,38 @@ def sample_windows(tokens: Tensor, count: int, seqlen: int, seed: int, where: st
         logger.warning("%s holds %d windows of %d tokens, %d were asked for", where, len(windows), seqlen, count)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     return windows[order[:count]]
+
+
+@dataclass(frozen=True)
+class CalibrationWindows:
+    """Token windows for the input moments and for the Fisher information, int64 [windows, seqlen]; None if unneeded."""
+
+    moments: Tensor | None
+    fisher: Tensor | None
+
+    def __post_init__(self) -> None:
+        for name, windows in (("moments", self.moments), ("fisher", self.fisher)):
+            if windows is not None and (windows.ndim != 2 or windows.dtype != torch.int64 or len(windows) == 0):
+                raise PaluError(f"{name} windows must be int64 [windows, seqlen], not {windows.dtype} {windows.shape}")
+
+    def only(self, needed: frozenset[Statistic]) -> "CalibrationWindows":
+        """The windows that the needed statistics are gathered on.
+
+        Raises:
+            PaluError: if some are missing.
+        """
+        given = {Statistic.GRAM: self.moments, Statistic.FISHER: self.fisher}
+        missing = [statistic.value for statistic in needed if given[statistic] is None]
+        if missing:
+            raise PaluError(f"no calibration windows for the {', '.join(missing)} statistic")
+        kept = {statistic: windows if statistic in needed else None for statistic, windows in given.items()}
+        return CalibrationWindows(kept[Statistic.GRAM], kept[Statistic.FISHER])
+
+    def describe(self) -> dict[str, Any]:
+        """Sizes and fingerprints, for the record."""
+        named = (("moments", self.moments), ("fisher", self.fisher))
+        return {
+            name: {"windows": len(windows), "seqlen": windows.shape[1], "sha256": tokens_fingerprint(windows)}
+            for name, windows in named
+            if windows is not None
+        }

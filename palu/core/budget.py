@@ -1,28 +1,44 @@
 """Exact rank budgets: ideal real-valued ranks in, allowed integer ranks out, the total never above the budget."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from palu.core.errors import PaluError
+from palu.core.hadamard import is_reachable
 from palu.core.types import RankPlan, SiteShape
 
 
 @dataclass(frozen=True)
 class RankBudget:
-    """What a search may spend.
+    """What a search may spend, and on which ranks.
 
     kept_ratio: kept fraction of the uncompressed cache, in (0, 1].
     rank_multiple: every rank is a multiple of this, or the group's full dimension.
+    hadamard: only ranks for which a Hadamard matrix can be constructed.
     """
 
     kept_ratio: float
     rank_multiple: int
+    hadamard: bool = False
 
     def total(self, shapes: Sequence[SiteShape]) -> int:
         """The largest allowed sum of ranks over `shapes`."""
         # The small slack keeps 0.7 * 10 = 7.000000000000001-like products from losing or gaining a rank.
         return math.floor(self.kept_ratio * sum(shape.group_dim for shape in shapes) + 1e-9)
+
+    def allowed_ranks(self, group_dim: int) -> list[int]:
+        """Ranks that a group may have, ascending.
+
+        Raises:
+            PaluError: if there is none.
+        """
+        ranks = [*range(self.rank_multiple, group_dim, self.rank_multiple), group_dim]
+        allowed = [rank for rank in ranks if not self.hadamard or is_reachable(rank)]
+        if not allowed:
+            raise PaluError(f"no multiple of {self.rank_multiple} up to {group_dim} has a Hadamard matrix")
+        return allowed
 
     def check(self, shapes: Sequence[SiteShape]) -> None:
         """Refuse a budget too small for the smallest rank everywhere.
@@ -30,13 +46,13 @@ class RankBudget:
         Raises:
             PaluError: with the smallest ratio that would do.
         """
-        caps = [shape.group_dim for shape in shapes]
-        least = sum(min(self.rank_multiple, cap) for cap in caps)
+        least = sum(self.allowed_ranks(shape.group_dim)[0] for shape in shapes)
         if least > self.total(shapes):
+            needed = least / sum(shape.group_dim for shape in shapes)
             raise PaluError(
                 f"param_ratio_target {self.kept_ratio} leaves {self.total(shapes)} ranks for {len(shapes)} groups, "
-                f"fewer than rank_multiple {self.rank_multiple} each; use a ratio of at least "
-                f"{least / sum(caps):.3f} or a smaller rank_multiple"
+                f"fewer than rank_multiple {self.rank_multiple} each; use a ratio of at least {needed:.3f} or a "
+                f"smaller rank_multiple"
             )
 
 
@@ -69,47 +85,53 @@ def share_proportionally(weights: Sequence[float], caps: Sequence[int], total: f
 def round_to_budget(shapes: Sequence[SiteShape], ideal: Sequence[float], budget: RankBudget) -> RankPlan:
     """Round ideal ranks down to allowed ones, then give what is left to the largest remainders.
 
-    Every site keeps at least one multiple. Equal remainders are served values before keys (the more sensitive side),
-    a projection's groups together, spread evenly over the depth.
+    Every site keeps at least the smallest allowed rank. Equal remainders are served values before keys (the more
+    sensitive side), a projection's groups together, spread evenly over the depth.
 
     Raises:
-        PaluError: if not even the smallest rank fits everywhere.
+        PaluError: if not even the smallest ranks fit.
     """
     budget.check(shapes)
-    multiple, total = budget.rank_multiple, budget.total(shapes)
-    caps = [shape.group_dim for shape in shapes]
-    smallest = [min(multiple, cap) for cap in caps]
-    ranks = [
-        cap if want >= cap else max(low, math.floor(want / multiple + 1e-9) * multiple)
-        for want, cap, low in zip(ideal, caps, smallest, strict=True)
-    ]
-    _lower_until_within(ranks, ideal, smallest, multiple, total)
-    _raise_largest_remainders(ranks, ideal, caps, multiple, total, tie_order(shapes))
-    return RankPlan({shape.site: rank for shape, rank in zip(shapes, ranks, strict=True)})
+    allowed = [budget.allowed_ranks(shape.group_dim) for shape in shapes]
+    # Places in the lists of allowed ranks; a slack as in `RankBudget.total`.
+    places = [max(0, bisect_right(ranks, want + 1e-9) - 1) for ranks, want in zip(allowed, ideal, strict=True)]
+    total = budget.total(shapes)
+    _lower_until_within(places, allowed, ideal, total)
+    _raise_largest_remainders(places, allowed, ideal, total, tie_order(shapes))
+    return RankPlan({shape.site: allowed[i][places[i]] for i, shape in enumerate(shapes)})
+
+
+def _spent(places: Sequence[int], allowed: Sequence[Sequence[int]]) -> int:
+    return sum(ranks[place] for ranks, place in zip(allowed, places, strict=True))
 
 
 def _lower_until_within(
-    ranks: list[int], ideal: Sequence[float], smallest: Sequence[int], multiple: int, total: int
+    places: list[int], allowed: Sequence[Sequence[int]], ideal: Sequence[float], total: int
 ) -> None:
     """Lifting sites to the smallest rank may overshoot: take it back where a rank exceeds its ideal most."""
-    while sum(ranks) > total:
-        lowerable = [i for i in range(len(ranks)) if ranks[i] > smallest[i]]
-        loser = max(lowerable, key=lambda i: (ranks[i] - ideal[i], ranks[i]))
-        ranks[loser] = max(smallest[loser], (ranks[loser] - 1) // multiple * multiple)
+    while _spent(places, allowed) > total:
+        lowerable = [i for i, place in enumerate(places) if place > 0]
+        loser = max(lowerable, key=lambda i: (allowed[i][places[i]] - ideal[i], allowed[i][places[i]]))
+        places[loser] -= 1
 
 
 def _raise_largest_remainders(
-    ranks: list[int], ideal: Sequence[float], caps: Sequence[int], multiple: int, total: int, place: Sequence[int]
+    places: list[int], allowed: Sequence[Sequence[int]], ideal: Sequence[float], total: int, order: Sequence[int]
 ) -> None:
     """Spend what is left, one step at a time, on the site that is furthest below its ideal rank."""
+    left = total - _spent(places, allowed)
     while True:
-        left = total - sum(ranks)
-        steps = {i: min(multiple, caps[i] - ranks[i]) for i in range(len(ranks)) if ranks[i] < caps[i]}
+        steps = {
+            i: allowed[i][place + 1] - allowed[i][place]
+            for i, place in enumerate(places)
+            if place + 1 < len(allowed[i])
+        }
         affordable = [i for i, step in steps.items() if step <= left]
         if not affordable:
             return
-        winner = max(affordable, key=lambda i: (round(ideal[i] - ranks[i], 6), -place[i]))
-        ranks[winner] += steps[winner]
+        winner = max(affordable, key=lambda i: (round(ideal[i] - allowed[i][places[i]], 6), -order[i]))
+        places[winner] += 1
+        left -= steps[winner]
 
 
 def tie_order(shapes: Sequence[SiteShape]) -> list[int]:

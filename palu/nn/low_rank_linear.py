@@ -37,6 +37,20 @@ class LowRankLinear(nn.Module):
         """The projection itself: [batch, length, in_features] -> [batch, length, out_features]."""
         return self.rebuild(self.latents(inputs))
 
+    @torch.no_grad()
+    def turn_latents(self, turns: Sequence[Tensor]) -> None:
+        """Change the basis of every group's latents, in place: `down <- T down`, `up <- up T^T`.
+
+        Args:
+            turns: one orthonormal [rank, rank] per group, float64.
+        """
+        device, dtype = self.up.device, self.up.dtype
+        turns = [turn.to(device) for turn in turns]
+        downs = self.down.weight.double().split(list(self.ranks))
+        ups = self.up.double().split(list(self.ranks), dim=1)
+        self.down.weight.copy_(torch.cat([turn @ down for turn, down in zip(turns, downs, strict=True)]).to(dtype))
+        self.up.copy_(torch.cat([up @ turn.T for turn, up in zip(turns, ups, strict=True)], dim=1).to(dtype))
+
     @property
     def projection(self) -> LatentProjection:
         """The up side, as the decode kernels take it."""
