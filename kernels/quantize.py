@@ -63,6 +63,33 @@ class PackedLatents:
         """[batch, length, width], as of the latents."""
         return torch.Size((*self.codes.shape[:2], self.quantization.width))
 
+    def narrow(self, dim: int, start: int, length: int) -> "PackedLatents":
+        """The tokens start .. start + length, as views; like `Tensor.narrow`, along dimension 1 only."""
+        if dim != 1:
+            raise ValueError(f"packed latents can be narrowed along their tokens (1) only, not {dim}")
+        zeros = None if self.zeros is None else self.zeros.narrow(1, start, length)
+        return PackedLatents(
+            self.codes.narrow(1, start, length), self.scales.narrow(1, start, length), zeros, self.quantization
+        )
+
+    def pieces(self, ranks: Sequence[int]) -> list[list[tuple[int, int, int]]]:
+        """For every head group its quantisation groups as (index, first latent, width).
+
+        Raises:
+            ValueError: if a quantisation group crosses the border between two head groups.
+        """
+        result, index, offset = [], 0, 0
+        for rank in ranks:
+            end, inside = offset + rank, []
+            while offset < end:
+                width = self.quantization.widths[index]
+                inside.append((index, offset, width))
+                index, offset = index + 1, offset + width
+            if offset != end:
+                raise ValueError(f"quantisation groups {self.quantization.widths} do not fit the ranks {list(ranks)}")
+            result.append(inside)
+        return result
+
     def unpacked(self) -> Tensor:
         """uint8 codes [batch, length, width]."""
         return unpack(self.codes, self.quantization.width, self.quantization.bits)

@@ -7,6 +7,7 @@ from palu.kernels.decode_attention import reference
 from palu.kernels.decode_attention.op import decode_attention
 from palu.kernels.decode_attention.reference import LatentProjection
 from palu.kernels.decode_attention.spec import SHAPES, TOLERANCE, Shape
+from palu.kernels.quantize import Quantization, quantization_widths, quantize
 
 
 def random_call(shape: Shape, dtype: torch.dtype, with_bias: bool):
@@ -74,6 +75,29 @@ def test_decode_attention_equals_its_definition(shape, dtype, variant, monkeypat
     additive = torch.zeros(call[-1].shape).masked_fill(~call[-1], -1e30)
     again, _ = decode_attention(*call[:-1], additive, scaling, key_norm=norm)
     assert torch.allclose(again.float(), output.float(), atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("group_size", [None, 24])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.num_heads}-{s.num_kv_heads}-{s.head_dim}x{s.length}")
+def test_arithmetic_on_codes_equals_dequantising_first(shape, bits, symmetric, group_size, monkeypatch):
+    monkeypatch.setattr(reference, "BLOCK_LENGTH", 50)
+    query, *latents, key, value, rotation, mask = random_call(shape, torch.float32, True)
+    packed = [
+        quantize(latent * 3 + 0.2, Quantization(bits, quantization_widths(ranks, group_size), symmetric))
+        for latent, ranks in zip(latents, (shape.key_ranks, shape.value_ranks), strict=True)
+    ]
+    output, _ = decode_attention(query, *packed, key, value, rotation, mask, shape.head_dim**-0.5)
+    dense = [codes.dequantized(torch.float32) for codes in packed]
+    expected = defined(query, *dense, key, value, rotation, mask, shape.head_dim**-0.5, shape, None)
+    assert (output.double() - expected).norm() / expected.norm() < TOLERANCE["float32"]
+
+
+def test_quantisation_groups_across_a_border_are_refused():
+    packed = quantize(torch.randn(1, 2, 64), Quantization(4, (40, 24)))
+    with pytest.raises(ValueError, match="do not fit the ranks"):
+        packed.pieces((32, 32))
 
 
 def test_widths_that_do_not_fit_the_ranks_are_refused():

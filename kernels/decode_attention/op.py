@@ -6,12 +6,13 @@ from torch import Tensor
 
 from palu.kernels.decode_attention.reference import LatentProjection
 from palu.kernels.decode_attention.reference import decode_attention as reference_decode_attention
+from palu.kernels.quantize import PackedLatents
 
 
 def decode_attention(
     query: Tensor,
-    key_latents: Tensor,
-    value_latents: Tensor,
+    key_latents: Tensor | PackedLatents,
+    value_latents: Tensor | PackedLatents,
     key: LatentProjection,
     value: LatentProjection,
     rotation: tuple[Tensor, Tensor],

@@ -4,12 +4,13 @@ Keys are rebuilt and rotated by their own positions, a block of tokens at a time
 probabilities weigh the latents and the up factor is applied to the sum (Palu, section 3.1).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from palu.kernels.quantize import PackedLatents
 from palu.kernels.reconstruct.reference import reconstruct
 
 # Tokens whose keys are rebuilt at a time: bounds the transient memory, large enough to keep matrix products efficient.
@@ -40,8 +41,8 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def decode_attention(
     query: Tensor,
-    key_latents: Tensor,
-    value_latents: Tensor,
+    key_latents: Tensor | PackedLatents,
+    value_latents: Tensor | PackedLatents,
     key: LatentProjection,
     value: LatentProjection,
     rotation: tuple[Tensor, Tensor],
@@ -53,7 +54,8 @@ def decode_attention(
 
     Args:
         query: [batch, num_heads, queries, head_dim], rotated.
-        key_latents, value_latents: [batch, length, sum(ranks)].
+        key_latents, value_latents: [batch, length, sum(ranks)]; packed ones are never dequantised, their scales touch
+            only rebuilt keys and probabilities.
         key, value: the up sides.
         rotation: cos and sin of the cached positions, [batch or 1, length, head_dim].
         mask: None, or boolean (True = attend) or additive, [batch or 1, 1 or num_heads, queries, length].
@@ -65,18 +67,13 @@ def decode_attention(
     """
     # Scaled before the product, so that scores of 16-bit tensors do not overflow.
     query = query * scaling
-    scores = torch.cat(
-        [
-            _block_scores(query, latents, key, (cos, sin), key_norm)
-            for latents, cos, sin in zip(
-                key_latents.split(BLOCK_LENGTH, dim=1),
-                rotation[0].split(BLOCK_LENGTH, dim=1),
-                rotation[1].split(BLOCK_LENGTH, dim=1),
-                strict=True,
-            )
-        ],
-        dim=-1,
-    )
+    blocks = []
+    for start in range(0, key_latents.shape[1], BLOCK_LENGTH):
+        length = min(BLOCK_LENGTH, key_latents.shape[1] - start)
+        tables = tuple(table.narrow(1, start, length) for table in rotation)
+        latents = key_latents.narrow(1, start, length)
+        blocks.append(_block_scores(query, latents, key, tables, key_norm))
+    scores = torch.cat(blocks, dim=-1)
     scores = scores.float()
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
@@ -89,7 +86,7 @@ def decode_attention(
 
 def _block_scores(
     query: Tensor,
-    latents: Tensor,
+    latents: Tensor | PackedLatents,
     key: LatentProjection,
     rotation: tuple[Tensor, Tensor],
     key_norm: Callable[[Tensor], Tensor] | None,
@@ -107,15 +104,16 @@ def _block_scores(
     return (grouped @ keys.transpose(-1, -2)).view(batch, num_heads, queries, -1)
 
 
-def _absorbed_values(probabilities: Tensor, latents: Tensor, value: LatentProjection, head_dim: int) -> Tensor:
+def _absorbed_values(
+    probabilities: Tensor, latents: Tensor | PackedLatents, value: LatentProjection, head_dim: int
+) -> Tensor:
     """Weighted sum of the latents, then the up factor: [batch, num_heads, queries, head_dim]."""
     batch, num_heads, queries, length = probabilities.shape
     kv_heads_per_group = value.up.shape[0] // head_dim
     by_group = probabilities.view(batch, len(value.ranks), -1, length)
     outputs = []
     offset = 0
-    for group, rank in enumerate(value.ranks):
-        summed = by_group[:, group] @ latents[:, :, offset : offset + rank]
+    for rank, summed in zip(value.ranks, _weighted_sums(by_group, latents, value.ranks), strict=True):
         up = value.up[:, offset : offset + rank].view(kv_heads_per_group, head_dim, rank)
         outputs.append(summed.view(batch, kv_heads_per_group, -1, rank) @ up.transpose(-1, -2))
         offset += rank
@@ -124,3 +122,23 @@ def _absorbed_values(probabilities: Tensor, latents: Tensor, value: LatentProjec
         # Probabilities sum to one, so the bias passes through the weighted sum unchanged.
         output = output + value.bias.view(-1, 1, head_dim)
     return output.reshape(batch, num_heads, queries, head_dim)
+
+
+def _weighted_sums(probabilities: Tensor, latents: Tensor | PackedLatents, ranks: Sequence[int]) -> Iterator[Tensor]:
+    """For every group `sum_t p_t x_t`, [batch, rows, rank], from probabilities [batch, groups, rows, length].
+
+    Packed: `sum_t (p_t s_t) c_t - (sum_t p_t s_t z_t) 1`, so that the product sees codes.
+    """
+    if not isinstance(latents, PackedLatents):
+        for group, part in enumerate(latents.split(list(ranks), dim=-1)):
+            yield probabilities[:, group] @ part
+        return
+    codes = latents.unpacked().to(probabilities.dtype)
+    scales, zeros = (parameter.to(probabilities.dtype) for parameter in (latents.scales, latents.zero_points()))
+    for group, pieces in enumerate(latents.pieces(ranks)):
+        sums = []
+        for index, offset, width in pieces:
+            scaled = probabilities[:, group] * scales[:, None, :, index]
+            shift = (scaled * zeros[:, None, :, index]).sum(-1, keepdim=True)
+            sums.append(scaled @ codes[..., offset : offset + width] - shift)
+        yield torch.cat(sums, dim=-1)
