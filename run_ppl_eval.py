@@ -11,7 +11,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from utils.cli import DATASET_HELP, add_common_flags, new_parser, resolve_device, run_script
+from utils.cli import (
+    DATASET_HELP,
+    add_common_flags,
+    add_latent_flags,
+    latent_settings,
+    new_parser,
+    resolve_device,
+    run_script,
+)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -26,6 +34,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=1, help="windows at a time (default: %(default)s)")
     parser.add_argument("--max_windows", type=int, help="only the first windows of each text (default: all)")
     parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
+    add_latent_flags(parser)
     add_common_flags(parser)
     return parser.parse_args(argv)
 
@@ -54,6 +63,8 @@ def main(args: argparse.Namespace) -> None:
     path = results_path(args.results, "ppl", args.model_name_or_path)
     for model in models:
         check_model(load_config(model, args.trust_remote_code), model, args.seqlen)
+        if model == args.model_name_or_path:
+            check_latent_flags(load_config(model, args.trust_remote_code), model, args)
         load_tokenizer(model, args.trust_remote_code)
         check_weight_files(model)
     texts = {name: load_text(name, "evaluation", args.seed) for name in names}
@@ -69,6 +80,18 @@ def labels(models: list[str]) -> dict[str, str]:
     """Directory names, or whole paths where two are equal."""
     names = {model: Path(model).resolve().name if Path(model).exists() else model for model in models}
     return names if len(set(names.values())) == len(names) else {model: model for model in models}
+
+
+def check_latent_flags(config: Any, path: str, args: argparse.Namespace) -> None:
+    """Refuse latent flags for a model that has no latents, and values that are not allowed."""
+    from palu.core.errors import PaluError
+    from palu.models import is_latent
+
+    given = [name for name, value in vars(args).items() if name.startswith("lt_") and value not in (None, False)]
+    if is_latent(config):
+        latent_settings(args, config.latent.quantization)
+    elif given:
+        raise PaluError(f"{path} is not a compressed model; --{given[0]} needs one")
 
 
 def check_model(config: Any, path: str, seqlen: int) -> None:
@@ -93,6 +116,8 @@ def measure(
 
     with working(f"loading {path}"):
         model = load_model(path, parse_dtype(args.dtype), device, args.trust_remote_code)
+        if path == args.model_name_or_path:
+            apply_latent_flags(model, args)
         tokenizer = load_tokenizer(path, args.trust_remote_code)
         windows = {
             name: consecutive_windows(tokenize(tokenizer, text, name, model.config), args.seqlen, name)[
@@ -113,11 +138,37 @@ def measure(
                 "perplexity": result.perplexity,
                 "kv_bytes_per_token": result.kv_bytes_per_token,
                 "kept_ratio": kept_ratio(model.config),
-                "bits": model.dtype.itemsize * 8,
+                **latent_bits(model),
                 "dtype": str(model.dtype).removeprefix("torch."),
             }
         )
     return rows
+
+
+def apply_latent_flags(model: Any, args: argparse.Namespace) -> None:
+    """Set how the cache stores latents, as the flags say."""
+    from palu import fold_hadamard, set_quantization
+    from palu.models import is_latent
+
+    if not is_latent(model):
+        return
+    set_quantization(model, latent_settings(args, model.config.latent.quantization))
+    if args.lt_hadamard:
+        fold_hadamard(model)
+
+
+def latent_bits(model: Any) -> dict[str, Any]:
+    """Bits of a cached number, keys and values apart, and whether latents are Hadamard-turned."""
+    from palu.models import is_latent
+
+    full = model.dtype.itemsize * 8
+    if not is_latent(model):
+        return {"bits": full, "value_bits": full, "hadamard": False}
+    latent = model.config.latent
+    key, value = (
+        full if bits == 16 else bits for bits in (latent.quantization.key_bits, latent.quantization.value_bits)
+    )
+    return {"bits": key, "value_bits": value, "hadamard": latent.hadamard}
 
 
 def kept_ratio(config: Any) -> float:

@@ -1,6 +1,6 @@
 """Frozen, validated descriptions: what was asked of a compression, and what a compressed checkpoint holds."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
@@ -8,6 +8,8 @@ from transformers import PreTrainedConfig
 
 from palu.core.errors import PaluError
 from palu.core.types import RankPlan, Side
+from palu.kernels.packing import PLANES
+from palu.kernels.quantize import Quantization, quantization_widths
 
 FORMAT_VERSION = 1
 DEFAULT_FISHER_SEQLEN = 1024
@@ -115,17 +117,53 @@ class LayerRanks:
 
 
 @dataclass(frozen=True)
+class QuantizationConfig:
+    """How the cache stores latents; 16 bits means as they are, in the model's number format.
+
+    key_bits, value_bits: 2, 3, 4, 8 or 16.
+    group_size: latents that share a scale inside a head group; None is the whole group.
+    symmetric: no zero points.
+    clip_ratio: fraction of a group's range that the codes span, in (0, 1].
+    """
+
+    key_bits: int = 16
+    value_bits: int = 16
+    group_size: int | None = None
+    symmetric: bool = False
+    clip_ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        allowed = (*PLANES, 16)
+        for bits in (self.key_bits, self.value_bits):
+            _require(bits in allowed, f"lt_bits {bits!r} must be one of {', '.join(map(str, allowed))}")
+        size = self.group_size
+        _require(size is None or (_is_count(size) and size >= 1), f"lt_group_size {size!r} must be at least 1")
+        ratio = self.clip_ratio
+        _require(isinstance(ratio, int | float) and 0 < ratio <= 1, f"lt_clip_ratio {ratio!r} must lie in (0, 1]")
+
+    def of(self, ranks: Sequence[int], side: Side) -> Quantization | None:
+        """How latents of these group ranks become codes; None if they stay as they are."""
+        bits = self.key_bits if side == "key" else self.value_bits
+        if bits == 16:
+            return None
+        widths = quantization_widths(ranks, self.group_size)
+        return Quantization(bits, widths, self.symmetric, (self.clip_ratio,) * len(widths))
+
+
+@dataclass(frozen=True)
 class LatentConfig:
     """The `palu` block of a compressed checkpoint's config.json.
 
     layers: the ranks, one entry per decoder layer; the group size follows from the number of groups.
     compression: the CompressionConfig that made it, with the calibration as it really was (for the record).
     hadamard: whether every group's latents are turned by a Hadamard matrix.
+    quantization: how the cache stores latents.
     """
 
     layers: tuple[LayerRanks, ...]
     compression: Mapping[str, Any] = field(default_factory=dict)
     hadamard: bool = False
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     format_version: int = FORMAT_VERSION
 
     @classmethod
@@ -159,6 +197,7 @@ class LatentConfig:
             layers=tuple(_parse_layer(index, entry) for index, entry in enumerate(layers)),
             compression=block.get("compression") or {},
             hadamard=bool(block.get("hadamard", False)),
+            quantization=_parse_quantization(block.get("quantization") or {}),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -167,6 +206,7 @@ class LatentConfig:
         return {
             "format_version": self.format_version,
             "hadamard": self.hadamard,
+            "quantization": asdict(self.quantization),
             "layers": layers,
             "compression": dict(self.compression),
         }
@@ -191,6 +231,13 @@ class LatentConfig:
                     all(1 <= rank <= group_dim for rank in ranks),
                     f"{where}: ranks {list(ranks)} must lie in 1..{group_dim}",
                 )
+
+
+def _parse_quantization(entries: Any) -> QuantizationConfig:
+    known = {f.name for f in fields(QuantizationConfig)}
+    valid = isinstance(entries, Mapping) and set(entries) <= known
+    _require(valid, f"'palu' block: 'quantization' may hold {', '.join(sorted(known))}")
+    return QuantizationConfig(**entries)
 
 
 def _parse_layer(index: int, entry: Any) -> LayerRanks:

@@ -4,9 +4,15 @@ import dataclasses
 
 from transformers import PreTrainedModel
 
-from palu.config import LatentConfig
+from palu.config import LatentConfig, QuantizationConfig
 from palu.core.hadamard import orthonormal_hadamard
 from palu.nn.low_rank_linear import LowRankLinear
+
+
+def set_quantization(model: PreTrainedModel, quantization: QuantizationConfig) -> None:
+    """Change how the caches that `model` makes from now on store latents; saved with the model's config."""
+    latent = LatentConfig.from_dict(model.config.palu)
+    model.config.palu = dataclasses.replace(latent, quantization=quantization).to_dict()
 
 
 def fold_hadamard(model: PreTrainedModel) -> None:

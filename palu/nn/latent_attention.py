@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from palu.config import LayerRanks
 from palu.kernels.decode_attention.op import decode_attention
 from palu.kernels.decode_attention.reference import rotate
+from palu.kernels.quantize import PackedLatents
 from palu.nn.latent_cache import layer_window
 from palu.nn.low_rank_linear import LowRankLinear
 from palu.nn.rotary import KeyRotation
@@ -83,13 +84,17 @@ class LatentAttention(nn.Module):
     def _prefill(
         self,
         query: Tensor,
-        key_latents: Tensor,
-        value_latents: Tensor,
+        key_latents: Tensor | PackedLatents,
+        value_latents: Tensor | PackedLatents,
         rotation: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """Rebuild keys and values and use the model's attention implementation."""
+        key_latents, value_latents = (
+            latents.dequantized(query.dtype) if isinstance(latents, PackedLatents) else latents
+            for latents in (key_latents, value_latents)
+        )
         key = self._heads(self.k_proj.rebuild(key_latents), self.k_norm)
         key = rotate(key, *(table[:, None] for table in rotation))
         value = self._heads(self.v_proj.rebuild(value_latents), None)
@@ -111,8 +116,8 @@ class LatentAttention(nn.Module):
     def _decode(
         self,
         query: Tensor,
-        key_latents: Tensor,
-        value_latents: Tensor,
+        key_latents: Tensor | PackedLatents,
+        value_latents: Tensor | PackedLatents,
         rotation: tuple[Tensor, Tensor],
         mask: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:

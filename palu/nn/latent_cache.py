@@ -4,7 +4,8 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, StaticCache
 
 from palu.core.errors import PaluError
-from palu.nn.latent_layer import FixedLatentLayer, LatentLayer
+from palu.nn.fixed_layer import FixedLatentLayer
+from palu.nn.latent_layer import LatentLayer, LayerQuantization
 
 
 def layer_window(config: PreTrainedConfig, layer: int) -> int | None:
@@ -20,15 +21,19 @@ def latent_layers(
     config: PreTrainedConfig, max_length: int | None = None, capacity: int | None = None
 ) -> list[LatentLayer]:
     """One cache layer per decoder layer; layers of the same window share their positions."""
+    latent = config.latent
     leaders: dict[int | None, LatentLayer] = {}
     layers = []
-    for index in range(config.num_hidden_layers):
+    for index, ranks in enumerate(latent.layers):
         window = layer_window(config, index)
         leader = leaders.get(window)
+        codes = LayerQuantization(
+            latent.quantization.of(ranks.key, "key"), latent.quantization.of(ranks.value, "value")
+        )
         if capacity is not None:
-            layer = FixedLatentLayer(capacity, leader=leader, sliding_window=window)
+            layer = FixedLatentLayer(capacity, leader, window, codes)
         else:
-            layer = LatentLayer(leader=leader, sliding_window=window, max_length=max_length)
+            layer = LatentLayer(leader, window, max_length, codes)
         leaders.setdefault(window, layer)
         layers.append(layer)
     return layers

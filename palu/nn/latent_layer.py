@@ -1,13 +1,33 @@
 """One layer of the latent cache: key latents before RoPE, value latents, each token's position."""
 
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from palu.core.errors import PaluError
+from palu.kernels.quantize import PackedLatents, Quantization
+from palu.nn.packed_buffer import PackedBuffer
 from palu.nn.token_buffer import TokenBuffer
+
+Buffer = TokenBuffer | PackedBuffer
+Latents = Tensor | PackedLatents
+
+
+class LayerQuantization(NamedTuple):
+    """How one layer's keys and values become codes; None keeps them as they are."""
+
+    key: Quantization | None
+    value: Quantization | None
+
+
+UNQUANTIZED = LayerQuantization(None, None)
+
+
+def new_buffer(quantization: Quantization | None) -> Buffer:
+    """An empty buffer for latents, packed if a quantisation is given."""
+    return TokenBuffer() if quantization is None else PackedBuffer(quantization)
 
 
 class LatentLayer(CacheLayerMixin):
@@ -20,6 +40,7 @@ class LatentLayer(CacheLayerMixin):
         leader: the layer that holds this layer's positions, or None if it holds its own.
         sliding_window: tokens that a query sees, itself included; None for full attention.
         max_length: length that the cache is known never to exceed; bounds the growth by doubling.
+        quantization: how keys and values become codes, where they do.
     """
 
     is_compileable = False
@@ -27,7 +48,11 @@ class LatentLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(
-        self, leader: Optional["LatentLayer"] = None, sliding_window: int | None = None, max_length: int | None = None
+        self,
+        leader: Optional["LatentLayer"] = None,
+        sliding_window: int | None = None,
+        max_length: int | None = None,
+        quantization: LayerQuantization = UNQUANTIZED,
     ) -> None:
         super().__init__()
         self.leader = leader
@@ -36,12 +61,13 @@ class LatentLayer(CacheLayerMixin):
         self.max_length = max_length
         self.record_past = False
         self.cumulative_length = 0
-        self.key_buffer, self.value_buffer, self.position_buffer = TokenBuffer(), TokenBuffer(), TokenBuffer()
+        self.key_buffer, self.value_buffer = new_buffer(quantization.key), new_buffer(quantization.value)
+        self.position_buffer = TokenBuffer()
         self.visible_positions: Tensor | None = None
         self.filled: int | Tensor = 0
 
     @property
-    def buffers(self) -> tuple[TokenBuffer, ...]:
+    def buffers(self) -> tuple[Buffer, ...]:
         """The buffers that this layer itself holds."""
         own = (self.key_buffer, self.value_buffer)
         return own if self.leader is not None else (*own, self.position_buffer)
@@ -58,7 +84,7 @@ class LatentLayer(CacheLayerMixin):
 
     def update(
         self, key_states: Tensor, value_states: Tensor, position_ids: Tensor, *args, **kwargs
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Latents, Latents]:
         """Append latents [batch, new, sum(ranks)] with their positions [batch or 1, new].
 
         Returns:
@@ -80,7 +106,7 @@ class LatentLayer(CacheLayerMixin):
             visible = min(visible, self.sliding_window - 1 + new)
         if self.leader is None:
             self.visible_positions = self.position_buffer.tokens[:, -visible:, 0]
-        keys, values = self.key_buffer.tokens[:, -visible:], self.value_buffer.tokens[:, -visible:]
+        keys, values = self.key_buffer.last(visible), self.value_buffer.last(visible)
         self.filled = visible
         if not self.record_past:
             self._restrict_to_window()
@@ -172,119 +198,3 @@ class LatentLayer(CacheLayerMixin):
     def batch_size(self) -> int:
         """Rows of the cache, -1 before the first update."""
         return -1 if self.key_buffer.storage is None else self.key_buffer.storage.shape[0]
-
-
-class FixedLatentLayer(LatentLayer):
-    """A layer of fixed capacity, allocated once: its tensors never move, so CUDA graphs and torch.compile can use it.
-
-    `update` returns the whole storage; the attention mask hides what is not written yet. With a sliding window the
-    storage holds the window and rolls.
-
-    Args:
-        capacity: tokens that the whole cache must be able to hold.
-    """
-
-    is_compileable = True
-    is_croppable = False
-
-    def __init__(
-        self, capacity: int, leader: Optional["FixedLatentLayer"] = None, sliding_window: int | None = None
-    ) -> None:
-        if capacity < 1:
-            raise PaluError(f"the capacity of a latent cache must be at least 1, not {capacity}")
-        super().__init__(leader=leader, sliding_window=sliding_window, max_length=capacity)
-        self.capacity = capacity if sliding_window is None else min(capacity, sliding_window)
-        self.written = torch.zeros((), dtype=torch.int64)
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate everything."""
-        super().lazy_initialization(key_states, value_states)
-        batch = key_states.shape[0]
-        self.key_buffer.storage = key_states.new_zeros(batch, self.capacity, key_states.shape[2])
-        self.value_buffer.storage = value_states.new_zeros(batch, self.capacity, value_states.shape[2])
-        if self.leader is None:
-            self.position_buffer.storage = torch.zeros(
-                batch, self.capacity, 1, dtype=torch.int32, device=key_states.device
-            )
-        self.written = self.written.to(key_states.device)
-        if not torch.compiler.is_compiling():
-            for buffer in self.buffers:
-                torch._dynamo.mark_static_address(buffer.storage)
-            torch._dynamo.mark_static_address(self.written)
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, position_ids: Tensor, *args, **kwargs
-    ) -> tuple[Tensor, Tensor]:
-        """Write latents behind the ones held; see `LatentLayer.update`."""
-        self._check_rows(key_states)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        new = key_states.shape[1]
-        rolls = self.is_sliding and self.cumulative_length + new > self.capacity
-        if not self.is_sliding and not torch.compiler.is_compiling() and self.cumulative_length + new > self.capacity:
-            raise PaluError(
-                f"the latent cache has a fixed capacity of {self.capacity} tokens, "
-                f"{self.cumulative_length + new} are needed"
-            )
-        write = self._roll if rolls else self._write
-        keys, values = write(self.key_buffer, key_states), write(self.value_buffer, value_states)
-        if self.leader is None:
-            positions = position_ids.to(torch.int32).expand(key_states.shape[0], -1)[..., None]
-            self.visible_positions = write(self.position_buffer, positions)[..., 0]
-        if not rolls:
-            self.written.add_(new)
-        self.cumulative_length += new
-        self.filled = min(self.cumulative_length, keys.shape[1]) if self.is_sliding else self.written
-        return keys, values
-
-    def _write(self, buffer: TokenBuffer, tokens: Tensor) -> Tensor:
-        index = torch.arange(tokens.shape[1], device=tokens.device) + self.written
-        buffer.storage.index_copy_(1, index, tokens)
-        return buffer.storage
-
-    def _roll(self, buffer: TokenBuffer, tokens: Tensor) -> Tensor:
-        held = min(self.cumulative_length, self.capacity)
-        kept = buffer.storage[:, max(0, held - self.capacity + 1) : held]
-        full = torch.cat([kept, tokens], dim=1)
-        buffer.storage.copy_(full[:, -self.capacity :])
-        return buffer.storage if full.shape[1] == self.capacity else full
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of what the next `update` of `query_length` tokens returns."""
-        if not self.is_sliding or self.cumulative_length + query_length <= self.capacity:
-            return self.capacity, 0
-        seen = min(self.cumulative_length, self.capacity - 1)
-        return seen + query_length, self.cumulative_length - seen
-
-    def get_seq_length(self) -> int | Tensor:
-        """Tokens seen so far: a tensor for a full layer, so that a compiled graph does not depend on the number."""
-        return self.cumulative_length if self.is_sliding or not self.is_initialized else self.written
-
-    def get_max_length(self) -> int:
-        """The capacity."""
-        return self.capacity
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """A fixed cache cannot be cropped (nor can transformers' StaticCache)."""
-        raise RuntimeError("a latent cache of fixed capacity cannot be cropped; use the growing one")
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only the rows `indices`; in place where their number stays, so that the tensors do not move."""
-        for buffer in self.buffers:
-            if buffer.storage is not None and len(indices) == buffer.storage.shape[0] and indices.dtype != torch.bool:
-                buffer.storage.copy_(buffer.storage[indices.to(buffer.storage.device)])
-            else:
-                buffer.select_rows(indices)
-
-    def reset(self) -> None:
-        """Forget all tokens, keep the memory."""
-        for buffer in self.buffers:
-            if buffer.storage is not None:
-                buffer.storage.zero_()
-        self.written.zero_()
-        self.cumulative_length = 0
-
-    def nbytes(self) -> int:
-        """Bytes of the held latents and positions."""
-        held = min(self.cumulative_length, self.capacity)
-        return self.allocated_nbytes() * held // self.capacity

@@ -20,6 +20,19 @@ class TokenBuffer:
         self.start = 0
         self.stop = 0
 
+    @property
+    def parts(self) -> list["TokenBuffer"]:
+        """The tensors that make up this buffer: itself (a packed buffer has several)."""
+        return [self]
+
+    def as_latents(self, tensors: list[Tensor]) -> Tensor:
+        """What `encode` returned, as the attention takes it."""
+        return tensors[0]
+
+    def encode(self, tokens: Tensor) -> list[Tensor]:
+        """What is stored for new tokens, one tensor per part."""
+        return [tokens]
+
     def __len__(self) -> int:
         return self.stop - self.start
 
@@ -27,6 +40,10 @@ class TokenBuffer:
     def tokens(self) -> Tensor:
         """View of the held tokens, [batch, length, width]."""
         return self.storage[:, self.start : self.stop]
+
+    def last(self, count: int) -> Tensor:
+        """View of the newest `count` tokens, [batch, count, width]."""
+        return self.storage[:, self.stop - count : self.stop]
 
     def append(self, tokens: Tensor, max_length: int | None = None) -> None:
         """Add [batch, new, width] at the back; `max_length` bounds the growth by doubling where it is known."""
