@@ -56,19 +56,23 @@ def main(args: argparse.Namespace) -> None:
             raise PaluError(f"{flag} {value} must be at least 1")
     if not names:
         raise PaluError("--datasets is empty")
-    models = [args.model_name_or_path] + ([args.baseline] if args.baseline else [])
+    models = [args.model_name_or_path] + ([] if args.baseline is None else [args.baseline])
     device = resolve_device(args.device)
     parse_dtype(args.dtype)
     torch.manual_seed(args.seed)
     path = results_path(args.results, "ppl", args.model_name_or_path)
-    for model in models:
-        check_model(load_config(model, args.trust_remote_code), model, args.seqlen)
-        if model == args.model_name_or_path:
-            check_latent_flags(load_config(model, args.trust_remote_code), model, args)
-        load_tokenizer(model, args.trust_remote_code)
+    tokenizers = []
+    for index, model in enumerate(models):
+        config = load_config(model, args.trust_remote_code)
+        check_model(config, model, args.seqlen)
+        if index == 0:
+            check_latent_flags(config, model, args)
+        tokenizers.append(load_tokenizer(model, args.trust_remote_code))
         check_weight_files(model)
     texts = {name: load_text(name, "evaluation", args.seed) for name in names}
-    rows = [row for model in models for row in measure(model, labels(models)[model], texts, args, device)]
+    rows = []
+    for index, (model, label, tokenizer) in enumerate(zip(models, labels(models), tokenizers, strict=True)):
+        rows += measure(model, label, tokenizer, texts, args, device, latent_flags=index == 0)
     results = {"rows": rows, "config": vars(args), "environment": environment(device, args.seed)}
     write_results(path, results)
     plot_perplexity(results, path.with_suffix(".png"))
@@ -76,10 +80,14 @@ def main(args: argparse.Namespace) -> None:
     console.print(f"record: {path}, plot: {path.with_suffix('.png')}", highlight=False, soft_wrap=True)
 
 
-def labels(models: list[str]) -> dict[str, str]:
-    """Directory names, or whole paths where two are equal."""
-    names = {model: Path(model).resolve().name if Path(model).exists() else model for model in models}
-    return names if len(set(names.values())) == len(names) else {model: model for model in models}
+def labels(models: list[str]) -> list[str]:
+    """Directory names; whole paths where two are equal; a model beside itself is marked as the baseline."""
+    names = [Path(model).resolve().name if Path(model).exists() else model for model in models]
+    if len(set(names)) < len(names):
+        names = list(models)
+    if len(set(names)) < len(names):
+        names[1] += " (baseline)"
+    return names
 
 
 def check_latent_flags(config: Any, path: str, args: argparse.Namespace) -> None:
@@ -87,7 +95,8 @@ def check_latent_flags(config: Any, path: str, args: argparse.Namespace) -> None
     from palu.core.errors import PaluError
     from palu.models import is_latent
 
-    given = [name for name, value in vars(args).items() if name.startswith("lt_") and value not in (None, False)]
+    flags = {name: value for name, value in vars(args).items() if name.startswith("lt_")}
+    given = [name for name, value in flags.items() if value is not None and value is not False]
     if is_latent(config):
         latent_settings(args, config.latent.quantization)
     elif given:
@@ -106,19 +115,24 @@ def check_model(config: Any, path: str, seqlen: int) -> None:
 
 
 def measure(
-    path: str, label: str, texts: dict[str, str], args: argparse.Namespace, device: str
+    path: str,
+    label: str,
+    tokenizer: Any,
+    texts: dict[str, str],
+    args: argparse.Namespace,
+    device: str,
+    latent_flags: bool,
 ) -> list[dict[str, Any]]:
-    """One row per text for one model."""
+    """One row per text for one model; `latent_flags`: whether the --lt_ flags are meant for it."""
     from palu.calibrate.windows import consecutive_windows, tokenize
-    from palu.checkpoint import load_model, load_tokenizer, parse_dtype
+    from palu.checkpoint import load_model, parse_dtype
     from palu.evaluate.perplexity import perplexity
     from utils.console import progress, working
 
     with working(f"loading {path}"):
         model = load_model(path, parse_dtype(args.dtype), device, args.trust_remote_code)
-        if path == args.model_name_or_path:
+        if latent_flags:
             apply_latent_flags(model, args)
-        tokenizer = load_tokenizer(path, args.trust_remote_code)
         windows = {
             name: consecutive_windows(tokenize(tokenizer, text, name, model.config), args.seqlen, name)[
                 : args.max_windows

@@ -105,21 +105,19 @@ def test_assisted_decoding_crops_the_cache_correctly(pair):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("make", [lambda c: DynamicCache(), lambda c: DynamicCache(config=c), LatentCache])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda c: DynamicCache(),
+        lambda c: DynamicCache(config=c),
+        lambda c: StaticCache(config=c, max_cache_len=60),
+        LatentCache,
+    ],
+)
 def test_a_cache_that_the_user_passes_holds_latents(pair, make):
     model, latent = pair
     batch = left_padded_batch(model)
     cache = make(latent.config)
-    got = latent.generate(**batch, max_new_tokens=20, do_sample=False, past_key_values=cache)
-    assert torch.equal(model.generate(**batch, max_new_tokens=20, do_sample=False), got)
-    assert all(isinstance(layer, LatentLayer) for layer in cache.layers)
-
-
-@torch.no_grad()
-def test_a_static_cache_that_the_user_passes_keeps_its_capacity(pair):
-    model, latent = pair
-    batch = left_padded_batch(model)
-    cache = StaticCache(config=latent.config, max_cache_len=60)
     got = latent.generate(**batch, max_new_tokens=20, do_sample=False, past_key_values=cache)
     assert torch.equal(model.generate(**batch, max_new_tokens=20, do_sample=False), got)
     assert all(isinstance(layer, LatentLayer) for layer in cache.layers)

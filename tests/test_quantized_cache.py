@@ -126,10 +126,22 @@ def test_the_perplexity_script_reads_the_packed_cache(demo_checkpoint, tmp_path,
     assert row["perplexity"] < 200
 
 
+def test_a_checkpoint_beside_itself_shows_what_quantisation_costs(demo_checkpoint, tmp_path, capsys):
+    options = ["--datasets", "demo", "--seqlen", 64, "--max_windows", 2, "--results", tmp_path / "r.json"]
+    model = ["--model_name_or_path", demo_checkpoint, "--baseline", demo_checkpoint]
+    assert invoke(run_ppl_eval, *model, *options, "--lt_bits", 2) == 0
+    rows = read_results(tmp_path / "r.json")["rows"]
+    assert [row["bits"] for row in rows] == [2, 16]
+    assert len({row["model"] for row in rows}) == 2
+    assert f"{rows[1]['perplexity']:.3f}" in capsys.readouterr().out
+
+
 def test_latent_flags_are_refused_for_a_stock_model_and_for_values_that_do_not_exist(demo_checkpoint, capsys):
     options = ["--datasets", "demo", "--seqlen", 64, "--max_windows", 1]
     stock = DEMO_ASSETS / "model"
     assert invoke(run_ppl_eval, "--model_name_or_path", stock, *options, "--lt_bits", 4) == 2
     assert "is not a compressed model; --lt_bits needs one" in capsys.readouterr().err
+    assert invoke(run_ppl_eval, "--model_name_or_path", stock, *options, "--lt_clip_ratio", 0) == 2
+    assert "is not a compressed model; --lt_clip_ratio needs one" in capsys.readouterr().err
     assert invoke(run_ppl_eval, "--model_name_or_path", demo_checkpoint, *options, "--lt_bits", 5) == 2
     assert "lt_bits 5 must be one of 2, 3, 4, 8, 16" in capsys.readouterr().err
