@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.cli import DATASET_HELP, add_common_flags, group_size, new_parser, resolve_device, run_script
+from utils.latent import add_latent_flags, latent_settings
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -21,6 +22,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add_model_flags(parser.add_argument_group("model and output").add_argument)
     add_rank_flags(parser.add_argument_group("ranks").add_argument)
     add_calibration_flags(parser.add_argument_group("calibration").add_argument)
+    add_latent_flags(parser, evaluates=False)
     add_common_flags(parser)
     return parser.parse_args(argv)
 
@@ -58,9 +60,10 @@ def add_rank_flags(flag: Callable[..., Any]) -> None:
     flag("--search_method", default="fisher_uniform", help="uniform, fisher or fisher_uniform (default: %(default)s)")
     flag("--decompose_method", default="whiten", help="whiten or svd (default: %(default)s)")
     flag(
-        "--lt_hadamard",
-        action="store_true",
-        help="turn each group's latents by a Hadamard matrix: the same model, kinder to quantisation",
+        "--fuse_values",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="fold the values' up factors into o_proj in the layers where that makes the weights smaller",
     )
     flag("--rank_multiple", type=int, default=32, help="ranks are multiples of this (default: %(default)s)")
 
@@ -115,7 +118,7 @@ def main(args: argparse.Namespace) -> None:
 
 def compression_config(args: argparse.Namespace) -> Any:
     """The library's CompressionConfig for the flags."""
-    from palu import CompressionConfig
+    from palu import CompressionConfig, QuantizationConfig
 
     default_text = "demo" if args.model_id is None else "wikitext2"
     return CompressionConfig(
@@ -132,6 +135,8 @@ def compression_config(args: argparse.Namespace) -> Any:
         calib_dataset=default_text if args.calib_dataset is None else args.calib_dataset,
         seed=args.seed,
         lt_hadamard=args.lt_hadamard,
+        quantization=latent_settings(args, QuantizationConfig()),
+        fuse_values=args.fuse_values,
     )
 
 

@@ -3,38 +3,45 @@
     python run_ppl_eval.py --model_name_or_path demo_ratio-0.5_gs-4-fisher_uniform-whiten --datasets demo \\
         --baseline assets/demo/model
     python run_ppl_eval.py --model_name_or_path DIR --datasets wikitext2,c4,my-text.txt --seqlen 2048
+    python run_ppl_eval.py --model_name_or_path DIR --lt_bits 4 --lt_hadamard --baseline ORIGINAL --plain_bits 4,2
 
 The text is cut into windows of --seqlen tokens that do not overlap; every window starts with an empty cache.
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from utils.cli import (
-    DATASET_HELP,
-    add_common_flags,
-    add_latent_flags,
-    latent_settings,
-    new_parser,
-    resolve_device,
-    run_script,
-)
+from utils.cli import DATASET_HELP, add_common_flags, new_parser, resolve_device, run_script
+from utils.latent import add_latent_flags, apply_latent_flags, check_latent_flags
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = new_parser(__doc__)
-    parser.add_argument("--model_name_or_path", required=True, help="directory or hub name of the model to measure")
-    parser.add_argument("--baseline", metavar="DIR", help="a model to measure beside it, usually the original")
-    parser.add_argument(
-        "--datasets", default="wikitext2", help=f"comma-separated: {DATASET_HELP} (default: %(default)s)"
-    )
-    parser.add_argument("--seqlen", type=int, default=2048, help="tokens per window (default: %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=1, help="windows at a time (default: %(default)s)")
-    parser.add_argument("--max_windows", type=int, help="only the first windows of each text (default: all)")
-    parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
+    flag = parser.add_argument
+    flag("--model_name_or_path", required=True, help="directory or hub name of the model to measure")
+    flag("--baseline", metavar="DIR", help="a model to measure beside it, usually the original")
+    flag("--datasets", default="wikitext2", help=f"comma-separated: {DATASET_HELP} (default: %(default)s)")
+    flag("--seqlen", type=int, default=2048, help="tokens per window (default: %(default)s)")
+    flag("--batch_size", type=int, default=1, help="windows at a time (default: %(default)s)")
+    flag("--max_windows", type=int, help="only the first windows of each text (default: all)")
+    flag("--prefill_chunk", type=int, help="tokens per forward pass through the cache (default: a whole window)")
+    flag("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
     add_latent_flags(parser)
+    peer = parser.add_argument_group(
+        "plain quantisation of the uncompressed model's cache, to compare with"
+    ).add_argument
+    peer(
+        "--plain_bits", help="comma-separated: also measure the stock model with its full keys and values in these bits"
+    )
+    peer(
+        "--plain_key_axis",
+        default="token",
+        help="token: keys have a scale per token and head, as values; channel: per channel over 32 tokens, as in KIVI "
+        "(default: %(default)s)",
+    )
     add_common_flags(parser)
     return parser.parse_args(argv)
 
@@ -44,40 +51,54 @@ def main(args: argparse.Namespace) -> None:
     import torch
 
     from palu.calibrate.text import load_text
-    from palu.checkpoint import check_weight_files, load_config, load_tokenizer, parse_dtype
-    from palu.core.errors import PaluError
+    from palu.checkpoint import check_weight_files, load_config, load_tokenizer
     from utils.console import console
     from utils.report import perplexity_table, plot_perplexity
     from utils.results import environment, results_path, write_results
 
-    names = [name.strip() for name in args.datasets.split(",") if name.strip()]
-    for flag, value in (("--batch_size", args.batch_size), ("--max_windows", args.max_windows)):
-        if value is not None and value < 1:
-            raise PaluError(f"{flag} {value} must be at least 1")
-    if not names:
-        raise PaluError("--datasets is empty")
+    names = check_flags(args)
     models = [args.model_name_or_path] + ([] if args.baseline is None else [args.baseline])
     device = resolve_device(args.device)
-    parse_dtype(args.dtype)
     torch.manual_seed(args.seed)
     path = results_path(args.results, "ppl", args.model_name_or_path)
-    tokenizers = []
-    for index, model in enumerate(models):
-        config = load_config(model, args.trust_remote_code)
-        check_model(config, model, args.seqlen)
-        if index == 0:
-            check_latent_flags(config, model, args)
+    tokenizers, configs = [], []
+    for model in models:
+        configs.append(load_config(model, args.trust_remote_code))
+        check_model(configs[-1], model, args.seqlen)
         tokenizers.append(load_tokenizer(model, args.trust_remote_code))
         check_weight_files(model)
+    clip_text = check_latent_flags(configs[0], models[0], args)
+    check_plain_flags(configs, args)
     texts = {name: load_text(name, "evaluation", args.seed) for name in names}
     rows = []
-    for index, (model, label, tokenizer) in enumerate(zip(models, labels(models), tokenizers, strict=True)):
-        rows += measure(model, label, tokenizer, texts, args, device, latent_flags=index == 0)
+    for index, (model, label) in enumerate(zip(models, labels(models), strict=True)):
+
+        def prepare(loaded: Any, index: int = index) -> None:
+            if index == 0:
+                apply_latent_flags(loaded, tokenizers[0], clip_text, args)
+
+        rows += measure(model, label, tokenizers[index], texts, args, device, prepare)
     results = {"rows": rows, "config": vars(args), "environment": environment(device, args.seed)}
     write_results(path, results)
     plot_perplexity(results, path.with_suffix(".png"))
     perplexity_table(results)
     console.print(f"record: {path}, plot: {path.with_suffix('.png')}", highlight=False, soft_wrap=True)
+
+
+def check_flags(args: argparse.Namespace) -> list[str]:
+    """Refuse what can be refused from the command line alone; returns the names of the texts."""
+    from palu.checkpoint import parse_dtype
+    from palu.core.errors import PaluError
+
+    names = [name.strip() for name in args.datasets.split(",") if name.strip()]
+    counts = {"--batch_size": args.batch_size, "--max_windows": args.max_windows, "--prefill_chunk": args.prefill_chunk}
+    for flag, value in counts.items():
+        if value is not None and value < 1:
+            raise PaluError(f"{flag} {value} must be at least 1")
+    if not names:
+        raise PaluError("--datasets is empty")
+    parse_dtype(args.dtype)
+    return names
 
 
 def labels(models: list[str]) -> list[str]:
@@ -88,19 +109,6 @@ def labels(models: list[str]) -> list[str]:
     if len(set(names)) < len(names):
         names[1] += " (baseline)"
     return names
-
-
-def check_latent_flags(config: Any, path: str, args: argparse.Namespace) -> None:
-    """Refuse latent flags for a model that has no latents, and values that are not allowed."""
-    from palu.core.errors import PaluError
-    from palu.models import is_latent
-
-    flags = {name: value for name, value in vars(args).items() if name.startswith("lt_")}
-    given = [name for name, value in flags.items() if value is not None and value is not False]
-    if is_latent(config):
-        latent_settings(args, config.latent.quantization)
-    elif given:
-        raise PaluError(f"{path} is not a compressed model; --{given[0]} needs one")
 
 
 def check_model(config: Any, path: str, seqlen: int) -> None:
@@ -114,6 +122,30 @@ def check_model(config: Any, path: str, seqlen: int) -> None:
         raise PaluError(f"{path}: {error}") from error
 
 
+def check_plain_flags(configs: list[Any], args: argparse.Namespace) -> None:
+    """Refuse plain quantisation in bits or of models that it is not for."""
+    from palu.core.errors import PaluError
+    from palu.models import is_latent
+    from palu.nn.plain_cache import PlainQuantizedCache
+
+    stock = [config for config in configs if not is_latent(config)]
+    if not stock and args.plain_bits is not None:
+        raise PaluError("--plain_bits quantises full keys and values; pass the original model as --baseline")
+    for config in stock:
+        for bits in plain_bits(args):
+            PlainQuantizedCache(config, bits, args.plain_key_axis)
+
+
+def plain_bits(args: argparse.Namespace) -> list[int]:
+    """The bits of `--plain_bits`."""
+    from palu.core.errors import PaluError
+
+    try:
+        return [int(bits) for bits in (args.plain_bits or "").split(",") if bits.strip()]
+    except ValueError:
+        raise PaluError(f"--plain_bits {args.plain_bits!r} must be numbers such as 8,4,2") from None
+
+
 def measure(
     path: str,
     label: str,
@@ -121,54 +153,57 @@ def measure(
     texts: dict[str, str],
     args: argparse.Namespace,
     device: str,
-    latent_flags: bool,
+    prepare: Callable[[Any], None],
 ) -> list[dict[str, Any]]:
-    """One row per text for one model; `latent_flags`: whether the --lt_ flags are meant for it."""
+    """One row per text and way of caching for one model.
+
+    Args:
+        prepare: changes the loaded model before it is measured.
+    """
     from palu.calibrate.windows import consecutive_windows, tokenize
     from palu.checkpoint import load_model, parse_dtype
     from palu.evaluate.perplexity import perplexity
+    from palu.models import is_latent
+    from palu.nn.plain_cache import PlainQuantizedCache
     from utils.console import progress, working
 
     with working(f"loading {path}"):
         model = load_model(path, parse_dtype(args.dtype), device, args.trust_remote_code)
-        if latent_flags:
-            apply_latent_flags(model, args)
         windows = {
-            name: consecutive_windows(tokenize(tokenizer, text, name, model.config), args.seqlen, name)[
-                : args.max_windows
-            ]
+            name: consecutive_windows(tokenize(tokenizer, text, name, model.config), args.seqlen, name)
             for name, text in texts.items()
         }
+    prepare(model)
+    variants = [None] + ([] if is_latent(model) else plain_bits(args))
     rows = []
-    for name, batch in windows.items():
-        result = perplexity(model, batch, args.batch_size, progress, f"{label} on {Path(name).name}")
-        rows.append(
-            {
-                "model": label,
-                "dataset": name,
-                "seqlen": result.seqlen,
-                "windows": result.windows,
-                "tokens": result.tokens,
-                "perplexity": result.perplexity,
-                "kv_bytes_per_token": result.kv_bytes_per_token,
-                "kept_ratio": kept_ratio(model.config),
-                **latent_bits(model),
-                "dtype": str(model.dtype).removeprefix("torch."),
-            }
+    for name, bits in ((name, bits) for name in windows for bits in variants):
+        result = perplexity(
+            model,
+            windows[name][: args.max_windows],
+            args.batch_size,
+            progress,
+            f"{label} on {Path(name).name}" + (f", plain {bits} bits" if bits else ""),
+            args.prefill_chunk,
+            bits and (lambda bits=bits: PlainQuantizedCache(model.config, bits, args.plain_key_axis)),
         )
+        rows.append(row_of(result, model, label, name, bits, args.plain_key_axis))
     return rows
 
 
-def apply_latent_flags(model: Any, args: argparse.Namespace) -> None:
-    """Set how the cache stores latents, as the flags say."""
-    from palu import fold_hadamard, set_quantization
-    from palu.models import is_latent
+def row_of(result: Any, model: Any, label: str, dataset: str, bits: int | None, key_axis: str) -> dict[str, Any]:
+    """The flat row of one measurement."""
+    import dataclasses
 
-    if not is_latent(model):
-        return
-    set_quantization(model, latent_settings(args, model.config.latent.quantization))
-    if args.lt_hadamard:
-        fold_hadamard(model)
+    cached = latent_bits(model) if bits is None else {"bits": bits, "value_bits": bits, "hadamard": False}
+    return {
+        "model": label,
+        "dataset": dataset,
+        **dataclasses.asdict(result),
+        "kept_ratio": kept_ratio(model.config),
+        **cached,
+        "plain": None if bits is None else key_axis,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
 
 
 def latent_bits(model: Any) -> dict[str, Any]:

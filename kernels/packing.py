@@ -25,15 +25,21 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
-def unpack(packed: Tensor, width: int, bits: int) -> Tensor:
-    """The inverse of `pack`: uint8 [..., width]."""
+def unpack(packed: Tensor, width: int, bits: int, start: int = 0, count: int | None = None) -> Tensor:
+    """The inverse of `pack`, for all `width` codes of a row or for `count` of them from `start`: uint8 [..., count].
+
+    Only the bytes that hold the wanted codes are read.
+    """
+    count = width - start if count is None else count
     codes, shift, offset = None, 0, 0
     for plane in PLANES[bits]:
-        size = -(-width * plane // 8)
-        values = _unpack_plane(packed[..., offset : offset + size], width, plane) << shift
-        codes = values if codes is None else codes | values
+        first, skipped = divmod(start * plane, 8)
+        last = -(-(start + count) * plane // 8)
+        skipped //= plane
+        values = _unpack_plane(packed[..., offset + first : offset + last], skipped + count, plane)[..., skipped:]
+        codes = values << shift if codes is None else codes | values << shift
         shift += plane
-        offset += size
+        offset += -(-width * plane // 8)
     return codes
 
 

@@ -1,6 +1,8 @@
 """Per-token, per-group quantisation of latents, and the packed tensor that a cache holds."""
 
-from collections.abc import Sequence
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +23,7 @@ class Quantization:
     bits: 2, 3, 4 or 8 per code.
     widths: codes that share a scale and a zero point, in order; they add up to the latents' width.
     symmetric: a fixed zero point in the middle of the codes instead of a stored one.
-    clip_ratios: fraction of each group's range that the codes span, one per group.
+    clip_ratios: fraction of each group's range, about its centre, that the codes span; one per group, or none for 1.
     """
 
     bits: int
@@ -35,14 +37,23 @@ class Quantization:
         return sum(self.widths)
 
     @property
+    def middle(self) -> int:
+        """The code in the middle of the range; where symmetric, that of zero."""
+        return 2 ** (self.bits - 1)
+
+    @property
     def bytes_per_token(self) -> int:
         """Codes, scales and, if asymmetric, zero points."""
         parameters = len(self.widths) * (1 if self.symmetric else 2)
         return packed_width(self.width, self.bits) + 2 * parameters
 
-    def group_clip_ratios(self) -> tuple[float, ...]:
-        """One ratio per group, 1 where none is given."""
-        return self.clip_ratios or (1.0,) * len(self.widths)
+    def runs(self) -> Iterator[tuple[int, int, int]]:
+        """Groups side by side of equal width, as (first group, number of groups, width)."""
+        first = 0
+        for width, run in itertools.groupby(self.widths):
+            count = len(list(run))
+            yield first, count, width
+            first += count
 
 
 @dataclass(frozen=True)
@@ -90,22 +101,36 @@ class PackedLatents:
             result.append(inside)
         return result
 
-    def unpacked(self) -> Tensor:
-        """uint8 codes [batch, length, width]."""
-        return unpack(self.codes, self.quantization.width, self.quantization.bits)
+    def unpacked(self, start: int = 0, count: int | None = None) -> Tensor:
+        """uint8 codes [batch, length, count] of all latents, or of `count` of them from `start`."""
+        return unpack(self.codes, self.quantization.width, self.quantization.bits, start, count)
 
-    def zero_points(self) -> Tensor:
-        """fp16 [batch, length, groups]; the middle of the codes if symmetric."""
-        if self.zeros is not None:
-            return self.zeros
-        return torch.full_like(self.scales, 2.0 ** (self.quantization.bits - 1))
+    def centred(self, dtype: torch.dtype, start: int = 0, count: int | None = None) -> Tensor:
+        """`code - middle`, exact in every floating dtype: `x = scale * (centred - shift)`.
 
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """Latents [batch, length, width] with the rounding of their codes."""
-        widths = torch.tensor(self.quantization.widths, device=self.codes.device)
-        scales = self.scales.float().repeat_interleave(widths, dim=-1)
-        zeros = self.zero_points().float().repeat_interleave(widths, dim=-1)
-        return (scales * (self.unpacked().float() - zeros)).to(dtype)
+        Products of centred codes cancel less against the zero point's than those of the codes themselves.
+        """
+        return self.unpacked(start, count).to(dtype) - self.quantization.middle
+
+    def shifts(self) -> Tensor | None:
+        """`zero - middle`, float32 [batch, length, groups]; None if symmetric, where it is zero."""
+        return None if self.zeros is None else self.zeros.float() - self.quantization.middle
+
+    def dequantized(self, dtype: torch.dtype, start: int = 0, count: int | None = None) -> Tensor:
+        """Latents [batch, length, width] with the rounding of their codes, or `count` of them from `start`.
+
+        `start` and `count` have to end at borders of quantisation groups.
+        """
+        count = self.quantization.width - start if count is None else count
+        borders = list(itertools.accumulate(self.quantization.widths, initial=0))
+        first, last = borders.index(start), borders.index(start + count)
+        latents = self.centred(torch.float32, start, count).split(self.quantization.widths[first:last], dim=-1)
+        shifts = self.shifts()
+        parts = []
+        for group, part in enumerate(latents, start=first):
+            shifted = part if shifts is None else part - shifts[..., group : group + 1]
+            parts.append((shifted * self.scales[..., group : group + 1].float()).to(dtype))
+        return torch.cat(parts, dim=-1)
 
 
 def quantize(latents: Tensor, quantization: Quantization) -> PackedLatents:
@@ -114,33 +139,48 @@ def quantize(latents: Tensor, quantization: Quantization) -> PackedLatents:
     Scale and zero point are rounded to fp16 first and the codes chosen for the rounded ones. A group that is constant
     in a token is stored up to fp16 precision.
     """
-    groups = latents.float().split(list(quantization.widths), dim=-1)
+    clips = _clip_tensor(quantization, latents.device) if quantization.clip_ratios else None
     encode = _encode_symmetric if quantization.symmetric else _encode_asymmetric
-    parts = [
-        encode(group, quantization.bits, clip)
-        for group, clip in zip(groups, quantization.group_clip_ratios(), strict=True)
-    ]
-    codes = torch.cat([part[0] for part in parts], dim=-1)
-    scales = torch.cat([part[1] for part in parts], dim=-1)
-    zeros = None if quantization.symmetric else torch.cat([part[2] for part in parts], dim=-1)
-    return PackedLatents(pack(codes, quantization.bits), scales, zeros, quantization)
+    codes, scales, zeros = [], [], []
+    offset = 0
+    for first, count, width in quantization.runs():
+        groups = latents[..., offset : offset + count * width].float().unflatten(-1, (count, width))
+        clip = 1.0 if clips is None else clips[first : first + count, None]
+        code, scale, zero = encode(groups, quantization.bits, clip)
+        codes.append(code.flatten(-2))
+        scales.append(scale[..., 0])
+        zeros.append(None if zero is None else zero[..., 0])
+        offset += count * width
+    return PackedLatents(
+        pack(torch.cat(codes, dim=-1), quantization.bits),
+        torch.cat(scales, dim=-1),
+        None if quantization.symmetric else torch.cat(zeros, dim=-1),
+        quantization,
+    )
 
 
-def _encode_asymmetric(group: Tensor, bits: int, clip: float) -> tuple[Tensor, Tensor, Tensor]:
+@functools.lru_cache(maxsize=1024)
+def _clip_tensor(quantization: Quantization, device: torch.device) -> Tensor:
+    """The clip ratios on a device, made once: a CUDA graph cannot copy them there."""
+    return torch.tensor(quantization.clip_ratios, device=device)
+
+
+def _encode_asymmetric(groups: Tensor, bits: int, clip: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
     top = 2**bits - 1
-    low, high = group.amin(-1, keepdim=True) * clip, group.amax(-1, keepdim=True) * clip
-    magnitude = group.abs().amax(-1, keepdim=True)
-    scale = _half(torch.maximum((high - low) / top, magnitude / LARGEST_ZERO_POINT))
-    # The smallest value has code 0; a group that is constant is carried by its zero point.
-    zero = (-low / scale.float()).half()
-    codes = (group / scale.float() + zero.float()).round().clamp(0, top)
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    magnitude = torch.maximum(low.abs(), high.abs())
+    span = (high - low) * clip
+    scale = _half(torch.maximum(span / top, magnitude / LARGEST_ZERO_POINT))
+    # The lower end of what is left of the range has code 0; a group that is constant is carried by its zero point.
+    zero = ((span - low - high) / 2 / scale.float()).half()
+    codes = (groups / scale.float() + zero.float()).round().clamp(0, top)
     return codes.to(torch.uint8), scale, zero
 
 
-def _encode_symmetric(group: Tensor, bits: int, clip: float) -> tuple[Tensor, Tensor, None]:
+def _encode_symmetric(groups: Tensor, bits: int, clip: Tensor | float) -> tuple[Tensor, Tensor, None]:
     middle = 2 ** (bits - 1)
-    scale = _half(group.abs().amax(-1, keepdim=True) * clip / (middle - 0.5))
-    codes = (group / scale.float() + middle).round().clamp(0, 2 * middle - 1)
+    scale = _half(groups.abs().amax(-1, keepdim=True) * clip / (middle - 0.5))
+    codes = (groups / scale.float() + middle).round().clamp(0, 2 * middle - 1)
     return codes.to(torch.uint8), scale, None
 
 

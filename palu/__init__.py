@@ -1,11 +1,13 @@
 """Low-rank KV-cache compression. Importing this package lets transformers load compressed checkpoints."""
 
-from palu.config import CompressionConfig, QuantizationConfig
+from palu.calibrate.clip import search_clip_ratios
+from palu.config import CompressionConfig
 from palu.core.errors import PaluError
 from palu.models import register_auto_classes
-from palu.nn.fusion import fold_hadamard, set_quantization
+from palu.nn.fusion import fold_hadamard, fold_values, set_quantization
 from palu.nn.latent_cache import LatentCache, cache_bytes_per_token, cache_nbytes
 from palu.pipeline import Compression, compress
+from palu.quantization import QuantizationConfig
 
 register_auto_classes()
 
@@ -19,5 +21,7 @@ __all__ = [
     "cache_nbytes",
     "compress",
     "fold_hadamard",
+    "fold_values",
+    "search_clip_ratios",
     "set_quantization",
 ]

@@ -1,6 +1,6 @@
 """Frozen, validated descriptions: what was asked of a compression, and what a compressed checkpoint holds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
@@ -8,8 +8,8 @@ from transformers import PreTrainedConfig
 
 from palu.core.errors import PaluError
 from palu.core.types import RankPlan, Side
-from palu.kernels.packing import PLANES
-from palu.kernels.quantize import Quantization, quantization_widths
+from palu.core.validate import is_count, require
+from palu.quantization import QuantizationConfig
 
 FORMAT_VERSION = 1
 DEFAULT_FISHER_SEQLEN = 1024
@@ -38,15 +38,6 @@ def head_dim(model_config: PreTrainedConfig) -> int:
     return getattr(model_config, "head_dim", None) or model_config.hidden_size // model_config.num_attention_heads
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise PaluError(message)
-
-
 @dataclass(frozen=True)
 class CompressionConfig:
     """Everything that determines a compressed model besides the model and the calibration text.
@@ -61,6 +52,8 @@ class CompressionConfig:
         calib_seqlen where that is shorter.
     calib_dataset: a data set's name, or a file or directory.
     lt_hadamard: turn every group's latents by a Hadamard matrix, and use only ranks that have one.
+    quantization: how the compressed model's cache stores latents; clip ratios `auto` are searched on calibration text.
+    fuse_values: fold the values' up factors into o_proj in the layers where that makes the weights smaller.
     seed: draws the calibration windows.
     """
 
@@ -77,21 +70,23 @@ class CompressionConfig:
     calib_dataset: str = "wikitext2"
     seed: int = 0
     lt_hadamard: bool = False
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    fuse_values: bool = True
 
     def __post_init__(self) -> None:
         ratio = self.param_ratio_target
         valid = isinstance(ratio, int | float) and 0 < ratio <= 1
-        _require(valid, f"param_ratio_target {ratio!r} is the kept fraction and must lie in (0, 1]")
-        if self.fisher_seqlen is None and _is_count(self.calib_seqlen):
+        require(valid, f"param_ratio_target {ratio!r} is the kept fraction and must lie in (0, 1]")
+        if self.fisher_seqlen is None and is_count(self.calib_seqlen):
             object.__setattr__(self, "fisher_seqlen", min(DEFAULT_FISHER_SEQLEN, self.calib_seqlen))
         counts = {"rank_multiple": 1, "n_whiten_calib_samples": 1, "n_fisher_calib_samples": 1}
         for name, least in (counts | {"calib_seqlen": 2, "fisher_seqlen": 2, "seed": 0}).items():
             value = getattr(self, name)
-            _require(_is_count(value) and value >= least, f"{name} {value!r} must be a number of at least {least}")
-        _require(self.seed < 2**63, f"seed {self.seed} must be below 2**63")
+            require(is_count(value) and value >= least, f"{name} {value!r} must be a number of at least {least}")
+        require(self.seed < 2**63, f"seed {self.seed} must be below 2**63")
         for name, size in (("head_group_size", self.head_group_size), ("value_group_size", self.value_group_size)):
-            valid = size == "all" or (_is_count(size) and size >= 1) or (size is None and name == "value_group_size")
-            _require(valid, f"{name} {size!r} must be a number of kv heads or 'all'")
+            valid = size == "all" or (is_count(size) and size >= 1) or (size is None and name == "value_group_size")
+            require(valid, f"{name} {size!r} must be a number of kv heads or 'all'")
 
     def group_size(self, side: Side, num_kv_heads: int) -> int:
         """Kv heads per group of one side of a model.
@@ -110,44 +105,14 @@ class CompressionConfig:
 
 @dataclass(frozen=True)
 class LayerRanks:
-    """Rank of every key group and every value group of one layer."""
+    """Rank of every key group and every value group of one layer.
+
+    fused_values: whether the values' up factors are folded into o_proj.
+    """
 
     key: tuple[int, ...]
     value: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class QuantizationConfig:
-    """How the cache stores latents; 16 bits means as they are, in the model's number format.
-
-    key_bits, value_bits: 2, 3, 4, 8 or 16.
-    group_size: latents that share a scale inside a head group; None is the whole group.
-    symmetric: no zero points.
-    clip_ratio: fraction of a group's range that the codes span, in (0, 1].
-    """
-
-    key_bits: int = 16
-    value_bits: int = 16
-    group_size: int | None = None
-    symmetric: bool = False
-    clip_ratio: float = 1.0
-
-    def __post_init__(self) -> None:
-        allowed = (*PLANES, 16)
-        for bits in (self.key_bits, self.value_bits):
-            _require(bits in allowed, f"lt_bits {bits!r} must be one of {', '.join(map(str, allowed))}")
-        size = self.group_size
-        _require(size is None or (_is_count(size) and size >= 1), f"lt_group_size {size!r} must be at least 1")
-        ratio = self.clip_ratio
-        _require(isinstance(ratio, int | float) and 0 < ratio <= 1, f"lt_clip_ratio {ratio!r} must lie in (0, 1]")
-
-    def of(self, ranks: Sequence[int], side: Side) -> Quantization | None:
-        """How latents of these group ranks become codes; None if they stay as they are."""
-        bits = self.key_bits if side == "key" else self.value_bits
-        if bits == 16:
-            return None
-        widths = quantization_widths(ranks, self.group_size)
-        return Quantization(bits, widths, self.symmetric, (self.clip_ratio,) * len(widths))
+    fused_values: bool = False
 
 
 @dataclass(frozen=True)
@@ -182,31 +147,29 @@ class LatentConfig:
         Raises:
             PaluError: if the block is missing, of another format version or malformed.
         """
-        _require(isinstance(block, Mapping), "config.json has no 'palu' block: not a compressed checkpoint")
+        require(isinstance(block, Mapping), "config.json has no 'palu' block: not a compressed checkpoint")
         version = block.get("format_version")
-        _require(
+        require(
             version == FORMAT_VERSION, f"'palu' block has format_version {version}; this code reads {FORMAT_VERSION}"
         )
         unknown = set(block) - {f.name for f in fields(cls)}
-        _require(not unknown, f"'palu' block has unknown entries: {', '.join(sorted(unknown))}")
+        require(not unknown, f"'palu' block has unknown entries: {', '.join(sorted(unknown))}")
         layers = block.get("layers")
-        _require(
-            isinstance(layers, list | tuple) and len(layers) > 0, "'palu' block: 'layers' must be a non-empty list"
-        )
+        require(isinstance(layers, list | tuple) and len(layers) > 0, "'palu' block: 'layers' must be a non-empty list")
         return cls(
             layers=tuple(_parse_layer(index, entry) for index, entry in enumerate(layers)),
             compression=block.get("compression") or {},
             hadamard=bool(block.get("hadamard", False)),
-            quantization=_parse_quantization(block.get("quantization") or {}),
+            quantization=QuantizationConfig.from_dict(block.get("quantization") or {}),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON block."""
-        layers = [{"key": list(layer.key), "value": list(layer.value)} for layer in self.layers]
+        layers = [asdict(layer) | {"key": list(layer.key), "value": list(layer.value)} for layer in self.layers]
         return {
             "format_version": self.format_version,
             "hadamard": self.hadamard,
-            "quantization": asdict(self.quantization),
+            "quantization": self.quantization.to_dict(),
             "layers": layers,
             "compression": dict(self.compression),
         }
@@ -218,26 +181,20 @@ class LatentConfig:
             PaluError: naming the layer and side.
         """
         found = len(self.layers)
-        _require(found == num_layers, f"'palu' block has ranks for {found} layers, the model has {num_layers}")
+        require(found == num_layers, f"'palu' block has ranks for {found} layers, the model has {num_layers}")
         for index, layer in enumerate(self.layers):
             for side, ranks in (("key", layer.key), ("value", layer.value)):
                 where = f"'palu' block, layer {index}, {side}"
-                _require(
+                require(
                     len(ranks) > 0 and num_kv_heads % len(ranks) == 0,
                     f"{where}: {len(ranks)} groups do not divide {num_kv_heads} kv heads",
                 )
                 group_dim = num_kv_heads // len(ranks) * head_dim
-                _require(
-                    all(1 <= rank <= group_dim for rank in ranks),
-                    f"{where}: ranks {list(ranks)} must lie in 1..{group_dim}",
+                largest = head_dim if side == "value" and layer.fused_values else group_dim
+                require(
+                    all(1 <= rank <= largest for rank in ranks),
+                    f"{where}: ranks {list(ranks)} must lie in 1..{largest}",
                 )
-
-
-def _parse_quantization(entries: Any) -> QuantizationConfig:
-    known = {f.name for f in fields(QuantizationConfig)}
-    valid = isinstance(entries, Mapping) and set(entries) <= known
-    _require(valid, f"'palu' block: 'quantization' may hold {', '.join(sorted(known))}")
-    return QuantizationConfig(**entries)
 
 
 def _parse_layer(index: int, entry: Any) -> LayerRanks:
@@ -245,5 +202,5 @@ def _parse_layer(index: int, entry: Any) -> LayerRanks:
         isinstance(entry.get(side), list | tuple) and all(isinstance(rank, int) for rank in entry[side])
         for side in ("key", "value")
     )
-    _require(valid, f"'palu' block, layer {index}: needs lists of integer ranks under 'key' and 'value'")
-    return LayerRanks(key=tuple(entry["key"]), value=tuple(entry["value"]))
+    require(valid, f"'palu' block, layer {index}: needs lists of integer ranks under 'key' and 'value'")
+    return LayerRanks(tuple(entry["key"]), tuple(entry["value"]), bool(entry.get("fused_values", False)))

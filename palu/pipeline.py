@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from palu.calibrate.clip import search_clip_ratios
 from palu.calibrate.fisher import fisher_information
 from palu.calibrate.moments import stream_grams
 from palu.calibrate.sites import check_weights, site_shapes, site_weight
@@ -33,7 +34,7 @@ from palu.core.progress import Progress, silent
 from palu.core.types import SIDES, RankPlan, Side, Site, SiteShape, SiteStats, Statistic
 from palu.decompose import get_decomposition
 from palu.models import get_adapter
-from palu.nn.fusion import fold_hadamard
+from palu.nn.fusion import fold_hadamard, fold_values, set_quantization
 from palu.nn.rotary import check_rope
 from palu.search import get_search
 
@@ -66,7 +67,11 @@ def statistics_needed(config: CompressionConfig) -> frozenset[Statistic]:
     Raises:
         PaluError: if a method's name is unknown.
     """
-    return get_search(config.search_method).needs | get_decomposition(config.decompose_method).needs
+    needed = get_search(config.search_method).needs | get_decomposition(config.decompose_method).needs
+    if config.quantization.needs_search and not needed:
+        # Clip ratios are searched on any calibration windows.
+        needed = frozenset({Statistic.GRAM})
+    return needed
 
 
 def rank_budget(config: CompressionConfig) -> RankBudget:
@@ -180,7 +185,15 @@ def _compress(
         factors = dict(_stream_factors(model, windows.moments, shapes, plan, config, cache_dir, progress))
     with _stage("assembling", stages, model.device):
         compressed = _assemble(model, plan, factors, config, windows.describe())
+    if compressed.config.latent.quantization.needs_search:
+        with _stage("clip ratios", stages, model.device):
+            search_clip_ratios(compressed, _any_windows(windows), progress)
     return Compression(compressed, plan, shapes, plan.kept_ratio(shapes), windows.describe(), stages)
+
+
+def _any_windows(windows: CalibrationWindows) -> Tensor:
+    """Calibration tokens for what no statistic's method asked for."""
+    return windows.fisher if windows.moments is None else windows.moments
 
 
 @contextmanager
@@ -280,6 +293,9 @@ def _assemble(
     _copy_rotary(compressed, model)
     if config.lt_hadamard:
         fold_hadamard(compressed)
+    if config.fuse_values:
+        fold_values(compressed)
+    set_quantization(compressed, config.quantization)
     compressed.generation_config = copy.deepcopy(model.generation_config)
     return compressed.eval()
 

@@ -51,7 +51,7 @@ def defined(query, key_latents, value_latents, key, value, rotation, mask, scali
         scores = query[:, head].double() @ keys[:, :, kv_head].mT * scaling
         scores = scores.masked_fill(~mask[:, 0], float("-inf"))
         output[:, :, head] = scores.softmax(-1) @ up["value"][:, :, kv_head]
-    return output
+    return output.flatten(2)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))

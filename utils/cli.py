@@ -4,7 +4,6 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any
 
 DATASET_HELP = (
     "demo (bundled), wikitext2, c4, ptb, alpaca (from the hub), or a .txt, .jsonl, .json or .parquet file, "
@@ -28,31 +27,6 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
         "--trust_remote_code", action="store_true", help="run modelling code that comes with a checkpoint"
     )
     parser.add_argument("--verbose", action="store_true", help="log each step, and show full error traces")
-
-
-def add_latent_flags(parser: argparse.ArgumentParser) -> None:
-    """How the cache of a compressed model stores its latents; what is not given is as the checkpoint says."""
-    flags = parser.add_argument_group("latents in the cache (compressed models)")
-    flags.add_argument("--lt_bits", type=int, help="bits per latent: 2, 3, 4, 8, or 16 for no quantisation")
-    flags.add_argument("--lt_value_bits", type=int, help="the same for values only (default: as --lt_bits)")
-    flags.add_argument("--lt_group_size", type=int, help="latents that share a scale (default: a whole head group)")
-    flags.add_argument("--lt_sym", action="store_true", help="symmetric codes, without zero points")
-    flags.add_argument("--lt_clip_ratio", type=float, help="fraction of a group's range that the codes span")
-    flags.add_argument("--lt_hadamard", action="store_true", help="turn latents by a Hadamard matrix after loading")
-
-
-def latent_settings(args: argparse.Namespace, quantization: Any) -> Any:
-    """The checkpoint's `QuantizationConfig` with the flags that were given."""
-    import dataclasses
-
-    given = {
-        "key_bits": args.lt_bits,
-        "value_bits": args.lt_bits if args.lt_value_bits is None else args.lt_value_bits,
-        "group_size": args.lt_group_size,
-        "symmetric": args.lt_sym or None,
-        "clip_ratio": args.lt_clip_ratio,
-    }
-    return dataclasses.replace(quantization, **{name: value for name, value in given.items() if value is not None})
 
 
 def run_script(

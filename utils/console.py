@@ -67,7 +67,8 @@ def print_table(title: str, columns: list[str], rows: Iterable[Iterable[Any]], c
     rows = [[_cell(value) for value in row] for row in rows]
     for index, name in enumerate(columns):
         numeric = all(_is_number(row[index]) for row in rows)
-        table.add_column(name, no_wrap=True, justify="right" if numeric else "left")
+        # Long names are folded, so that the figures beside them stay whole.
+        table.add_column(name, no_wrap=numeric, overflow="fold", justify="right" if numeric else "left")
     for row in rows:
         table.add_row(*row)
     # Outside the table, where a long name is not broken at the table's width.

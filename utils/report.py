@@ -24,9 +24,25 @@ def rank_table(results: dict[str, Any]) -> None:
         lines,
         caption=(
             f"kept ratio {summary['kept_ratio']:.4f} of target {summary['target']}; "
-            f"{summary['latent_bytes_per_token']:,} of {summary['full_bytes_per_token']:,} bytes per token"
+            f"{summary['latent_bytes_per_token']:,} of {summary['full_bytes_per_token']:,} bytes per token\n"
+            f"{_fusion_line([row for row in results['rows'] if row['kind'] == 'fusion'])}"
         ),
     )
+
+
+def _fusion_line(rows: list[dict[str, Any]]) -> str:
+    """In how many layers the values' up factors went into o_proj, and why not in the others."""
+    fused = [row for row in rows if row["fused"]]
+    line = f"values' up factors folded into o_proj in {len(fused)} of {len(rows)} layers"
+    if fused:
+        saved = sum(row["weights_apart"] - row["weights_folded"] for row in fused)
+        line += f", {saved:,} weights fewer to read per step"
+    apart = [row for row in rows if not row["fused"]]
+    if apart:
+        ratio = sum(row["weights_folded"] for row in apart) / sum(row["weights_apart"] for row in apart)
+        line += f"; apart elsewhere: folding would make these weights {ratio:.2f} times as large"
+        line += "" if all(row["latents_fit_a_head"] for row in apart) else ", latents wider than a head"
+    return line
 
 
 def stage_table(results: dict[str, Any]) -> None:
@@ -38,27 +54,38 @@ def stage_table(results: dict[str, Any]) -> None:
 
 
 def perplexity_table(results: dict[str, Any]) -> None:
-    """Perplexity of a model beside its baseline's."""
-    models = list(dict.fromkeys(row["model"] for row in results["rows"]))
-    baselines = {row["dataset"]: row for row in results["rows"] if len(models) > 1 and row["model"] == models[1]}
-    lines = []
-    for row in (row for row in results["rows"] if row["model"] == models[0]):
-        base = baselines.get(row["dataset"])
-        lines.append(
+    """Perplexity and cached bytes of everything that was measured, one table a text, against the last model named."""
+    for dataset in dict.fromkeys(row["dataset"] for row in results["rows"]):
+        rows = [row for row in results["rows"] if row["dataset"] == dataset]
+        reference = rows[-1]["model"] if len({row["model"] for row in rows}) > 1 else None
+        base = next((row for row in rows if row["model"] == reference and not row["plain"]), None)
+        lines = [
             [
-                Path(row["dataset"]).name,
-                row["seqlen"],
-                f"{row['tokens']:,}",
+                _variant(row),
+                _bits(row),
                 f"{row['perplexity']:.3f}",
-                f"{base['perplexity']:.3f}" if base else None,
-                f"{row['perplexity'] / base['perplexity'] - 1:+.2%}" if base else None,
+                f"{row['perplexity'] / base['perplexity'] - 1:+.2%}" if base and row is not base else None,
                 f"{row['kv_bytes_per_token']:,.0f}",
-                f"{base['kv_bytes_per_token']:,.0f}" if base else None,
                 f"{row['kv_bytes_per_token'] / base['kv_bytes_per_token']:.3f}" if base else None,
             ]
+            for row in rows
+        ]
+        first = rows[0]
+        print_table(
+            f"Perplexity on {Path(dataset).name}: {first['windows']} windows of {first['seqlen']:,}, "
+            f"{first['tokens']:,} tokens predicted",
+            ["model", "bits", "ppl", "diff", "KV B/tok", "ratio"],
+            lines,
         )
-    columns = ["data set", "seqlen", "tokens", "ppl", "base", "diff", "KV B/tok", "base", "ratio"]
-    print_table(f"Perplexity: {models[0]}", columns, lines)
+
+
+def _variant(row: dict[str, Any]) -> str:
+    return row["model"] + (f" (plain, keys per {row['plain']})" if row["plain"] else "")
+
+
+def _bits(row: dict[str, Any]) -> str:
+    bits = f"{row['bits']}" if row["bits"] == row["value_bits"] else f"{row['bits']}/{row['value_bits']}"
+    return bits + (" H" if row["hadamard"] else "")
 
 
 def plot_ranks(results: dict[str, Any], path: Path) -> None:
@@ -93,7 +120,8 @@ def plot_perplexity(results: dict[str, Any], path: Path) -> None:
     )
     for axis, dataset in zip(axes[0], datasets, strict=True):
         for row in (row for row in results["rows"] if row["dataset"] == dataset):
-            axis.scatter(row["kv_bytes_per_token"], row["perplexity"], s=60, label=row["model"])
+            label, marker = f"{_variant(row)}, {_bits(row)} bits", "x" if row["plain"] else "o"
+            axis.scatter(row["kv_bytes_per_token"], row["perplexity"], s=60, label=label, marker=marker)
         axis.set(title=Path(dataset).name, xlabel="KV bytes per token", ylabel=f"perplexity (seqlen {row['seqlen']})")
         axis.set_xlim(left=0)
         axis.margins(y=0.3)

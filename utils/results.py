@@ -84,7 +84,9 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def compression_rows(model: str, compression: Any) -> list[dict[str, Any]]:
-    """Flat rows of a `palu.Compression`: a summary, every site's rank, every stage's time."""
+    """Flat rows of a `palu.Compression`: a summary, every site's rank, every layer's fusion, every stage's time."""
+    from palu.nn.fusion import fusion_sizes
+
     itemsize = compression.model.dtype.itemsize
     summary = {
         "kind": "summary",
@@ -106,4 +108,18 @@ def compression_rows(model: str, compression: Any) -> list[dict[str, Any]]:
         }
         for shape in compression.shapes
     ]
-    return [summary, *ranks, *({"kind": "stage"} | stage for stage in compression.stages)]
+    fusion = [
+        {
+            "kind": "fusion",
+            "model": model,
+            "layer": index,
+            "fused": layer.fused_values,
+            "weights_apart": sizes.apart,
+            "weights_folded": sizes.folded,
+            "latents_fit_a_head": sizes.fits,
+        }
+        for index, (layer, sizes) in enumerate(
+            zip(compression.model.config.latent.layers, fusion_sizes(compression.model.config), strict=True)
+        )
+    ]
+    return [summary, *ranks, *fusion, *({"kind": "stage"} | stage for stage in compression.stages)]

@@ -6,13 +6,13 @@ from torch import Tensor
 
 from palu.kernels.decode_attention.reference import LatentProjection
 from palu.kernels.decode_attention.reference import decode_attention as reference_decode_attention
-from palu.kernels.quantize import PackedLatents
+from palu.kernels.latents import Latents
 
 
 def decode_attention(
     query: Tensor,
-    key_latents: Tensor | PackedLatents,
-    value_latents: Tensor | PackedLatents,
+    key_latents: Latents,
+    value_latents: Latents,
     key: LatentProjection,
     value: LatentProjection,
     rotation: tuple[Tensor, Tensor],

@@ -4,27 +4,26 @@ Keys are rebuilt and rotated by their own positions, a block of tokens at a time
 probabilities weigh the latents and the up factor is applied to the sum (Palu, section 3.1).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from palu.kernels.quantize import PackedLatents
-from palu.kernels.reconstruct.reference import reconstruct
-
-# Tokens whose keys are rebuilt at a time: bounds the transient memory, large enough to keep matrix products efficient.
-BLOCK_LENGTH = 4096
+from palu.kernels.latents import Latents, Stretch, blocks
+from palu.kernels.quantize import SMALLEST_SCALE, PackedLatents
+from palu.kernels.reconstruct.reference import BLOCK_LENGTH, reconstruct
 
 
 @dataclass(frozen=True)
 class LatentProjection:
     """The up side of a low-rank projection.
 
-    up: [group_dim, sum(ranks)]; bias: [num_kv_heads * head_dim] or None.
+    up: [group_dim, sum(ranks)], or None where it is folded into what comes after; bias: [num_kv_heads * head_dim] or
+    None.
     """
 
-    up: Tensor
+    up: Tensor | None
     ranks: Sequence[int]
     bias: Tensor | None
 
@@ -41,8 +40,8 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def decode_attention(
     query: Tensor,
-    key_latents: Tensor | PackedLatents,
-    value_latents: Tensor | PackedLatents,
+    key_latents: Latents,
+    value_latents: Latents,
     key: LatentProjection,
     value: LatentProjection,
     rotation: tuple[Tensor, Tensor],
@@ -62,31 +61,31 @@ def decode_attention(
         key_norm: applied to rebuilt keys [..., head_dim] before the rotation (Qwen3), or None.
 
     Returns:
-        The output [batch, queries, num_heads, head_dim] and the probabilities [batch, num_heads, queries, length],
-        both of `query`'s dtype.
+        The heads' outputs side by side, [batch, queries, num_heads * head_dim], or, without a value up factor, their
+        sums of latents [batch, queries, sum of the heads' ranks]; and the probabilities [batch, num_heads, queries,
+        length]. Both of `query`'s dtype.
     """
     # Scaled before the product, so that scores of 16-bit tensors do not overflow.
     query = query * scaling
-    blocks = []
-    for start in range(0, key_latents.shape[1], BLOCK_LENGTH):
-        length = min(BLOCK_LENGTH, key_latents.shape[1] - start)
-        tables = tuple(table.narrow(1, start, length) for table in rotation)
-        latents = key_latents.narrow(1, start, length)
-        blocks.append(_block_scores(query, latents, key, tables, key_norm))
-    scores = torch.cat(blocks, dim=-1)
-    scores = scores.float()
+    scores = []
+    for start, block in blocks(key_latents, BLOCK_LENGTH):
+        tables = tuple(table.narrow(1, start, block.shape[1]) for table in rotation)
+        scores.append(_block_scores(query, block, key, tables, key_norm))
+    scores = torch.cat(scores, dim=-1).float()
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
         scores = scores + mask
-    probabilities = torch.softmax(scores, dim=-1).to(query.dtype)
-    output = _absorbed_values(probabilities, value_latents, value, query.shape[-1])
-    return output.transpose(1, 2), probabilities
+    # Weighing by exp(s - max) and dividing after keeps the weights of long contexts in the range of 16-bit floats.
+    weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True))
+    total = weights.sum(dim=-1, keepdim=True)
+    output = _absorbed_values(weights.to(query.dtype), 1 / total, value_latents, value, query.shape[-1])
+    return output, (weights / total).to(query.dtype)
 
 
 def _block_scores(
     query: Tensor,
-    latents: Tensor | PackedLatents,
+    latents: Stretch,
     key: LatentProjection,
     rotation: tuple[Tensor, Tensor],
     key_norm: Callable[[Tensor], Tensor] | None,
@@ -105,40 +104,62 @@ def _block_scores(
 
 
 def _absorbed_values(
-    probabilities: Tensor, latents: Tensor | PackedLatents, value: LatentProjection, head_dim: int
+    weights: Tensor, factor: Tensor, latents: Latents, value: LatentProjection, head_dim: int
 ) -> Tensor:
-    """Weighted sum of the latents, then the up factor: [batch, num_heads, queries, head_dim]."""
-    batch, num_heads, queries, length = probabilities.shape
-    kv_heads_per_group = value.up.shape[0] // head_dim
-    by_group = probabilities.view(batch, len(value.ranks), -1, length)
-    outputs = []
-    offset = 0
-    for rank, summed in zip(value.ranks, _weighted_sums(by_group, latents, value.ranks), strict=True):
-        up = value.up[:, offset : offset + rank].view(kv_heads_per_group, head_dim, rank)
-        outputs.append(summed.view(batch, kv_heads_per_group, -1, rank) @ up.transpose(-1, -2))
+    """Weighted sum of the latents, then the up factor where there is one: [batch, queries, features].
+
+    weights: [batch, num_heads, queries, length]; factor: what their sums are multiplied by, [batch, num_heads,
+    queries, 1].
+    """
+    batch, num_heads, queries, length = weights.shape
+    by_group = weights.view(batch, len(value.ranks), -1, length)
+    heads_per_group = num_heads // len(value.ranks)
+    factors = factor.split(heads_per_group, dim=1)
+    outputs, offset = [], 0
+    for rank, summed, factor in zip(value.ranks, _weighted_sums(by_group, latents, value.ranks), factors, strict=True):
+        summed = (summed.view(batch, heads_per_group, queries, rank) * factor).to(weights.dtype)
+        if value.up is not None:
+            up = value.up[:, offset : offset + rank].view(-1, head_dim, rank)
+            summed = summed.view(batch, up.shape[0], -1, rank) @ up.transpose(-1, -2)
+            summed = summed.view(batch, heads_per_group, queries, head_dim)
+        outputs.append(summed.transpose(1, 2).reshape(batch, queries, -1))
         offset += rank
-    output = torch.cat(outputs, dim=1)
+    output = torch.cat(outputs, dim=-1)
     if value.bias is not None:
         # Probabilities sum to one, so the bias passes through the weighted sum unchanged.
-        output = output + value.bias.view(-1, 1, head_dim)
-    return output.reshape(batch, num_heads, queries, head_dim)
+        kv_heads = value.bias.view(-1, 1, head_dim)
+        output = output + kv_heads.expand(-1, num_heads // kv_heads.shape[0], -1).reshape(-1)
+    return output
 
 
-def _weighted_sums(probabilities: Tensor, latents: Tensor | PackedLatents, ranks: Sequence[int]) -> Iterator[Tensor]:
-    """For every group `sum_t p_t x_t`, [batch, rows, rank], from probabilities [batch, groups, rows, length].
+def _weighted_sums(weights: Tensor, latents: Latents, ranks: Sequence[int]) -> list[Tensor]:
+    """For every group `sum_t p_t x_t`, float32 or better [batch, rows, rank]; weights [batch, groups, rows, length]."""
+    totals: list[Tensor] = []
+    for start, block in blocks(latents, BLOCK_LENGTH):
+        sums = _block_sums(weights.narrow(-1, start, block.shape[1]), block, ranks)
+        totals = sums if not totals else [total + part for total, part in zip(totals, sums, strict=True)]
+    return totals
 
-    Packed: `sum_t (p_t s_t) c_t - (sum_t p_t s_t z_t) 1`, so that the product sees codes.
-    """
+
+def _block_sums(weights: Tensor, latents: Stretch, ranks: Sequence[int]) -> list[Tensor]:
+    """The sums over one block. Packed: `sum_t (p_t s_t) c_t - (sum_t p_t s_t z_t) 1`, a product of codes."""
+    precise = torch.promote_types(weights.dtype, torch.float32)
     if not isinstance(latents, PackedLatents):
-        for group, part in enumerate(latents.split(list(ranks), dim=-1)):
-            yield probabilities[:, group] @ part
-        return
-    codes = latents.unpacked().to(probabilities.dtype)
-    scales, zeros = (parameter.to(probabilities.dtype) for parameter in (latents.scales, latents.zero_points()))
+        parts = latents.split(list(ranks), dim=-1)
+        return [(weights[:, group] @ part).to(precise) for group, part in enumerate(parts)]
+    shifts = latents.shifts()
+    # Over the block's largest scale, so that small scales do not make subnormal 16-bit weights.
+    scales = latents.scales.to(precise)
+    peaks = scales.amax(dim=1, keepdim=True).clamp_min(SMALLEST_SCALE)
+    scales = scales / peaks
+    sums = []
     for group, pieces in enumerate(latents.pieces(ranks)):
-        sums = []
+        parts = []
         for index, offset, width in pieces:
-            scaled = probabilities[:, group] * scales[:, None, :, index]
-            shift = (scaled * zeros[:, None, :, index]).sum(-1, keepdim=True)
-            sums.append(scaled @ codes[..., offset : offset + width] - shift)
-        yield torch.cat(sums, dim=-1)
+            scaled = weights[:, group] * scales[:, None, :, index].to(weights.dtype)
+            part = (scaled @ latents.centred(scaled.dtype, offset, width)).to(precise)
+            if shifts is not None:
+                part = part - (scaled.to(precise) * shifts[:, None, :, index]).sum(-1, keepdim=True)
+            parts.append(part * peaks[:, :, index, None])
+        sums.append(torch.cat(parts, dim=-1))
+    return sums

@@ -1,10 +1,13 @@
 """Hadamard matrices by construction: Sylvester, Paley I and II over any finite field, and their products.
 
 Matrices of +1 and -1 with `H H^T = n I` (R. Paley, "On orthogonal matrices", 1933). Orders that no such product reaches
-(92, 116, ... need Williamson's or later constructions) are refused.
+(92, 116, ... need Williamson's or later constructions) are refused. An order is split into a core and the largest power
+of two that leaves a core which can be constructed; the power's part is Sylvester's, which a fast transform computes.
 """
 
 import functools
+import importlib
+import importlib.util
 import itertools
 
 import torch
@@ -12,13 +15,14 @@ from torch import Tensor
 
 from palu.core.errors import PaluError
 
+SMALLEST_FAST = 8  # the fast kernel works on vectors of multiples of this
 Element = tuple[int, ...]  # coefficients of a polynomial over GF(p), constant first
 
 
 @functools.cache
 def is_reachable(order: int) -> bool:
     """Whether `hadamard(order)` can be constructed."""
-    return order in (1, 2) or _paley(order) is not None or _split(order) is not None
+    return order >= 1 and _core_and_power(order) is not None
 
 
 def nearest_reachable(order: int) -> int:
@@ -38,14 +42,8 @@ def hadamard(order: int) -> Tensor:
         raise PaluError(
             f"no Hadamard matrix of order {order} can be constructed; the nearest is {nearest_reachable(order)}"
         )
-    if order == 1:
-        return torch.ones(1, 1, dtype=torch.int8)
-    if order == 2:
-        return torch.tensor([[1, 1], [1, -1]], dtype=torch.int8)
-    if (method := _paley(order)) is not None:
-        return method(order)
-    small, large = _split(order)
-    return torch.kron(hadamard(small), hadamard(large))
+    core, power = _core_and_power(order)
+    return torch.kron(_core(core), _sylvester(power))
 
 
 def orthonormal_hadamard(order: int) -> Tensor:
@@ -53,12 +51,63 @@ def orthonormal_hadamard(order: int) -> Tensor:
     return hadamard(order).double() / order**0.5
 
 
+def hadamard_transform(rows: Tensor) -> Tensor:
+    """`orthonormal_hadamard(n) @ rows` for rows [n, columns], in float64, or by a fast kernel in float32.
+
+    The kernel is fast_hadamard_transform's (Dao), where it is installed and the rows are on a GPU.
+
+    Raises:
+        PaluError: if no Hadamard matrix of order n can be constructed.
+    """
+    order = rows.shape[0]
+    matrix = hadamard(order)
+    core, power = _core_and_power(order)
+    installed = importlib.util.find_spec("fast_hadamard_transform") is not None
+    if not (rows.is_cuda and installed and power >= SMALLEST_FAST):
+        return matrix.to(rows.device, torch.float64) @ rows.double() / order**0.5
+    fast = importlib.import_module("fast_hadamard_transform")
+    by_core = rows.float().T.contiguous().view(-1, core, power)
+    turned = fast.hadamard_transform(by_core, scale=order**-0.5)
+    return (_core(core).to(turned) @ turned).flatten(1).T
+
+
+@functools.cache
+def _core_and_power(order: int) -> tuple[int, int] | None:
+    """The split `order = core * power` with the largest power of two, or None if there is no core."""
+    power = order & -order
+    while power >= 1:
+        core = order // power
+        if core == 1 or _paley(core) is not None or _split(core) is not None:
+            return core, power
+        power //= 2
+    return None
+
+
+def _core(order: int) -> Tensor:
+    """A Hadamard matrix that is not Sylvester's: 1, one of Paley's, or a product of two reachable ones."""
+    if order == 1:
+        return torch.ones(1, 1, dtype=torch.int8)
+    if (method := _paley(order)) is not None:
+        return method(order)
+    small, large = _split(order)
+    return torch.kron(hadamard(small), hadamard(large))
+
+
+def _sylvester(order: int) -> Tensor:
+    """Of a power of two: `H_2n = [[1, 1], [1, -1]] x H_n`."""
+    two = torch.tensor([[1, 1], [1, -1]], dtype=torch.int8)
+    matrix = torch.ones(1, 1, dtype=torch.int8)
+    while len(matrix) < order:
+        matrix = torch.kron(two, matrix)
+    return matrix
+
+
 def _split(order: int) -> tuple[int, int] | None:
-    """Two reachable factors, the smallest first, or None."""
+    """Two reachable factors that are multiples of four, or None."""
     return next(
         (
             (small, order // small)
-            for small in range(2, int(order**0.5) + 1)
+            for small in range(4, int(order**0.5) + 1, 4)
             if order % small == 0 and is_reachable(small) and is_reachable(order // small)
         ),
         None,
@@ -83,7 +132,7 @@ def _paley_two(order: int) -> Tensor:
     """`S x [[1, 1], [1, -1]] + I x [[1, -1], [-1, -1]]`, of order 2 (q + 1) for a prime power q = 1 mod 4."""
     conference = _bordered_jacobsthal(order // 2 - 1, corner_sign=1)
     diagonal = torch.tensor([[1, -1], [-1, -1]], dtype=torch.int8)
-    return torch.kron(conference, hadamard(2)) + torch.kron(torch.eye(order // 2, dtype=torch.int8), diagonal)
+    return torch.kron(conference, _sylvester(2)) + torch.kron(torch.eye(order // 2, dtype=torch.int8), diagonal)
 
 
 def _bordered_jacobsthal(field_order: int, corner_sign: int) -> Tensor:

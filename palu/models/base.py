@@ -81,7 +81,8 @@ class LatentPreTrainedMixin:
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, LowRankLinear) and not getattr(module.up, "_is_hf_initialized", False):
+        is_new = isinstance(module, LowRankLinear) and module.up is not None
+        if is_new and not getattr(module.up, "_is_hf_initialized", False):
             nn.init.normal_(module.up, std=self.config.initializer_range)
 
     @classmethod

@@ -6,8 +6,12 @@ import torch
 from torch import Tensor
 
 from palu.core.errors import PaluError
-from palu.nn.latent_layer import UNQUANTIZED, Buffer, LatentLayer, Latents, LayerQuantization
+from palu.kernels.latents import Latents
+from palu.nn.latent_layer import UNQUANTIZED, LatentLayer, LayerQuantization
+from palu.nn.packed_buffer import PackedBuffer
 from palu.nn.token_buffer import TokenBuffer
+
+FixedBuffer = TokenBuffer | PackedBuffer
 
 
 class FixedLatentLayer(LatentLayer):
@@ -32,6 +36,10 @@ class FixedLatentLayer(LatentLayer):
     ) -> None:
         if capacity < 1:
             raise PaluError(f"the capacity of a latent cache must be at least 1, not {capacity}")
+        if quantization.sinks or quantization.window:
+            raise PaluError(
+                "lt_window and lt_sinks need a growing cache; a cache of fixed capacity keeps all tokens as codes"
+            )
         super().__init__(leader, sliding_window, capacity, quantization)
         self.capacity = capacity if sliding_window is None else min(capacity, sliding_window)
         self.written = torch.zeros((), dtype=torch.int64)
@@ -41,7 +49,7 @@ class FixedLatentLayer(LatentLayer):
         super().lazy_initialization(key_states, value_states)
         batch = key_states.shape[0]
         examples = [(self.key_buffer, key_states), (self.value_buffer, value_states)]
-        if self.leader is None:
+        if self.holds_positions:
             examples.append((self.position_buffer, key_states.new_zeros(batch, 1, 1, dtype=torch.int32)))
         for buffer, example in examples:
             for part, tensor in zip(buffer.parts, buffer.encode(example[:, :1]), strict=True):
@@ -68,7 +76,7 @@ class FixedLatentLayer(LatentLayer):
             )
         write = self._roll if rolls else self._write
         keys, values = write(self.key_buffer, key_states), write(self.value_buffer, value_states)
-        if self.leader is None:
+        if self.holds_positions:
             positions = position_ids.to(torch.int32).expand(key_states.shape[0], -1)[..., None]
             self.visible_positions = write(self.position_buffer, positions)[..., 0]
         if not rolls:
@@ -82,13 +90,13 @@ class FixedLatentLayer(LatentLayer):
         """Every tensor that this layer holds."""
         return [part for buffer in self.buffers for part in buffer.parts]
 
-    def _write(self, buffer: Buffer, tokens: Tensor) -> Latents:
+    def _write(self, buffer: FixedBuffer, tokens: Tensor) -> Latents:
         index = torch.arange(tokens.shape[1], device=tokens.device) + self.written
         for part, tensor in zip(buffer.parts, buffer.encode(tokens), strict=True):
             part.storage.index_copy_(1, index, tensor)
         return buffer.as_latents([part.storage for part in buffer.parts])
 
-    def _roll(self, buffer: Buffer, tokens: Tensor) -> Latents:
+    def _roll(self, buffer: FixedBuffer, tokens: Tensor) -> Latents:
         held = min(self.cumulative_length, self.capacity)
         seen = []
         for part, tensor in zip(buffer.parts, buffer.encode(tokens), strict=True):

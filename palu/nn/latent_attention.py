@@ -11,13 +11,15 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from palu.config import LayerRanks
 from palu.kernels.decode_attention.op import decode_attention
 from palu.kernels.decode_attention.reference import rotate
-from palu.kernels.quantize import PackedLatents
+from palu.kernels.latents import Latents, dense
 from palu.nn.latent_cache import layer_window
 from palu.nn.low_rank_linear import LowRankLinear
 from palu.nn.rotary import KeyRotation
 
 # Up to this many new tokens (speculative decoding included) attention runs on the latents.
 FEW_TOKENS = 8
+# Rebuilt keys and values of prefill are held for so many kv heads at a time that they take about this much memory.
+REBUILT_BYTES = 256 << 20
 
 
 class LatentAttention(nn.Module):
@@ -41,7 +43,10 @@ class LatentAttention(nn.Module):
         self.sliding_window = layer_window(attention.config, attention.layer_idx)
         self.q_proj, self.o_proj = attention.q_proj, attention.o_proj
         self.k_proj = _low_rank(attention.k_proj, ranks.key)
-        self.v_proj = _low_rank(attention.v_proj, ranks.value)
+        self.v_proj = _low_rank(attention.v_proj, ranks.value, ranks.fused_values)
+        if ranks.fused_values:
+            bias = attention.v_proj.bias is not None or attention.o_proj.bias is not None
+            self.o_proj = nn.Linear(sum(self.value_widths), attention.o_proj.out_features, bias)
         self.q_norm = attention.q_norm if query_key_norm else None
         self.k_norm = attention.k_norm if query_key_norm else None
 
@@ -76,6 +81,12 @@ class LatentAttention(nn.Module):
         output = output.reshape(*hidden_states.shape[:-1], -1)
         return self.o_proj(output), weights
 
+    @property
+    def value_widths(self) -> list[int]:
+        """Latents that each attention head sums: the rank of its value group."""
+        heads_per_group = self.config.num_attention_heads // len(self.v_proj.ranks)
+        return [rank for rank in self.v_proj.ranks for _ in range(heads_per_group)]
+
     def _heads(self, states: Tensor, norm: nn.Module | None) -> Tensor:
         """[batch, length, heads * head_dim] -> [batch, heads, length, head_dim], normalised per head."""
         states = states.view(*states.shape[:-1], -1, self.head_dim)
@@ -84,40 +95,66 @@ class LatentAttention(nn.Module):
     def _prefill(
         self,
         query: Tensor,
-        key_latents: Tensor | PackedLatents,
-        value_latents: Tensor | PackedLatents,
+        key_latents: Latents,
+        value_latents: Latents,
         rotation: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        """Rebuild keys and values and use the model's attention implementation."""
-        key_latents, value_latents = (
-            latents.dequantized(query.dtype) if isinstance(latents, PackedLatents) else latents
-            for latents in (key_latents, value_latents)
-        )
-        key = self._heads(self.k_proj.rebuild(key_latents), self.k_norm)
-        key = rotate(key, *(table[:, None] for table in rotation))
-        value = self._heads(self.v_proj.rebuild(value_latents), None)
+        """Rebuild keys and values, as many heads at a time as fit, and use the model's attention implementation."""
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        return attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
+        kv_heads = query.shape[1] // self.num_key_value_groups
+        batch, length, _ = key_latents.shape
+        step = max(1, REBUILT_BYTES // (2 * batch * length * self.head_dim * query.element_size()))
+        outputs = []
+        for first in range(0, kv_heads, step):
+            heads = range(first, min(first + step, kv_heads))
+            queries = query[:, heads.start * self.num_key_value_groups : heads.stop * self.num_key_value_groups]
+            outputs.append(
+                attend(
+                    self,
+                    queries,
+                    self._rebuilt_keys(key_latents, heads, rotation),
+                    self._rebuilt_values(value_latents, heads, query.dtype),
+                    attention_mask,
+                    dropout=self.attention_dropout if self.training else 0.0,
+                    scaling=self.scaling,
+                    sliding_window=self.sliding_window,
+                    **kwargs,
+                )
+            )
+        output = torch.cat([output for output, _ in outputs], dim=2)
+        weights = None if outputs[0][1] is None else torch.cat([weights for _, weights in outputs], dim=1)
+        return self._of_latents(output) if self.v_proj.up is None else output, weights
+
+    def _rebuilt_keys(self, latents: Latents, heads: range, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """Rotated keys of some kv heads, [batch, heads, length, head_dim]."""
+        key = self.k_proj.rebuild(latents, (heads.start * self.head_dim, heads.stop * self.head_dim))
+        return rotate(self._heads(key, self.k_norm), *(table[:, None] for table in rotation))
+
+    def _rebuilt_values(self, latents: Latents, heads: range, dtype: torch.dtype) -> Tensor:
+        """Values of some kv heads, [batch, heads, length, head_dim]; the latents themselves where up is folded away."""
+        if self.v_proj.up is not None:
+            value = self.v_proj.rebuild(latents, (heads.start * self.head_dim, heads.stop * self.head_dim))
+            return self._heads(value, None)
+        ranks = self.v_proj.ranks
+        heads_per_group = self.config.num_key_value_heads // len(ranks)
+        groups = dense(latents, dtype).split(list(ranks), dim=-1)
+        padded = [nn.functional.pad(group, (0, self.head_dim - group.shape[-1])) for group in groups]
+        return torch.stack([padded[head // heads_per_group] for head in heads], dim=1)
+
+    def _of_latents(self, output: Tensor) -> Tensor:
+        """Attention output over padded latents [batch, length, heads, head_dim] to the heads' latents side by side."""
+        heads = zip(output.unbind(2), self.value_widths, strict=True)
+        return torch.cat([head[..., :width] for head, width in heads], dim=-1)
 
     def _decode(
         self,
         query: Tensor,
-        key_latents: Tensor | PackedLatents,
-        value_latents: Tensor | PackedLatents,
+        key_latents: Latents,
+        value_latents: Latents,
         rotation: tuple[Tensor, Tensor],
         mask: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -165,5 +202,6 @@ class LatentAttention(nn.Module):
         return visible[None, None] & padding[:, None, None]
 
 
-def _low_rank(projection: nn.Linear, ranks: tuple[int, ...]) -> LowRankLinear:
-    return LowRankLinear(projection.in_features, projection.out_features, ranks, projection.bias is not None)
+def _low_rank(projection: nn.Linear, ranks: tuple[int, ...], fused: bool = False) -> LowRankLinear:
+    bias = projection.bias is not None
+    return LowRankLinear(projection.in_features, projection.out_features, ranks, bias, fused)

@@ -3,6 +3,7 @@
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, StaticCache
 
+from palu.config import LatentConfig
 from palu.core.errors import PaluError
 from palu.nn.fixed_layer import FixedLatentLayer
 from palu.nn.latent_layer import LatentLayer, LayerQuantization
@@ -17,6 +18,17 @@ def layer_window(config: PreTrainedConfig, layer: int) -> int | None:
     return window if layer_types[layer] == "sliding_attention" else None
 
 
+def layer_quantization(latent: LatentConfig, layer: int) -> LayerQuantization:
+    """How one layer's latents become codes."""
+    quantization, ranks = latent.quantization, latent.layers[layer]
+    return LayerQuantization(
+        quantization.of(ranks.key, "key", layer),
+        quantization.of(ranks.value, "value", layer),
+        quantization.sinks,
+        quantization.window,
+    )
+
+
 def latent_layers(
     config: PreTrainedConfig, max_length: int | None = None, capacity: int | None = None
 ) -> list[LatentLayer]:
@@ -24,12 +36,10 @@ def latent_layers(
     latent = config.latent
     leaders: dict[int | None, LatentLayer] = {}
     layers = []
-    for index, ranks in enumerate(latent.layers):
+    for index in range(len(latent.layers)):
         window = layer_window(config, index)
         leader = leaders.get(window)
-        codes = LayerQuantization(
-            latent.quantization.of(ranks.key, "key"), latent.quantization.of(ranks.value, "value")
-        )
+        codes = layer_quantization(latent, index)
         if capacity is not None:
             layer = FixedLatentLayer(capacity, leader, window, codes)
         else:

@@ -7,27 +7,35 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from palu.core.errors import PaluError
-from palu.kernels.quantize import PackedLatents, Quantization
-from palu.nn.packed_buffer import PackedBuffer
+from palu.kernels.latents import Latents
+from palu.kernels.quantize import Quantization
+from palu.nn.packed_buffer import MixedBuffer, PackedBuffer
 from palu.nn.token_buffer import TokenBuffer
 
-Buffer = TokenBuffer | PackedBuffer
-Latents = Tensor | PackedLatents
+Buffer = TokenBuffer | PackedBuffer | MixedBuffer
 
 
 class LayerQuantization(NamedTuple):
-    """How one layer's keys and values become codes; None keeps them as they are."""
+    """How one layer's keys and values become codes; None keeps them as they are.
+
+    sinks, window: how many of the first and of the newest tokens stay as they are.
+    """
 
     key: Quantization | None
     value: Quantization | None
+    sinks: int = 0
+    window: int = 0
+
+    def new_buffer(self, quantization: Quantization | None) -> Buffer:
+        """An empty buffer for one side."""
+        if quantization is None:
+            return TokenBuffer()
+        if self.sinks == self.window == 0:
+            return PackedBuffer(quantization)
+        return MixedBuffer(quantization, self.sinks, self.window)
 
 
 UNQUANTIZED = LayerQuantization(None, None)
-
-
-def new_buffer(quantization: Quantization | None) -> Buffer:
-    """An empty buffer for latents, packed if a quantisation is given."""
-    return TokenBuffer() if quantization is None else PackedBuffer(quantization)
 
 
 class LatentLayer(CacheLayerMixin):
@@ -46,6 +54,7 @@ class LatentLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
     supports_early_init = False
+    keeps_positions = True
 
     def __init__(
         self,
@@ -56,12 +65,14 @@ class LatentLayer(CacheLayerMixin):
     ) -> None:
         super().__init__()
         self.leader = leader
+        self.holds_positions = leader is None and self.keeps_positions
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
         self.max_length = max_length
         self.record_past = False
         self.cumulative_length = 0
-        self.key_buffer, self.value_buffer = new_buffer(quantization.key), new_buffer(quantization.value)
+        self.key_buffer = quantization.new_buffer(quantization.key)
+        self.value_buffer = quantization.new_buffer(quantization.value)
         self.position_buffer = TokenBuffer()
         self.visible_positions: Tensor | None = None
         self.filled: int | Tensor = 0
@@ -70,7 +81,7 @@ class LatentLayer(CacheLayerMixin):
     def buffers(self) -> tuple[Buffer, ...]:
         """The buffers that this layer itself holds."""
         own = (self.key_buffer, self.value_buffer)
-        return own if self.leader is not None else (*own, self.position_buffer)
+        return own if not self.holds_positions else (*own, self.position_buffer)
 
     @property
     def positions(self) -> Tensor:
@@ -98,13 +109,13 @@ class LatentLayer(CacheLayerMixin):
         self.cumulative_length += new
         self.key_buffer.append(key_states, self.max_length)
         self.value_buffer.append(value_states, self.max_length)
-        if self.leader is None:
+        if self.holds_positions:
             positions = position_ids.to(torch.int32).expand(key_states.shape[0], -1)
             self.position_buffer.append(positions[..., None], self.max_length)
         visible = len(self.key_buffer)
         if self.is_sliding:
             visible = min(visible, self.sliding_window - 1 + new)
-        if self.leader is None:
+        if self.holds_positions:
             self.visible_positions = self.position_buffer.tokens[:, -visible:, 0]
         keys, values = self.key_buffer.last(visible), self.value_buffer.last(visible)
         self.filled = visible
@@ -197,4 +208,4 @@ class LatentLayer(CacheLayerMixin):
     @property
     def batch_size(self) -> int:
         """Rows of the cache, -1 before the first update."""
-        return -1 if self.key_buffer.storage is None else self.key_buffer.storage.shape[0]
+        return self.key_buffer.rows

@@ -1,38 +1,29 @@
-"""A token buffer that holds latents as packed codes."""
+"""Token buffers that hold latents as packed codes: all of them, or all but the first and the newest tokens."""
 
-import torch
 from torch import Tensor
 
+from palu.kernels.latents import Latents, MixedLatents
 from palu.kernels.quantize import PackedLatents, Quantization, quantize
+from palu.nn.buffer_group import BufferGroup
 from palu.nn.token_buffer import TokenBuffer
 
 
-class PackedBuffer:
+class PackedBuffer(BufferGroup):
     """As `TokenBuffer`, but tokens are quantised as they come and handed out as `PackedLatents`.
 
     Codes, scales and zero points lie in a buffer each, so that growing, cropping and selecting rows is theirs.
     """
 
     def __init__(self, quantization: Quantization) -> None:
+        super().__init__([TokenBuffer() for _ in range(2 if quantization.symmetric else 3)])
         self.quantization = quantization
-        self.parts = [TokenBuffer() for _ in range(2 if quantization.symmetric else 3)]
 
     def __len__(self) -> int:
-        return len(self.parts[0])
-
-    @property
-    def storage(self) -> Tensor | None:
-        """The codes' storage; None before the first token."""
-        return self.parts[0].storage
-
-    @property
-    def tokens(self) -> PackedLatents:
-        """All held tokens."""
-        return self.last(len(self))
+        return len(self.members[0])
 
     def last(self, count: int) -> PackedLatents:
         """The newest `count` tokens, as views."""
-        return self.as_latents([part.last(count) for part in self.parts])
+        return self.as_latents([part.last(count) for part in self.members])
 
     def as_latents(self, tensors: list[Tensor]) -> PackedLatents:
         """Codes, scales and zero points (if stored) as one value."""
@@ -46,45 +37,79 @@ class PackedBuffer:
 
     def append(self, tokens: Tensor, max_length: int | None = None) -> None:
         """Quantise latents [batch, new, width] and add them at the back."""
-        for part, tensor in zip(self.parts, self.encode(tokens), strict=True):
+        for part, tensor in zip(self.members, self.encode(tokens), strict=True):
             part.append(tensor, max_length)
 
     def drop_front(self, count: int) -> None:
         """Forget the `count` oldest tokens."""
-        for part in self.parts:
+        for part in self.members:
             part.drop_front(count)
 
     def drop_back(self, count: int) -> None:
         """Forget the `count` newest tokens."""
-        for part in self.parts:
+        for part in self.members:
             part.drop_back(count)
 
-    def select_rows(self, rows: Tensor) -> None:
-        """Keep, repeat or reorder rows of the batch."""
-        for part in self.parts:
-            part.select_rows(rows)
 
-    def repeat_rows(self, repeats: int) -> None:
-        """Repeat every row of the batch."""
-        for part in self.parts:
-            part.repeat_rows(repeats)
+class MixedBuffer(BufferGroup):
+    """Tokens as packed codes, but the first `sinks` and the newest `window` of them as they are.
 
-    def move(self, device: torch.device) -> None:
-        """Move everything to another device."""
-        for part in self.parts:
-            part.move(device)
+    A token is quantised when `window` newer ones have come; what is quantised stays so when newer tokens are dropped.
+    """
+
+    def __init__(self, quantization: Quantization, sinks: int, window: int) -> None:
+        self.first, self.packed, self.newest = TokenBuffer(), PackedBuffer(quantization), TokenBuffer()
+        super().__init__([self.first, self.packed, self.newest])
+        self.sinks, self.window = sinks, window
+        self.seen = 0
+
+    def __len__(self) -> int:
+        return sum(len(member) for member in self.members)
+
+    def last(self, count: int) -> Latents:
+        """The newest `count` tokens, as views."""
+        stretches = []
+        for member in reversed(self.members):
+            taken = min(count, len(member))
+            if taken:
+                stretches.insert(0, member.last(taken))
+            count -= taken
+        return stretches[0] if len(stretches) == 1 else MixedLatents(tuple(stretches))
+
+    def append(self, tokens: Tensor, max_length: int | None = None) -> None:
+        """Add latents [batch, new, width] at the back, and quantise those that are no longer among the newest."""
+        sinks = max(0, min(self.sinks - self.seen, tokens.shape[1]))
+        self.seen += tokens.shape[1]
+        if sinks:
+            self.first.append(tokens[:, :sinks], self.sinks)
+        tokens = tokens[:, sinks:]
+        aged = max(0, len(self.newest) + tokens.shape[1] - self.window)
+        held = min(aged, len(self.newest))
+        if held:
+            self.packed.append(self.newest.tokens[:, :held], max_length)
+            self.newest.drop_front(held)
+        if aged > held:
+            self.packed.append(tokens[:, : aged - held], max_length)
+        if tokens.shape[1] > aged - held:
+            self.newest.append(tokens[:, aged - held :])
+
+    def drop_front(self, count: int) -> None:
+        """Forget the `count` oldest tokens."""
+        self._drop(self.members, "drop_front", count)
+
+    def drop_back(self, count: int) -> None:
+        """Forget the `count` newest tokens."""
+        self.seen = max(0, self.seen - count)
+        self._drop(self.members[::-1], "drop_back", count)
+
+    @staticmethod
+    def _drop(members: list[TokenBuffer | PackedBuffer], how: str, count: int) -> None:
+        for member in members:
+            dropped = min(count, len(member))
+            getattr(member, how)(dropped)
+            count -= dropped
 
     def clear(self) -> None:
         """Forget everything and free the memory."""
-        for part in self.parts:
-            part.clear()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the held codes, scales and zero points."""
-        return sum(part.nbytes for part in self.parts)
-
-    @property
-    def allocated_nbytes(self) -> int:
-        """Bytes of memory behind them."""
-        return sum(part.allocated_nbytes for part in self.parts)
+        super().clear()
+        self.seen = 0

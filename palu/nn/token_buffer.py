@@ -37,6 +37,11 @@ class TokenBuffer:
         return self.stop - self.start
 
     @property
+    def rows(self) -> int:
+        """Rows of the batch, -1 before the first token."""
+        return -1 if self.storage is None else self.storage.shape[0]
+
+    @property
     def tokens(self) -> Tensor:
         """View of the held tokens, [batch, length, width]."""
         return self.storage[:, self.start : self.stop]

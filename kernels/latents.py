@@ -1,0 +1,50 @@
+"""Latents as a cache hands them out: as they are, as codes, or stretches of tokens of both kinds."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from palu.kernels.quantize import PackedLatents
+
+Stretch = Tensor | PackedLatents
+
+
+@dataclass(frozen=True)
+class MixedLatents:
+    """Consecutive stretches of tokens, some exact [batch, length, width], some packed."""
+
+    stretches: tuple[Stretch, ...]
+
+    @property
+    def shape(self) -> torch.Size:
+        """[batch, length, width] of all stretches together."""
+        batch, _, width = self.stretches[0].shape
+        return torch.Size((batch, sum(stretch.shape[1] for stretch in self.stretches), width))
+
+
+Latents = Stretch | MixedLatents
+
+
+def stretches(latents: Latents) -> tuple[Stretch, ...]:
+    """The stretches in the order of their tokens; one, where all tokens are of a kind."""
+    return latents.stretches if isinstance(latents, MixedLatents) else (latents,)
+
+
+def blocks(latents: Latents, length: int) -> Iterator[tuple[int, Stretch]]:
+    """Pieces of at most `length` tokens, each of one kind, with the index of their first token."""
+    offset = 0
+    for stretch in stretches(latents):
+        tokens = stretch.shape[1]
+        for start in range(0, tokens, length):
+            yield offset + start, stretch.narrow(1, start, min(length, tokens - start))
+        offset += tokens
+
+
+def dense(latents: Latents, dtype: torch.dtype) -> Tensor:
+    """All latents as numbers, [batch, length, width]; codes with their rounding."""
+    parts = [
+        part.dequantized(dtype) if isinstance(part, PackedLatents) else part.to(dtype) for part in stretches(latents)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

@@ -1,0 +1,116 @@
+"""How a compressed model's cache stores latents: the validated settings that are saved with a checkpoint."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+from palu.core.types import SIDES, Side
+from palu.core.validate import is_count, require
+from palu.kernels.packing import PLANES
+from palu.kernels.quantize import Quantization, quantization_widths
+
+FULL_BITS = 16
+ALLOWED_BITS = (*PLANES, FULL_BITS)
+# Of each side, for every layer, one ratio per quantisation group.
+ClipRatios = Mapping[Side, Sequence[Sequence[float]]]
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """How the cache stores latents; 16 bits means as they are, in the model's number format.
+
+    key_bits, value_bits: 2, 3, 4, 8 or 16.
+    group_size: latents that share a scale inside a head group; None is the whole group.
+    symmetric: no zero points.
+    clip_ratio: fraction of a group's range that the codes span, in (0, 1]; `auto`: as in `clip_ratios`.
+    clip_ratios: what a search on calibration text found, with `auto`; None until it has run.
+    sinks, window: how many of the first and of the newest tokens stay as they are.
+    """
+
+    key_bits: int = FULL_BITS
+    value_bits: int = FULL_BITS
+    group_size: int | None = None
+    symmetric: bool = False
+    clip_ratio: float | Literal["auto"] = 1.0
+    clip_ratios: ClipRatios | None = None
+    sinks: int = 0
+    window: int = 0
+
+    def __post_init__(self) -> None:
+        for bits in (self.key_bits, self.value_bits):
+            require(bits in ALLOWED_BITS, f"lt_bits {bits!r} must be one of {', '.join(map(str, ALLOWED_BITS))}")
+        size = self.group_size
+        require(size is None or (is_count(size) and size >= 1), f"lt_group_size {size!r} must be at least 1")
+        ratio = self.clip_ratio
+        valid = ratio == "auto" or (isinstance(ratio, int | float) and 0 < ratio <= 1)
+        require(valid, f"lt_clip_ratio {ratio!r} must lie in (0, 1] or be auto")
+        for name, count in (("lt_sinks", self.sinks), ("lt_window", self.window)):
+            require(is_count(count) and count >= 0, f"{name} {count!r} must be a number of tokens, 0 or more")
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing is quantised."""
+        return self.key_bits == self.value_bits == FULL_BITS
+
+    @property
+    def needs_search(self) -> bool:
+        """Whether clip ratios are asked for that have not been searched yet."""
+        return self.clip_ratio == "auto" and self.clip_ratios is None and not self.is_full
+
+    def bits(self, side: Side) -> int:
+        """Bits of one side's latents."""
+        return self.key_bits if side == "key" else self.value_bits
+
+    def of(self, ranks: Sequence[int], side: Side, layer: int) -> Quantization | None:
+        """How latents of one layer and side, of these group ranks, become codes; None if they stay as they are.
+
+        Raises:
+            PaluError: if clip ratios are missing or not one per group.
+        """
+        if self.bits(side) == FULL_BITS:
+            return None
+        widths = quantization_widths(ranks, self.group_size)
+        require(
+            not self.needs_search, "lt_clip_ratio auto: the ratios have not been searched (palu.search_clip_ratios)"
+        )
+        ratios = (self.clip_ratio,) * len(widths)
+        if self.clip_ratio == "auto":
+            by_layer = self.clip_ratios[side]
+            ratios = tuple(by_layer[layer]) if layer < len(by_layer) else ()
+        require(
+            len(ratios) == len(widths),
+            f"'palu' block, layer {layer}, {side}: {len(ratios)} clip ratios for {len(widths)} groups",
+        )
+        return Quantization(self.bits(side), widths, self.symmetric, () if set(ratios) == {1.0} else ratios)
+
+    def changed(self, **settings: Any) -> "QuantizationConfig":
+        """The same with other settings; clip ratios that were searched for other codes are dropped."""
+        kept = {"sinks", "window"}
+        same = all(getattr(self, name) == value for name, value in settings.items() if name not in kept)
+        return replace(self, **({} if same else {"clip_ratios": None}), **settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, entries: Any) -> "QuantizationConfig":
+        """Parse the JSON entry.
+
+        Raises:
+            PaluError: if it is malformed.
+        """
+        known = {f.name for f in fields(cls)}
+        valid = isinstance(entries, Mapping) and set(entries) <= known
+        require(valid, f"'palu' block: 'quantization' may hold {', '.join(sorted(known))}")
+        ratios = entries.get("clip_ratios")
+        require(ratios is None or _are_clip_ratios(ratios), "'palu' block: 'clip_ratios' must hold lists of (0, 1]")
+        return cls(**entries)
+
+
+def _are_clip_ratios(ratios: Any) -> bool:
+    try:
+        values = [value for side in SIDES for layer in ratios[side] for value in layer]
+    except (KeyError, TypeError):
+        return False
+    return all(isinstance(value, int | float) and 0 < value <= 1 for value in values)
