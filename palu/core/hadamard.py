@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.util
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -62,13 +63,19 @@ def hadamard_transform(rows: Tensor) -> Tensor:
     order = rows.shape[0]
     matrix = hadamard(order)
     core, power = _core_and_power(order)
-    installed = importlib.util.find_spec("fast_hadamard_transform") is not None
-    if not (rows.is_cuda and installed and power >= SMALLEST_FAST):
+    transform = _fast_transform(rows.device) if power >= SMALLEST_FAST else None
+    if transform is None:
         return matrix.to(rows.device, torch.float64) @ rows.double() / order**0.5
-    fast = importlib.import_module("fast_hadamard_transform")
     by_core = rows.float().T.contiguous().view(-1, core, power)
-    turned = fast.hadamard_transform(by_core, scale=order**-0.5)
+    turned = transform(by_core, order**-0.5)
     return (_core(core).to(turned) @ turned).flatten(1).T
+
+
+def _fast_transform(device: torch.device) -> Callable[[Tensor, float], Tensor] | None:
+    """`transform(x, scale)`: Sylvester's matrix times scale along the last dimension; None where there is no kernel."""
+    if device.type != "cuda" or importlib.util.find_spec("fast_hadamard_transform") is None:
+        return None
+    return importlib.import_module("fast_hadamard_transform").hadamard_transform
 
 
 @functools.cache
