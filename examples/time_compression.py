@@ -15,31 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import add_common_flags, new_parser, resolve_device, run_script
-
-MODEL_SHAPES = {
-    "llama-3-8b": {
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 8192,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-        "tie_word_embeddings": False,
-    },
-    "tiny": {
-        "vocab_size": 256,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "head_dim": 32,
-        "max_position_embeddings": 4096,
-    },
-}
+from utils.random_models import MODEL_SHAPES, stock_model
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -60,7 +36,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Build, compress, save, load; print the times."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     import palu
     from palu.calibrate.windows import CalibrationWindows
@@ -73,10 +48,7 @@ def main(args: argparse.Namespace) -> None:
     output = prepare_output(args.output_dir, overwrite=False)
     path = results_path(args.results, "time_compression", args.model_shape)
     torch.manual_seed(args.seed)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device(device):
-        model = LlamaForCausalLM(LlamaConfig(**MODEL_SHAPES[args.model_shape])).eval()
-    torch.set_default_dtype(torch.float32)
+    model = stock_model(args.model_shape, torch.bfloat16, device)
     vocabulary = model.config.vocab_size
     windows = CalibrationWindows(
         torch.randint(vocabulary, (args.n_whiten_calib_samples, args.calib_seqlen)),
