@@ -63,7 +63,7 @@ def add_rank_flags(flag: Callable[..., Any]) -> None:
         "--fuse_values",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="fold the values' up factors into o_proj in the layers where that makes the weights smaller",
+        help="fold the values' up factors into o_proj in the layers where that makes the weights smaller (default: on)",
     )
     flag("--rank_multiple", type=int, default=32, help="ranks are multiples of this (default: %(default)s)")
 
@@ -161,11 +161,16 @@ def load_inputs(
 
 
 def checkpoint_name(model: str, config: Any) -> str:
-    """`{MODEL}_ratio-{r}_gs-{gs}-{search}-{decompose}`, the value group size named where it differs."""
+    """`{MODEL}_ratio-{r}_gs-{gs}-{search}-{decompose}`, with a value group size, Hadamard turn and bits where given."""
     groups = f"gs-{config.head_group_size}"
     if config.value_group_size not in (None, config.head_group_size):
         groups += f"-vgs-{config.value_group_size}"
-    return f"{model}_ratio-{config.param_ratio_target:g}_{groups}-{config.search_method}-{config.decompose_method}"
+    latents = "-hadamard" if config.lt_hadamard else ""
+    if not config.quantization.is_full:
+        key_bits, value_bits = config.quantization.key_bits, config.quantization.value_bits
+        latents += f"-{key_bits}bit" if key_bits == value_bits else f"-k{key_bits}v{value_bits}bit"
+    methods = f"{config.search_method}-{config.decompose_method}"
+    return f"{model}_ratio-{config.param_ratio_target:g}_{groups}-{methods}{latents}"
 
 
 def report(

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from utils.cli import DATASET_HELP, add_common_flags, new_parser, resolve_device, run_script
+from utils.cli import DATASET_HELP, add_common_flags, bit_list, new_parser, resolve_device, run_script
 from utils.latent import add_latent_flags, apply_latent_flags, check_latent_flags
 
 
@@ -27,20 +27,27 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("--seqlen", type=int, default=2048, help="tokens per window (default: %(default)s)")
     flag("--batch_size", type=int, default=1, help="windows at a time (default: %(default)s)")
     flag("--max_windows", type=int, help="only the first windows of each text (default: all)")
-    flag("--prefill_chunk", type=int, help="tokens per forward pass through the cache (default: a whole window)")
+    flag(
+        "--prefill_chunk",
+        type=int,
+        help="tokens per forward pass through the cache (default: a whole window, or as many of the newest tokens as "
+        "the cache keeps exact)",
+    )
     flag("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
     add_latent_flags(parser)
     peer = parser.add_argument_group(
         "plain quantisation of the uncompressed model's cache, to compare with"
     ).add_argument
     peer(
-        "--plain_bits", help="comma-separated: also measure the stock model with its full keys and values in these bits"
+        "--plain_bits",
+        type=bit_list,
+        help="comma-separated: also measure the stock model with its full keys and values in these bits",
     )
     peer(
         "--plain_key_axis",
-        default="token",
+        choices=("token", "channel"),
         help="token: keys have a scale per token and head, as values; channel: per channel over 32 tokens, as in KIVI "
-        "(default: %(default)s)",
+        "(default: token)",
     )
     add_common_flags(parser)
     return parser.parse_args(argv)
@@ -67,7 +74,7 @@ def main(args: argparse.Namespace) -> None:
         check_model(configs[-1], model, args.seqlen)
         tokenizers.append(load_tokenizer(model, args.trust_remote_code))
         check_weight_files(model)
-    clip_text = check_latent_flags(configs[0], models[0], args)
+    clip_windows = check_latent_flags(configs[0], tokenizers[0], models[0], args)
     check_plain_flags(configs, args)
     texts = {name: load_text(name, "evaluation", args.seed) for name in names}
     rows = []
@@ -75,7 +82,7 @@ def main(args: argparse.Namespace) -> None:
 
         def prepare(loaded: Any, index: int = index) -> None:
             if index == 0:
-                apply_latent_flags(loaded, tokenizers[0], clip_text, args)
+                apply_latent_flags(loaded, clip_windows, args)
 
         rows += measure(model, label, tokenizers[index], texts, args, device, prepare)
     results = {"rows": rows, "config": vars(args), "environment": environment(device, args.seed)}
@@ -129,21 +136,13 @@ def check_plain_flags(configs: list[Any], args: argparse.Namespace) -> None:
     from palu.nn.plain_cache import PlainQuantizedCache
 
     stock = [config for config in configs if not is_latent(config)]
+    if args.plain_key_axis is not None and args.plain_bits is None:
+        raise PaluError("--plain_key_axis does nothing without --plain_bits")
     if not stock and args.plain_bits is not None:
         raise PaluError("--plain_bits quantises full keys and values; pass the original model as --baseline")
     for config in stock:
-        for bits in plain_bits(args):
-            PlainQuantizedCache(config, bits, args.plain_key_axis)
-
-
-def plain_bits(args: argparse.Namespace) -> list[int]:
-    """The bits of `--plain_bits`."""
-    from palu.core.errors import PaluError
-
-    try:
-        return [int(bits) for bits in (args.plain_bits or "").split(",") if bits.strip()]
-    except ValueError:
-        raise PaluError(f"--plain_bits {args.plain_bits!r} must be numbers such as 8,4,2") from None
+        for bits in args.plain_bits or []:
+            PlainQuantizedCache(config, bits)
 
 
 def measure(
@@ -174,7 +173,9 @@ def measure(
             for name, text in texts.items()
         }
     prepare(model)
-    variants = [None] + ([] if is_latent(model) else plain_bits(args))
+    variants = [None] + ([] if is_latent(model) else args.plain_bits or [])
+    chunk = args.prefill_chunk or (model.config.latent.quantization.window or None if is_latent(model) else None)
+    axis = args.plain_key_axis or "token"
     rows = []
     for name, bits in ((name, bits) for name in windows for bits in variants):
         result = perplexity(
@@ -183,10 +184,10 @@ def measure(
             args.batch_size,
             progress,
             f"{label} on {Path(name).name}" + (f", plain {bits} bits" if bits else ""),
-            args.prefill_chunk,
-            bits and (lambda bits=bits: PlainQuantizedCache(model.config, bits, args.plain_key_axis)),
+            chunk,
+            bits and (lambda bits=bits: PlainQuantizedCache(model.config, bits, axis)),
         )
-        rows.append(row_of(result, model, label, name, bits, args.plain_key_axis))
+        rows.append(row_of(result, model, label, name, bits, axis) | {"prefill_chunk": chunk})
     return rows
 
 
@@ -194,7 +195,13 @@ def row_of(result: Any, model: Any, label: str, dataset: str, bits: int | None, 
     """The flat row of one measurement."""
     import dataclasses
 
+    from palu.models import is_latent
+
     cached = latent_bits(model) if bits is None else {"bits": bits, "value_bits": bits, "hadamard": False}
+    settings = model.config.latent.quantization if is_latent(model) else None
+    if settings is not None and not settings.is_full:
+        named = ("group_size", "symmetric", "clip_ratio", "sinks", "window")
+        cached |= {f"lt_{name}": getattr(settings, name) for name in named}
     return {
         "model": label,
         "dataset": dataset,

@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import add_common_flags, new_parser, resolve_device, run_script
+from utils.cli import add_common_flags, bit_list, new_parser, resolve_device, run_script
 from utils.random_models import MODEL_SHAPES, latent_model, stock_model
 
 
@@ -29,7 +29,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("--prefill_chunk", type=int, default=2048, help="prompt tokens per forward pass (default: %(default)s)")
     flag("--kept_ratio", type=float, default=0.5, help="kept fraction of the cache (default: %(default)s)")
     flag("--group_size", type=int, default=4, help="kv heads per group (default: %(default)s)")
-    flag("--bits", default="16,4", help="bits of the latents, comma-separated (default: %(default)s)")
+    flag("--bits", type=bit_list, default=[16, 4], help="bits of the latents, comma-separated (default: 16,4)")
     add_common_flags(parser)
     return parser.parse_args(argv)
 
@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> None:
     if not device.startswith("cuda"):
         raise PaluError("peak memory is measured on a CUDA GPU; there is none here")
     path = results_path(args.results, "memory", args.model_shape)
-    settings = [palu.QuantizationConfig(int(bits), int(bits)) for bits in args.bits.split(",")]
+    settings = [palu.QuantizationConfig(bits, bits) for bits in args.bits]
     torch.manual_seed(args.seed)
     dtype, context = torch.float16, args.context + args.new_tokens
     model = stock_model(args.model_shape, dtype, device, context)

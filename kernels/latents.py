@@ -42,9 +42,13 @@ def blocks(latents: Latents, length: int) -> Iterator[tuple[int, Stretch]]:
         offset += tokens
 
 
-def dense(latents: Latents, dtype: torch.dtype) -> Tensor:
-    """All latents as numbers, [batch, length, width]; codes with their rounding."""
+def dense(latents: Latents, dtype: torch.dtype, start: int = 0, count: int | None = None) -> Tensor:
+    """Latents as numbers, [batch, length, count] from latent `start` on (all by default); codes with their rounding."""
+    count = latents.shape[-1] - start if count is None else count
     parts = [
-        part.dequantized(dtype) if isinstance(part, PackedLatents) else part.to(dtype) for part in stretches(latents)
+        part.dequantized(dtype, start, count)
+        if isinstance(part, PackedLatents)
+        else part[..., start : start + count].to(dtype)
+        for part in stretches(latents)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

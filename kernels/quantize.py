@@ -162,7 +162,8 @@ def quantize(latents: Tensor, quantization: Quantization) -> PackedLatents:
 @functools.lru_cache(maxsize=1024)
 def _clip_tensor(quantization: Quantization, device: torch.device) -> Tensor:
     """The clip ratios on a device, made once: a CUDA graph cannot copy them there."""
-    return torch.tensor(quantization.clip_ratios, device=device)
+    with torch.inference_mode(False):
+        return torch.tensor(quantization.clip_ratios, device=device)
 
 
 def _encode_asymmetric(groups: Tensor, bits: int, clip: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:

@@ -32,6 +32,7 @@ from palu.core.errors import PaluError
 from palu.core.linalg import relative_error
 from palu.core.progress import Progress, silent
 from palu.core.types import SIDES, RankPlan, Side, Site, SiteShape, SiteStats, Statistic
+from palu.core.validate import require
 from palu.decompose import get_decomposition
 from palu.models import get_adapter
 from palu.nn.fusion import fold_hadamard, fold_values, set_quantization
@@ -67,11 +68,7 @@ def statistics_needed(config: CompressionConfig) -> frozenset[Statistic]:
     Raises:
         PaluError: if a method's name is unknown.
     """
-    needed = get_search(config.search_method).needs | get_decomposition(config.decompose_method).needs
-    if config.quantization.needs_search and not needed:
-        # Clip ratios are searched on any calibration windows.
-        needed = frozenset({Statistic.GRAM})
-    return needed
+    return get_search(config.search_method).needs | get_decomposition(config.decompose_method).needs
 
 
 def rank_budget(config: CompressionConfig) -> RankBudget:
@@ -109,6 +106,9 @@ def calibration_windows(
         PaluError: if the text cannot be had or is too short.
     """
     needed = statistics_needed(config)
+    if not needed and config.quantization.needs_search:
+        # Clip ratios are searched on any calibration windows.
+        needed = frozenset({Statistic.GRAM})
     if not needed:
         return CalibrationWindows(None, None)
     if tokenizer is None:
@@ -158,13 +158,22 @@ def compress(
     with _stage("checks and calibration text", stages, model.device):
         check_weights(model)
         windows = windows or calibration_windows(tokenizer, model.config, config, text)
+        clip_windows = windows.fisher if windows.moments is None else windows.moments
+        require(
+            clip_windows is not None or not config.quantization.needs_search,
+            "lt_clip_ratio auto needs calibration windows",
+        )
         windows = windows.only(statistics_needed(config))
     was_training = model.training
     model.eval()
     try:
-        return _compress(model, config, windows, stages, cache_dir, progress)
+        compression = _compress(model, config, windows, stages, cache_dir, progress)
     finally:
         model.train(was_training)
+    if config.quantization.needs_search:
+        with _stage("clip ratios", stages, model.device):
+            search_clip_ratios(compression.model, clip_windows, progress)
+    return compression
 
 
 def _compress(
@@ -185,15 +194,7 @@ def _compress(
         factors = dict(_stream_factors(model, windows.moments, shapes, plan, config, cache_dir, progress))
     with _stage("assembling", stages, model.device):
         compressed = _assemble(model, plan, factors, config, windows.describe())
-    if compressed.config.latent.quantization.needs_search:
-        with _stage("clip ratios", stages, model.device):
-            search_clip_ratios(compressed, _any_windows(windows), progress)
     return Compression(compressed, plan, shapes, plan.kept_ratio(shapes), windows.describe(), stages)
-
-
-def _any_windows(windows: CalibrationWindows) -> Tensor:
-    """Calibration tokens for what no statistic's method asked for."""
-    return windows.fisher if windows.moments is None else windows.moments
 
 
 @contextmanager

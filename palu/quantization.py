@@ -37,12 +37,14 @@ class QuantizationConfig:
     window: int = 0
 
     def __post_init__(self) -> None:
-        for bits in (self.key_bits, self.value_bits):
-            require(bits in ALLOWED_BITS, f"lt_bits {bits!r} must be one of {', '.join(map(str, ALLOWED_BITS))}")
+        allowed = ", ".join(map(str, ALLOWED_BITS))
+        for name, bits in (("lt_bits", self.key_bits), ("lt_value_bits", self.value_bits)):
+            require(is_count(bits) and bits in ALLOWED_BITS, f"{name} {bits!r} must be one of {allowed}")
         size = self.group_size
         require(size is None or (is_count(size) and size >= 1), f"lt_group_size {size!r} must be at least 1")
         ratio = self.clip_ratio
-        valid = ratio == "auto" or (isinstance(ratio, int | float) and 0 < ratio <= 1)
+        is_number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
+        valid = ratio == "auto" or (is_number and 0 < ratio <= 1)
         require(valid, f"lt_clip_ratio {ratio!r} must lie in (0, 1] or be auto")
         for name, count in (("lt_sinks", self.sinks), ("lt_window", self.window)):
             require(is_count(count) and count >= 0, f"{name} {count!r} must be a number of tokens, 0 or more")

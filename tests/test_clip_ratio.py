@@ -78,8 +78,12 @@ def test_scripts_search_save_and_search_again(tmp_path, capsys):
     model = ["--model_name_or_path", tmp_path / "m"]
     assert invoke(run_ppl_eval, *model, *options, "--lt_bits", 3, "--lt_calib_dataset", "nowhere.txt") == 2
     assert "nowhere.txt" in capsys.readouterr().err
-    assert invoke(run_ppl_eval, *model, *options, "--lt_calib_dataset", "demo") == 2
-    assert "nothing is searched" in capsys.readouterr().err
+    assert invoke(run_ppl_eval, *model, *options, "--lt_clip_ratio", 1, "--lt_calib_dataset", "demo") == 2
+    assert "--lt_calib_dataset is for --lt_clip_ratio auto" in capsys.readouterr().err
+    (tmp_path / "short.txt").write_text("Too short.")
+    assert invoke(run_ppl_eval, *model, *options, "--lt_calib_dataset", tmp_path / "short.txt") == 2
+    assert "short.txt" in (error := capsys.readouterr().err)
+    assert "tokens are too few" in error
     assert invoke(run_ppl_eval, *model, *options, "--lt_clip_ratio", "1.5") == 2
     assert "must lie in (0, 1] or be auto" in capsys.readouterr().err
 

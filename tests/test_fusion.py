@@ -7,6 +7,8 @@ from transformers import AutoModelForCausalLM
 import palu
 from palu.core import hadamard
 from palu.core.errors import PaluError
+from palu.kernels.latents import dense
+from palu.nn import latent_attention
 from palu.nn.fusion import fold_hadamard, fold_values, fusion_sizes
 from tests.helpers import FAMILIES, compressed, left_padded_batch, random_windows, tiny_model
 
@@ -109,6 +111,31 @@ def test_uneven_folded_ranks_quantised_and_turned_equal_those_apart(family, tmp_
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded(ids).logits, folded(ids).logits)
     assert sum(p.numel() for p in folded.parameters()) < sum(p.numel() for p in apart.parameters())
+
+
+@torch.no_grad()
+def test_folded_prefill_in_parts_reads_only_the_latents_of_its_heads(monkeypatch):
+    latent = compressed(tiny_model("llama"), **FUSED).model
+    palu.set_quantization(latent, palu.QuantizationConfig(4, 4))
+    ids = random_windows(latent, 2, 30)
+    expected = latent(ids).logits
+    counts = []
+    monkeypatch.setattr(
+        latent_attention, "dense", lambda latents, *args: counts.append(args[-1]) or dense(latents, *args)
+    )
+    monkeypatch.setattr(latent_attention, "REBUILT_BYTES", 2 * 2 * 30 * 16 * 4)
+    assert torch.allclose(latent(ids).logits, expected, atol=1e-5)
+    assert counts == [rank for layer in latent.config.latent.layers for rank in layer.value]
+
+
+def test_weights_of_classes_from_a_checkpoint_are_not_pretended_to_be_changed():
+    latent = compressed(tiny_model("llama"), 0.5).model
+    for layer in latent.model.layers:
+        layer.self_attn = torch.nn.Identity()
+    for fold in (fold_hadamard, fold_values):
+        with pytest.raises(PaluError, match="import palu before loading"):
+            fold(latent)
+    assert not latent.config.latent.hadamard
 
 
 def test_values_stay_apart_where_folding_would_be_larger():

@@ -94,6 +94,27 @@ def test_arithmetic_on_codes_equals_dequantising_first(shape, bits, symmetric, g
     assert (output.double() - expected).norm() / expected.norm() < TOLERANCE["float32"]
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("bits", [2, 8, 16])
+def test_long_flat_attention_over_offset_latents_stays_in_the_range_of_16_bit_floats(bits, dtype):
+    shape = Shape(1, 2, 2, 64, 1, 4500, (64,), (64,))
+    query, *latents, key, value, rotation, _ = random_call(shape, torch.float32, False)
+    mask = torch.ones(1, 1, 1, shape.length, dtype=torch.bool)
+    # One latent lies at the top of every token's range, another far from zero.
+    latents = [latent + 30 * (torch.arange(64) == 3) - 20 * (torch.arange(64) == 9) for latent in latents]
+    held = latents
+    if bits < 16:
+        latents = [quantize(latent, Quantization(bits, (64,))) for latent in latents]
+        held = [packed.dequantized(torch.float32) for packed in latents]
+    low = getattr(torch, dtype)
+    cast = [latent if bits < 16 else latent.to(low) for latent in latents]
+    sides = [LatentProjection(side.up.to(low), side.ranks, None) for side in (key, value)]
+    output, _ = decode_attention(query.to(low), *cast, *sides, tuple(t.to(low) for t in rotation), mask, 1e-3)
+    expected = defined(query, *held, key, value, rotation, mask, 1e-3, shape, None)
+    assert torch.isfinite(output).all()
+    assert (output.double() - expected).norm() / expected.norm() < TOLERANCE[dtype]
+
+
 def test_quantisation_groups_across_a_border_are_refused():
     packed = quantize(torch.randn(1, 2, 64), Quantization(4, (40, 24)))
     with pytest.raises(ValueError, match="do not fit the ranks"):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import GPT2Config
 
 import run_ppl_eval
 from palu.calibrate.text import DEMO_ASSETS
@@ -89,10 +90,16 @@ def test_what_the_peer_cannot_do_is_refused(demo_checkpoint, capsys):
         (demo_checkpoint, ["--plain_bits", "4"], "pass the original model as --baseline"),
         (DEMO_ASSETS / "model", ["--plain_bits", "5"], "plain bits 5 must be one of 2, 3, 4, 8"),
         (DEMO_ASSETS / "model", ["--plain_bits", "four"], "must be numbers such as 8,4,2"),
-        (DEMO_ASSETS / "model", ["--plain_bits", "4", "--plain_key_axis", "row"], "must be one of token, channel"),
+        (DEMO_ASSETS / "model", ["--plain_bits", ","], "must be numbers such as 8,4,2"),
+        (DEMO_ASSETS / "model", ["--plain_bits", "4", "--plain_key_axis", "row"], "choose from"),
+        (DEMO_ASSETS / "model", ["--plain_key_axis", "channel"], "does nothing without --plain_bits"),
     ):
         assert invoke(run_ppl_eval, "--model_name_or_path", model, *options, *flags) == 2
-        assert message in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    with pytest.raises(PaluError, match="'gpt2' models are not supported"):
+        PlainQuantizedCache(GPT2Config(), 4)
     cache = PlainQuantizedCache(tiny_model("llama").config, 4, "channel")
     cache.update(torch.randn(1, 4, 40, 16), torch.randn(1, 4, 40, 16), 0)
     with pytest.raises(PaluError, match="cannot be cropped into a whole block"):

@@ -1,14 +1,19 @@
 """Latents in the live cache as packed codes: bytes, independence of the way they came in, every way of generating."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import compress
 import palu
 import run_ppl_eval
 from palu.calibrate.text import DEMO_ASSETS
 from palu.core.errors import PaluError
 from palu.nn.latent_cache import LatentCache
+from palu.nn.plain_cache import PlainQuantizedCache
 from tests.helpers import FAMILIES, compressed, invoke, left_padded_batch, random_windows, tiny_model
 from utils.results import read_results
 
@@ -55,6 +60,34 @@ def test_bytes_are_those_of_the_codes_scales_zero_points_and_positions(bits, sym
             per_token += -(-sum(ranks) * bits // 8) + len(ranks) * (2 if symmetric else 4)
     assert cache.bytes_per_token() == per_token
     assert cache.nbytes() == cache.allocated_nbytes() == 3 * 40 * per_token
+
+
+def test_training_does_not_go_through_codes():
+    latent = compressed(tiny_model("llama"), 0.75, value_group_size=1).model.train()
+    ids = random_windows(latent, 2, 30)
+    gradients = []
+    for settings in (palu.QuantizationConfig(), palu.QuantizationConfig(2, 2)):
+        palu.set_quantization(latent, settings)
+        latent.zero_grad()
+        latent(ids, labels=ids).loss.backward()
+        gradients.append(latent.model.layers[0].self_attn.v_proj.down.weight.grad.clone())
+    assert torch.equal(*gradients)
+
+
+def test_codes_made_in_inference_mode_leave_later_gradients_alone():
+    latent = quantized("llama", 4, clip_ratio=0.85)
+    ids = random_windows(latent, 1, 12)
+    with torch.inference_mode():
+        latent.generate(ids, max_new_tokens=2)
+    latent(ids, labels=ids, past_key_values=LatentCache(latent.config)).loss.backward()
+    assert latent.lm_head.weight.grad.isfinite().all()
+
+
+def test_a_cache_of_plain_codes_is_refused():
+    latent = quantized("llama")
+    cache = PlainQuantizedCache(tiny_model("llama").config, 4)
+    with pytest.raises(PaluError, match="cannot use PlainQuantizedCache"):
+        latent(random_windows(latent, 1, 4), past_key_values=cache)
 
 
 @torch.no_grad()
@@ -145,3 +178,20 @@ def test_latent_flags_are_refused_for_a_stock_model_and_for_values_that_do_not_e
     assert "is not a compressed model; --lt_clip_ratio needs one" in capsys.readouterr().err
     assert invoke(run_ppl_eval, "--model_name_or_path", demo_checkpoint, *options, "--lt_bits", 5) == 2
     assert "lt_bits 5 must be one of 2, 3, 4, 8, 16" in capsys.readouterr().err
+    for script, model in ((run_ppl_eval, ["--model_name_or_path", demo_checkpoint, *options]), (compress, [])):
+        for flag in (["--lt_window", 4], ["--lt_sym"], ["--lt_clip_ratio", "auto"], ["--lt_group_size", 8]):
+            assert invoke(script, *model, *flag) == 2
+            assert f"{flag[0]} does nothing without quantised latents" in capsys.readouterr().err
+        assert invoke(script, *model, "--lt_bits", 4, "--lt_value_bits", 7) == 2
+        assert "lt_value_bits 7 must be one of" in capsys.readouterr().err
+
+
+def test_a_rank_that_cannot_be_turned_is_refused_before_anything_is_loaded(demo_checkpoint, tmp_path, capsys):
+    shutil.copytree(demo_checkpoint, tmp_path / "odd")
+    config = json.loads((tmp_path / "odd" / "config.json").read_text())
+    config["palu"]["layers"][0]["key"][0] = 29
+    (tmp_path / "odd" / "config.json").write_text(json.dumps(config))
+    options = ["--datasets", "demo", "--seqlen", 64, "--lt_bits", 4, "--lt_hadamard"]
+    assert invoke(run_ppl_eval, "--model_name_or_path", tmp_path / "odd", *options) == 2
+    assert "has a group of rank 29" in (error := capsys.readouterr().err)
+    assert "compress with --lt_hadamard" in error

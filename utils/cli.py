@@ -4,6 +4,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 DATASET_HELP = (
     "demo (bundled), wikitext2, c4, ptb, alpaca (from the hub), or a .txt, .jsonl, .json or .parquet file, "
@@ -11,9 +12,17 @@ DATASET_HELP = (
 )
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """Says in one line what is wrong with a command line, without the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2."""
+        self.exit(2, f"error: {message} (all flags: --help)\n")
+
+
 def new_parser(doc: str) -> argparse.ArgumentParser:
-    """A parser whose help shows the module's docstring as it is written and every default."""
-    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """A parser whose help shows the module's docstring as it is written."""
+    return OneLineParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
@@ -88,6 +97,15 @@ def seed(text: str) -> int:
     if not 0 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to 2**63 - 1")
     return value
+
+
+def bit_list(text: str) -> list[int]:
+    """Argparse type of comma-separated numbers of bits, each once."""
+    try:
+        bits = list(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be numbers such as 8,4,2") from None
+    return bits
 
 
 def group_size(text: str) -> int | str:

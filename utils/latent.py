@@ -4,6 +4,11 @@ import argparse
 import dataclasses
 from typing import Any
 
+# Flags that say how codes are made.
+NEED_BITS = ("lt_group_size", "lt_sym", "lt_clip_ratio", "lt_sinks", "lt_window")
+# Fewer calibration tokens than this determine no clip ratio.
+LEAST_TOKENS = 256
+
 
 def add_latent_flags(parser: argparse.ArgumentParser, evaluates: bool = True) -> None:
     """How the cache stores latents; `evaluates`: for a script that loads a compressed checkpoint."""
@@ -21,7 +26,7 @@ def add_latent_flags(parser: argparse.ArgumentParser, evaluates: bool = True) ->
         "(default: 1)",
     )
     flag("--lt_sinks", type=int, help="first tokens that are not quantised (default: 0)")
-    flag("--lt_window", type=int, help="newest tokens that are not quantised (default: 0)")
+    flag("--lt_window", type=int, help="newest tokens that are not quantised yet (default: 0)")
     flag(
         "--lt_hadamard",
         action="store_true",
@@ -45,8 +50,10 @@ def latent_settings(args: argparse.Namespace, quantization: Any) -> Any:
     """A `QuantizationConfig` with the flags that were given.
 
     Raises:
-        PaluError: for a value that is not allowed.
+        PaluError: for a value that is not allowed, or a flag that would do nothing.
     """
+    from palu.core.errors import PaluError
+
     given = {
         "key_bits": args.lt_bits,
         "value_bits": args.lt_bits if args.lt_value_bits is None else args.lt_value_bits,
@@ -56,19 +63,23 @@ def latent_settings(args: argparse.Namespace, quantization: Any) -> Any:
         "sinks": args.lt_sinks,
         "window": args.lt_window,
     }
-    return quantization.changed(**{name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    settings = quantization.changed(**given)
+    useless = [flag for flag in NEED_BITS if getattr(args, flag) is not None]
+    if settings.is_full and useless:
+        raise PaluError(f"--{useless[0]} does nothing without quantised latents; give --lt_bits 2, 3, 4 or 8")
+    return settings
 
 
-def check_latent_flags(config: Any, path: str, args: argparse.Namespace) -> str | None:
+def check_latent_flags(config: Any, tokenizer: Any, path: str, args: argparse.Namespace) -> Any:
     """Refuse latent flags for a model that has no latents, and values that are not allowed, before any long work.
 
     Returns:
-        The text that clip ratios will be searched on, None if none will.
+        The token windows that clip ratios will be searched on, None if none will.
 
     Raises:
         PaluError: naming the flag.
     """
-    from palu.calibrate.text import load_text
     from palu.core.errors import PaluError
     from palu.models import is_latent
 
@@ -78,43 +89,69 @@ def check_latent_flags(config: Any, path: str, args: argparse.Namespace) -> str 
         if given:
             raise PaluError(f"{path} is not a compressed model; --{given[0]} needs one")
         return None
-    latent = config.latent
-    settings = latent_settings(args, latent.quantization)
-    turned = args.lt_hadamard and not latent.hadamard
-    if turned:
-        settings = dataclasses.replace(settings, clip_ratios=None)
-    if not settings.needs_search:
-        if args.lt_calib_dataset is not None:
-            raise PaluError(
-                "--lt_calib_dataset is for --lt_clip_ratio auto with quantised latents; nothing is searched"
-            )
-        return None
-    dataset = args.lt_calib_dataset or latent.compression.get("calib_dataset")
-    if dataset is None:
-        raise PaluError("--lt_clip_ratio auto needs --lt_calib_dataset: the checkpoint names no calibration text")
-    return load_text(dataset, "calibration", args.seed)
+    settings = _asked(config.latent, args)
+    if args.lt_hadamard:
+        _check_hadamard(config.latent, path)
+    if settings.needs_search:
+        return _clip_windows(config, tokenizer, args)
+    if args.lt_calib_dataset is not None:
+        raise PaluError("--lt_calib_dataset is for --lt_clip_ratio auto with quantised latents")
+    return None
 
 
-def apply_latent_flags(model: Any, tokenizer: Any, text: str | None, args: argparse.Namespace) -> None:
+def apply_latent_flags(model: Any, windows: Any, args: argparse.Namespace) -> None:
     """Set how the cache of a loaded model stores latents, as the flags say; a stock model is left alone.
 
     Args:
-        text: what `check_latent_flags` returned.
+        windows: what `check_latent_flags` returned.
     """
     from palu import fold_hadamard, search_clip_ratios, set_quantization
-    from palu.calibrate.windows import sample_windows, tokenize
     from palu.models import is_latent
     from utils.console import progress
 
     if not is_latent(model):
         return
-    settings = latent_settings(args, model.config.latent.quantization)
-    if args.lt_hadamard and not model.config.latent.hadamard:
+    settings = _asked(model.config.latent, args)
+    if args.lt_hadamard:
         fold_hadamard(model)
-        settings = dataclasses.replace(settings, clip_ratios=None)
     set_quantization(model, settings)
     if settings.needs_search:
-        where = "--lt_clip_ratio auto"
-        tokens = tokenize(tokenizer, text, where, model.config)
-        seqlen = min(2048, model.config.max_position_embeddings, len(tokens))
-        search_clip_ratios(model, sample_windows(tokens, len(tokens) // seqlen, seqlen, args.seed, where), progress)
+        search_clip_ratios(model, windows, progress)
+
+
+def _asked(latent: Any, args: argparse.Namespace) -> Any:
+    """The checkpoint's settings with the flags; clip ratios are to be searched again where they no longer hold."""
+    settings = latent_settings(args, latent.quantization)
+    turned = args.lt_hadamard and not latent.hadamard
+    if turned or args.lt_calib_dataset is not None:
+        settings = dataclasses.replace(settings, clip_ratios=None)
+    return settings
+
+
+def _check_hadamard(latent: Any, path: str) -> None:
+    from palu.core.errors import PaluError
+    from palu.core.hadamard import is_reachable
+
+    ranks = {rank for layer in latent.layers for rank in (*layer.key, *layer.value)}
+    odd = sorted(rank for rank in ranks if not is_reachable(rank))
+    if odd and not latent.hadamard:
+        raise PaluError(
+            f"--lt_hadamard: {path} has a group of rank {odd[0]}, of which no Hadamard matrix can be constructed; "
+            "compress with --lt_hadamard, which avoids such ranks"
+        )
+
+
+def _clip_windows(config: Any, tokenizer: Any, args: argparse.Namespace) -> Any:
+    """Token windows of the calibration text, int64 [windows, seqlen]."""
+    from palu.calibrate.text import load_text
+    from palu.calibrate.windows import sample_windows, tokenize
+    from palu.core.errors import PaluError
+
+    dataset = args.lt_calib_dataset or config.latent.compression.get("calib_dataset")
+    if dataset is None:
+        raise PaluError("--lt_clip_ratio auto needs --lt_calib_dataset: the checkpoint names no calibration text")
+    tokens = tokenize(tokenizer, load_text(dataset, "calibration", args.seed), dataset, config)
+    if len(tokens) < LEAST_TOKENS:
+        raise PaluError(f"{dataset}: {len(tokens)} tokens are too few to search clip ratios on; give {LEAST_TOKENS}")
+    seqlen = min(2048, config.max_position_embeddings, len(tokens))
+    return sample_windows(tokens, len(tokens) // seqlen, seqlen, args.seed, dataset)

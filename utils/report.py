@@ -57,7 +57,7 @@ def perplexity_table(results: dict[str, Any]) -> None:
     """Perplexity and cached bytes of everything that was measured, one table a text, against the last model named."""
     for dataset in dict.fromkeys(row["dataset"] for row in results["rows"]):
         rows = [row for row in results["rows"] if row["dataset"] == dataset]
-        reference = rows[-1]["model"] if len({row["model"] for row in rows}) > 1 else None
+        reference = rows[-1]["model"] if len(rows) > 1 else None
         base = next((row for row in rows if row["model"] == reference and not row["plain"]), None)
         lines = [
             [
@@ -85,7 +85,14 @@ def _variant(row: dict[str, Any]) -> str:
 
 def _bits(row: dict[str, Any]) -> str:
     bits = f"{row['bits']}" if row["bits"] == row["value_bits"] else f"{row['bits']}/{row['value_bits']}"
-    return bits + (" H" if row["hadamard"] else "")
+    settings = {
+        "H": row["hadamard"],
+        f"group {row.get('lt_group_size')}": row.get("lt_group_size"),
+        "sym": row.get("lt_symmetric"),
+        f"clip {row.get('lt_clip_ratio')}": row.get("lt_clip_ratio", 1.0) != 1.0,
+        f"{row.get('lt_sinks')}+{row.get('lt_window')} exact": row.get("lt_sinks") or row.get("lt_window"),
+    }
+    return " ".join([bits, *(name for name, shown in settings.items() if shown)])
 
 
 def plot_ranks(results: dict[str, Any], path: Path) -> None:

@@ -14,6 +14,10 @@ from palu.kernels.latents import Latents, Stretch, blocks
 from palu.kernels.quantize import SMALLEST_SCALE, PackedLatents
 from palu.kernels.reconstruct.reference import BLOCK_LENGTH, reconstruct
 
+# Sum of the softmax weights while they multiply latents. In fp16 a sum of 1 would make the weights of long contexts
+# subnormal, a large one would let the product with 8-bit codes overflow.
+WEIGHT_SUM = 16.0
+
 
 @dataclass(frozen=True)
 class LatentProjection:
@@ -76,11 +80,9 @@ def decode_attention(
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
         scores = scores + mask
-    # Weighing by exp(s - max) and dividing after keeps the weights of long contexts in the range of 16-bit floats.
-    weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True))
-    total = weights.sum(dim=-1, keepdim=True)
-    output = _absorbed_values(weights.to(query.dtype), 1 / total, value_latents, value, query.shape[-1])
-    return output, (weights / total).to(query.dtype)
+    probabilities = torch.softmax(scores, dim=-1)
+    weights = (probabilities * WEIGHT_SUM).to(query.dtype)
+    return _absorbed_values(weights, value_latents, value, query.shape[-1]), probabilities.to(query.dtype)
 
 
 def _block_scores(
@@ -103,21 +105,17 @@ def _block_scores(
     return (grouped @ keys.transpose(-1, -2)).view(batch, num_heads, queries, -1)
 
 
-def _absorbed_values(
-    weights: Tensor, factor: Tensor, latents: Latents, value: LatentProjection, head_dim: int
-) -> Tensor:
-    """Weighted sum of the latents, then the up factor where there is one: [batch, queries, features].
+def _absorbed_values(weights: Tensor, latents: Latents, value: LatentProjection, head_dim: int) -> Tensor:
+    """Mean of the latents, then the up factor where there is one: [batch, queries, features].
 
-    weights: [batch, num_heads, queries, length]; factor: what their sums are multiplied by, [batch, num_heads,
-    queries, 1].
+    weights: [batch, num_heads, queries, length], of sum `WEIGHT_SUM`.
     """
     batch, num_heads, queries, length = weights.shape
     by_group = weights.view(batch, len(value.ranks), -1, length)
     heads_per_group = num_heads // len(value.ranks)
-    factors = factor.split(heads_per_group, dim=1)
     outputs, offset = [], 0
-    for rank, summed, factor in zip(value.ranks, _weighted_sums(by_group, latents, value.ranks), factors, strict=True):
-        summed = (summed.view(batch, heads_per_group, queries, rank) * factor).to(weights.dtype)
+    for rank, summed in zip(value.ranks, _weighted_sums(by_group, latents, value.ranks), strict=True):
+        summed = (summed.view(batch, heads_per_group, queries, rank) / WEIGHT_SUM).to(weights.dtype)
         if value.up is not None:
             up = value.up[:, offset : offset + rank].view(-1, head_dim, rank)
             summed = summed.view(batch, up.shape[0], -1, rank) @ up.transpose(-1, -2)

@@ -130,7 +130,8 @@ class LatentModelMixin(LatentPreTrainedMixin):
     ) -> BaseModelOutputWithPast:
         """As in transformers; a cache, given or made here, holds latents."""
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if self.training and self.is_gradient_checkpointing:
+        if self.training and (self.is_gradient_checkpointing or not self.config.latent.quantization.is_full):
+            # Codes have no gradient.
             use_cache = False
         if past_key_values is not None:
             adopt_cache(past_key_values, self.config)

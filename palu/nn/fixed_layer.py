@@ -8,7 +8,7 @@ from torch import Tensor
 from palu.core.errors import PaluError
 from palu.kernels.latents import Latents
 from palu.nn.latent_layer import UNQUANTIZED, LatentLayer, LayerQuantization
-from palu.nn.packed_buffer import PackedBuffer
+from palu.nn.packed_buffer import MixedBuffer, PackedBuffer
 from palu.nn.token_buffer import TokenBuffer
 
 FixedBuffer = TokenBuffer | PackedBuffer
@@ -36,11 +36,11 @@ class FixedLatentLayer(LatentLayer):
     ) -> None:
         if capacity < 1:
             raise PaluError(f"the capacity of a latent cache must be at least 1, not {capacity}")
-        if quantization.sinks or quantization.window:
+        super().__init__(leader, sliding_window, capacity, quantization)
+        if any(isinstance(buffer, MixedBuffer) for buffer in (self.key_buffer, self.value_buffer)):
             raise PaluError(
                 "lt_window and lt_sinks need a growing cache; a cache of fixed capacity keeps all tokens as codes"
             )
-        super().__init__(leader, sliding_window, capacity, quantization)
         self.capacity = capacity if sliding_window is None else min(capacity, sliding_window)
         self.written = torch.zeros((), dtype=torch.int64)
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from palu.config import LatentConfig, head_dim
 from palu.core.hadamard import hadamard, hadamard_transform
+from palu.core.validate import require
 from palu.nn.latent_attention import LatentAttention
 from palu.quantization import QuantizationConfig
 
@@ -32,9 +33,10 @@ def fold_hadamard(model: PreTrainedModel) -> None:
     latent = LatentConfig.from_dict(model.config.palu)
     if latent.hadamard:
         return
+    attentions = _attentions(model)
     for rank in sorted({rank for layer in latent.layers for rank in (*layer.key, *layer.value)}):
         hadamard(rank)
-    for attention in _attentions(model):
+    for attention in attentions:
         for projection in (attention.k_proj, attention.v_proj):
             sizes = list(projection.ranks)
             down = projection.down.weight
@@ -133,4 +135,9 @@ def _unsearched(latent: LatentConfig) -> QuantizationConfig:
 
 
 def _attentions(model: PreTrainedModel) -> list[LatentAttention]:
-    return [module for module in model.modules() if isinstance(module, LatentAttention)]
+    found = [module for module in model.modules() if isinstance(module, LatentAttention)]
+    require(
+        len(found) == model.config.num_hidden_layers,
+        "this model's classes come from its checkpoint; import palu before loading it to change its weights",
+    )
+    return found

@@ -141,8 +141,11 @@ class LatentAttention(nn.Module):
             return self._heads(value, None)
         ranks = self.v_proj.ranks
         heads_per_group = self.config.num_key_value_heads // len(ranks)
-        groups = dense(latents, dtype).split(list(ranks), dim=-1)
-        padded = [nn.functional.pad(group, (0, self.head_dim - group.shape[-1])) for group in groups]
+        groups = range(heads.start // heads_per_group, (heads.stop - 1) // heads_per_group + 1)
+        padded = {}
+        for group in groups:
+            values = dense(latents, dtype, sum(ranks[:group]), ranks[group])
+            padded[group] = nn.functional.pad(values, (0, self.head_dim - ranks[group]))
         return torch.stack([padded[head // heads_per_group] for head in heads], dim=1)
 
     def _of_latents(self, output: Tensor) -> Tensor:

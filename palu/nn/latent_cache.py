@@ -82,14 +82,15 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:
     Raises:
         PaluError: if it already holds full keys and values, or quantises them.
     """
-    if cache.layers and all(isinstance(layer, LatentLayer) for layer in cache.layers):
+    if cache.layers and all(isinstance(layer, LatentLayer) and layer.keeps_positions for layer in cache.layers):
         return
     name = type(cache).__name__
     if any(layer.is_initialized for layer in cache.layers):
         raise PaluError(
             f"this {name} holds full keys and values; a compressed model needs an empty cache or LatentCache"
         )
-    if type(cache).__name__ == "QuantizedCache" or cache.offloading:
+    foreign = any(isinstance(layer, LatentLayer) for layer in cache.layers)
+    if name == "QuantizedCache" or cache.offloading or foreign:
         raise PaluError(f"a compressed model cannot use {name} (quantised or offloaded); pass no cache or LatentCache")
     capacity = cache.get_max_length() if isinstance(cache, StaticCache) else None
     cache.layers = latent_layers(config, capacity=capacity)

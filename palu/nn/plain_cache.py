@@ -121,6 +121,10 @@ class PlainQuantizedCache(Cache):
 
     def __init__(self, config: PreTrainedConfig, bits: int, key_axis: KeyAxis = "token") -> None:
         require(bits in PLANES, f"plain bits {bits!r} must be one of {', '.join(map(str, PLANES))}")
+        require(
+            getattr(config, "num_key_value_heads", None) is not None,
+            f"{config.model_type!r} models are not supported by plain quantisation: no num_key_value_heads",
+        )
         require(key_axis in KEY_AXES, f"key axis {key_axis!r} must be one of {', '.join(KEY_AXES)}")
         layers = [
             PlainQuantizedLayer(
