@@ -130,14 +130,14 @@ def _asked(latent: Any, args: argparse.Namespace) -> Any:
 
 def _check_hadamard(latent: Any, path: str) -> None:
     from palu.core.errors import PaluError
-    from palu.core.hadamard import is_reachable
+    from palu.core.hadamard import is_reachable, nearest_reachable
 
     ranks = {rank for layer in latent.layers for rank in (*layer.key, *layer.value)}
     odd = sorted(rank for rank in ranks if not is_reachable(rank))
     if odd and not latent.hadamard:
         raise PaluError(
-            f"--lt_hadamard: {path} has a group of rank {odd[0]}, of which no Hadamard matrix can be constructed; "
-            "compress with --lt_hadamard, which avoids such ranks"
+            f"--lt_hadamard: {path} has a group of rank {odd[0]}, of which no Hadamard matrix can be constructed (the "
+            f"nearest valid rank is {nearest_reachable(odd[0])}); compress with --lt_hadamard, which avoids such ranks"
         )
 
 

@@ -40,7 +40,8 @@ def _fusion_line(rows: list[dict[str, Any]]) -> str:
     apart = [row for row in rows if not row["fused"]]
     if apart:
         ratio = sum(row["weights_folded"] for row in apart) / sum(row["weights_apart"] for row in apart)
-        line += f"; apart elsewhere: folding would make these weights {ratio:.2f} times as large"
+        where = "elsewhere" if fused else "everywhere"
+        line += f"; apart {where}: folding would make these weights {ratio:.2f} times as large"
         line += "" if all(row["latents_fit_a_head"] for row in apart) else ", latents wider than a head"
     return line
 
