@@ -9,6 +9,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Triton kernels run in its interpreter; read when they are defined.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import palu
 from palu.calibrate.text import DEMO_ASSETS
 from palu.checkpoint import load_model, load_tokenizer, save_checkpoint

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from palu.kernels.decode_attention import reference
+from palu.kernels.decode_attention import launch, reference
 from palu.kernels.decode_attention.op import decode_attention
 from palu.kernels.decode_attention.reference import LatentProjection
 from palu.kernels.decode_attention.spec import SHAPES, TOLERANCE, Shape
-from palu.kernels.quantize import Quantization, quantization_widths, quantize
+from palu.kernels.latents import MixedLatents, dense
+from palu.kernels.quantize import PackedLatents, Quantization, quantization_widths, quantize
 
 
 def random_call(shape: Shape, dtype: torch.dtype, with_bias: bool):
@@ -113,6 +114,102 @@ def test_long_flat_attention_over_offset_latents_stays_in_the_range_of_16_bit_fl
     expected = defined(query, *held, key, value, rotation, mask, 1e-3, shape, None)
     assert torch.isfinite(output).all()
     assert (output.double() - expected).norm() / expected.norm() < TOLERANCE[dtype]
+
+
+def on_device(call):
+    """The arguments on the GPU where there is one, and one as they are where Triton interprets the kernels."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    move = lambda value: value.to(device) if isinstance(value, torch.Tensor) else value  # noqa: E731
+    moved = []
+    for value in call:
+        if isinstance(value, LatentProjection):
+            value = LatentProjection(move(value.up), value.ranks, move(value.bias))
+        moved.append(tuple(map(move, value)) if isinstance(value, tuple) else move(value))
+    return moved
+
+
+class RandomNorm(torch.nn.Module):
+    """A per-head norm as Qwen3's."""
+
+    variance_epsilon = 1e-6
+
+    def __init__(self, size):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.rand(size) + 0.5, requires_grad=False)
+
+    def forward(self, x):
+        scale = (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+        return x * scale * self.weight.to(x)
+
+
+def close(output, expected, dtype):
+    error = (output.double().cpu() - expected).norm() / expected.norm()
+    return error < TOLERANCE[dtype]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.num_heads}-{s.num_kv_heads}-{s.head_dim}x{s.length}")
+@pytest.mark.parametrize("variant", ["plain", "bias", "key norm"])
+def test_kernels_equal_the_definition(shape, dtype, variant):
+    call = random_call(shape, getattr(torch, dtype), variant == "bias")
+    norm = RandomNorm(shape.head_dim) if variant == "key norm" else None
+    scaling = shape.head_dim**-0.5
+    expected = defined(*call, scaling, shape, norm)
+    additive = torch.zeros(call[-1].shape).masked_fill(~call[-1], torch.finfo(torch.float32).min)
+    for mask in (call[-1], additive):
+        moved = on_device((*call[:-1], mask))
+        moved_norm = None if norm is None else norm.to(moved[0].device)
+        assert launch.can_take(*moved[:5], moved[-1], moved_norm)
+        assert close(launch.decode_attention(*moved, scaling, moved_norm), expected, dtype)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.num_heads}-{s.num_kv_heads}-{s.head_dim}x{s.length}")
+def test_kernels_read_packed_latents_beside_exact_ones(shape, bits, symmetric):
+    query, *latents, key, value, rotation, mask = random_call(shape, torch.float32, True)
+    mixed, held = [], []
+    for latent, ranks in zip(latents, (shape.key_ranks, shape.value_ranks), strict=True):
+        packed = quantize(latent * 3 + 0.2, Quantization(bits, tuple(ranks), symmetric))
+        if shape.length < 8:
+            mixed.append(packed)
+        else:
+            middle = packed.narrow(1, 3, shape.length - 5)
+            mixed.append(MixedLatents((latent[:, :3], middle, latent[:, -2:])))
+        held.append(dense(mixed[-1], torch.float32))
+    expected = defined(query, *held, key, value, rotation, mask, 0.1, shape, None)
+    moved = on_device((query, key, value, rotation, mask))
+    sides = [to_device(latent, moved[0].device) for latent in mixed]
+    call = (moved[0], *sides, *moved[1:3])
+    assert launch.can_take(*call, moved[-1], None)
+    assert close(launch.decode_attention(*call, *moved[3:], 0.1), expected, "float32")
+
+
+def to_device(latents, device):
+    """Latents of any kind on a device."""
+    if isinstance(latents, MixedLatents):
+        return MixedLatents(tuple(to_device(part, device) for part in latents.stretches))
+    if isinstance(latents, torch.Tensor):
+        return latents.to(device)
+    zeros = None if latents.zeros is None else latents.zeros.to(device)
+    return PackedLatents(latents.codes.to(device), latents.scales.to(device), zeros, latents.quantization)
+
+
+def test_kernels_leave_to_the_reference_what_they_cannot_take():
+    query, keys, values, key, value, _, mask = random_call(SHAPES[1], torch.float32, False)
+    call = (query, keys, values, key, value)
+    assert launch.can_take(*call, mask, None)
+    assert not launch.can_take(*call, mask.expand(-1, 8, -1, -1), None)
+    assert not launch.can_take(*call, mask, lambda x: x)
+    assert not launch.can_take(query.double(), *call[1:], mask, None)
+    assert not launch.can_take(query, keys.half(), *call[2:], mask, None)
+    uneven = LatentProjection(key.up, (100, 28), None)
+    assert not launch.can_take(query, keys, values, uneven, value, mask, None)
+    fine = quantize(keys, Quantization(4, quantization_widths(key.ranks, 16)))
+    assert not launch.can_take(query, fine, values, key, value, mask, None)
+    assert not launch.can_take(query.requires_grad_(), *call[1:], mask, None)
 
 
 def test_quantisation_groups_across_a_border_are_refused():

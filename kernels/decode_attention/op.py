@@ -1,5 +1,6 @@
 """Entry point of the op: shape checks and the choice of implementation."""
 
+import os
 from collections.abc import Callable
 
 from torch import Tensor
@@ -7,6 +8,8 @@ from torch import Tensor
 from palu.kernels.decode_attention.reference import LatentProjection
 from palu.kernels.decode_attention.reference import decode_attention as reference_decode_attention
 from palu.kernels.latents import Latents
+
+FORCE_REFERENCE = "PALU_FORCE_REFERENCE"
 
 
 def decode_attention(
@@ -19,10 +22,12 @@ def decode_attention(
     mask: Tensor | None,
     scaling: float,
     key_norm: Callable[[Tensor], Tensor] | None = None,
+    with_probabilities: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of a few query tokens over latents; arguments and result as in the reference.
 
-    The probabilities are None where a kernel does not form them.
+    Triton kernels compute it on a GPU, the reference elsewhere, where `PALU_FORCE_REFERENCE` is set, and where
+    probabilities are wanted; otherwise those are None.
 
     Raises:
         ValueError: if the latents' widths do not match the ranks, or the lengths differ.
@@ -34,6 +39,13 @@ def decode_attention(
             )
     if key_latents.shape[1] != value_latents.shape[1]:
         raise ValueError(f"{key_latents.shape[1]} key latents but {value_latents.shape[1]} value latents")
+    if query.is_cuda and not os.environ.get(FORCE_REFERENCE):
+        # Here, so that machines without a GPU need no Triton.
+        from palu.kernels.decode_attention import launch
+
+        call = (query, key_latents, value_latents, key, value)
+        if not with_probabilities and launch.can_take(*call, mask, key_norm):
+            return launch.decode_attention(*call, rotation, mask, scaling, key_norm), None
     return reference_decode_attention(
         query, key_latents, value_latents, key, value, rotation, mask, scaling, key_norm=key_norm
     )

@@ -113,20 +113,34 @@ def _absorbed_values(weights: Tensor, latents: Latents, value: LatentProjection,
     batch, num_heads, queries, length = weights.shape
     by_group = weights.view(batch, len(value.ranks), -1, length)
     heads_per_group = num_heads // len(value.ranks)
+    means = [
+        (summed.view(batch, heads_per_group, queries, -1) / WEIGHT_SUM).to(weights.dtype)
+        for summed in _weighted_sums(by_group, latents, value.ranks)
+    ]
+    return expand_values(means, value, head_dim)
+
+
+def expand_values(means: Sequence[Tensor], value: LatentProjection, head_dim: int) -> Tensor:
+    """Mean latents to the heads' outputs side by side, [batch, queries, features].
+
+    Args:
+        means: for every value group [batch, query heads of the group, queries, rank].
+    """
+    batch, heads_per_group, queries, _ = means[0].shape
     outputs, offset = [], 0
-    for rank, summed in zip(value.ranks, _weighted_sums(by_group, latents, value.ranks), strict=True):
-        summed = (summed.view(batch, heads_per_group, queries, rank) / WEIGHT_SUM).to(weights.dtype)
+    for mean, rank in zip(means, value.ranks, strict=True):
         if value.up is not None:
             up = value.up[:, offset : offset + rank].view(-1, head_dim, rank)
-            summed = summed.view(batch, up.shape[0], -1, rank) @ up.transpose(-1, -2)
-            summed = summed.view(batch, heads_per_group, queries, head_dim)
-        outputs.append(summed.transpose(1, 2).reshape(batch, queries, -1))
+            mean = mean.reshape(batch, up.shape[0], -1, rank) @ up.transpose(-1, -2)
+            mean = mean.view(batch, heads_per_group, queries, head_dim)
+        outputs.append(mean.transpose(1, 2).reshape(batch, queries, -1))
         offset += rank
     output = torch.cat(outputs, dim=-1)
     if value.bias is not None:
         # Probabilities sum to one, so the bias passes through the weighted sum unchanged.
         kv_heads = value.bias.view(-1, 1, head_dim)
-        output = output + kv_heads.expand(-1, num_heads // kv_heads.shape[0], -1).reshape(-1)
+        repeats = heads_per_group * len(value.ranks) // kv_heads.shape[0]
+        output = output + kv_heads.expand(-1, repeats, -1).reshape(-1)
     return output
 
 

@@ -162,6 +162,7 @@ class LatentAttention(nn.Module):
         mask: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend to the latents: keys rebuilt block by block, values absorbed."""
+        is_eager = self.config._attn_implementation == "eager"
         output, weights = decode_attention(
             query,
             key_latents,
@@ -172,8 +173,9 @@ class LatentAttention(nn.Module):
             mask,
             self.scaling,
             key_norm=self.k_norm,
+            with_probabilities=is_eager,
         )
-        return output, weights if self.config._attn_implementation == "eager" else None
+        return output, weights if is_eager else None
 
     def _decodes(self, queries: int, attention_mask: object) -> bool:
         """Whether this call can attend to the latents: few new tokens, and a mask of a kind that is understood."""
