@@ -4,7 +4,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import palu
 from palu.checkpoint import save_checkpoint
+from palu.kernels.decode_attention import launch
+from palu.nn.latent_cache import LatentCache
 from tests.helpers import FAMILIES, compressed, left_padded_batch, random_windows, tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -20,6 +23,64 @@ def test_greedy_tokens_equal_on_the_gpu(family, implementation):
     expected = model.generate(**batch, max_new_tokens=32, do_sample=False)
     got = latent.generate(**batch, max_new_tokens=32, do_sample=False, cache_implementation=implementation)
     assert torch.equal(expected, got)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama-3.1", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_models_steps_go_through_the_kernels_and_agree_with_the_reference(family, bits, monkeypatch):
+    model = tiny_model(family, head_dim=64, hidden_size=512).cuda()
+    latent = compressed(model, 0.75, rank_multiple=16, fuse_values=False).model
+    palu.set_quantization(latent, palu.QuantizationConfig(bits, bits, window=0 if bits == 16 else 3))
+    batch = {name: tensor.cuda() for name, tensor in left_padded_batch(model).items()}
+    calls = []
+    computed = launch.decode_attention
+    monkeypatch.setattr(launch, "decode_attention", lambda *args: calls.append(1) or computed(*args))
+    settings = {"max_new_tokens": 16, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    got = latent.generate(**batch, **settings)
+    assert len(calls) == 15 * len(latent.model.layers)
+    monkeypatch.setenv("PALU_FORCE_REFERENCE", "1")
+    expected = latent.generate(**batch, **settings)
+    assert len(calls) == 15 * len(latent.model.layers)
+    first = [torch.stack(output.logits)[:4] for output in (got, expected)]
+    assert torch.allclose(*first, atol=1e-3)
+    assert torch.equal(got.sequences, expected.sequences)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_compiled_model_of_fixed_capacity_goes_through_the_kernels_too(family, bits, monkeypatch):
+    latent = compressed(tiny_model(family, head_dim=64, hidden_size=512).cuda(), 0.75, rank_multiple=16).model
+    palu.set_quantization(latent, palu.QuantizationConfig(bits, bits))
+    batch = {name: tensor.cuda() for name, tensor in left_padded_batch(latent).items()}
+    settings = {"max_new_tokens": 16, "do_sample": False}
+    got = latent.generate(**batch, **settings, cache_implementation="static")
+    assert torch.equal(got, latent.generate(**batch, **settings))
+    monkeypatch.setenv("PALU_FORCE_REFERENCE", "1")
+    assert torch.equal(got, latent.generate(**batch, **settings))
+
+
+@torch.no_grad()
+def test_a_step_can_be_captured_in_a_cuda_graph():
+    latent = compressed(tiny_model("llama", head_dim=64, hidden_size=512).cuda(), 0.75, rank_multiple=16).model
+    ids = random_windows(latent, 2, 40).cuda()
+    expected = latent(ids).logits[:, -1]
+    cache = LatentCache(latent.config, capacity=64)
+    latent(ids[:, :39], past_key_values=cache)
+    token, position = ids[:, 39:], torch.tensor([[39]], device="cuda")
+    written = cache.layers[0].written.clone()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        latent(token, past_key_values=cache, position_ids=position)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = latent(token, past_key_values=cache, position_ids=position).logits
+    for layer in cache.layers:
+        layer.written.copy_(written)
+    graph.replay()
+    assert torch.allclose(logits[:, -1], expected, atol=1e-3)
 
 
 @torch.no_grad()

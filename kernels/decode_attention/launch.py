@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,6 +19,9 @@ HEAD_DIMS = (64, 96, 128)
 RANK_MULTIPLE = 16
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 SCORES_BLOCK = 64
+# A program of the score kernel keeps its head's up factor for so many blocks of tokens at most.
+MOST_BLOCKS = 32
+COMBINE_BLOCK = 128
 VALUES_BLOCK = 64
 PEAKS_BLOCK = 256
 # Programs of the value kernel per multiprocessor: enough to hide the latency of loads.
@@ -48,6 +51,8 @@ def _is_plain(latents: Stretch, ranks: Sequence[int], dtype: torch.dtype) -> boo
     return latents.dtype == dtype and latents.stride(-1) == 1
 
 
+# Compiled models call it as it is: the launches have nothing that a compiler could improve.
+@torch.compiler.disable
 def decode_attention(
     query: Tensor,
     key_latents: Latents,
@@ -78,30 +83,35 @@ def _scores(
     kv_heads = key.up.shape[0] * len(key.ranks) // head_dim
     parts = stretches(latents)
     blocks = [triton.cdiv(part.shape[1], SCORES_BLOCK) for part in parts]
-    scores = query.new_empty(batch, num_heads, latents.shape[1], dtype=torch.float32)
+    # Rows of scores start at multiples of 16, so that one compiled kernel serves every length.
+    padded = triton.cdiv(latents.shape[1], SCORES_BLOCK) * SCORES_BLOCK
+    scores = query.new_empty(batch, num_heads, padded, dtype=torch.float32)
     peaks = query.new_empty(batch, num_heads, sum(blocks), dtype=torch.float32)
     rank_of, offset_of = _groups(tuple(key.ranks), query.device)
     half = triton.next_power_of_2(head_dim // 2)
     queries = num_heads // kv_heads
+    block_rank = min(128, max(16, triton.next_power_of_2(max(key.ranks))))
     start = 0
     for index, part in enumerate(parts):
         tensors, strides, bits, asymmetric = _layout(part)
         cos, sin = (table.narrow(1, start, part.shape[1]) for table in rotation)
         visible = None if mask is None else mask.narrow(1, start, part.shape[1])
-        scores_kernel[(blocks[index], kv_heads, batch)](
+        per_program = max(1, min(MOST_BLOCKS, blocks[index] * kv_heads * batch // (2 * _processors(query.device))))
+        scores_kernel[(triton.cdiv(blocks[index], per_program), kv_heads, batch)](
             query, *tensors, key.up, key.up if key.bias is None else key.bias,
             key.up if key_norm is None else key_norm.weight, cos, sin, cos if visible is None else visible,
             scores, peaks, rank_of, offset_of, part.shape[1], *strides, key.up.stride(0),
             cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1),
             0 if visible is None or visible.shape[0] == 1 else visible.stride(0),
             0 if visible is None else visible.stride(1),
-            scores.shape[2], start, sum(blocks[:index]), peaks.shape[2],
+            scores.shape[2], start, sum(blocks[:index]), peaks.shape[2], per_program,
             0.0 if key_norm is None else key_norm.variance_epsilon,
             HEAD_DIM=head_dim, HALF=half, QUERIES=queries, BLOCK_QUERIES=max(16, triton.next_power_of_2(queries)),
             KV_HEADS=kv_heads, HEADS_PER_GROUP=kv_heads // len(key.ranks), WIDTH=part.shape[2], BITS=bits,
             ASYMMETRIC=asymmetric, HAS_BIAS=key.bias is not None, HAS_NORM=key_norm is not None,
             MASK="none" if visible is None else "bool" if visible.dtype == torch.bool else "additive",
-            BLOCK_RANK=min(128, max(16, triton.next_power_of_2(max(key.ranks)))), BLOCK=SCORES_BLOCK,
+            BLOCK_RANK=block_rank, CHUNKS=triton.cdiv(max(key.ranks), block_rank), BLOCK=SCORES_BLOCK, STAGES=2,
+            DIVISOR=_divisor(tuple(key.ranks)),
         )  # fmt: skip
         start += part.shape[1]
     return scores, peaks
@@ -112,12 +122,11 @@ def _values(scores: Tensor, peaks: Tensor, latents: Latents, value: LatentProjec
     batch, num_heads, length = scores.shape
     parts = stretches(latents)
     stride = max(value.ranks)
-    block_rank = min(128, max(16, triton.next_power_of_2(stride)))
     rank_of, offset_of = _groups(tuple(value.ranks), query.device)
-    chunk_group, chunk_column = _chunks(tuple(value.ranks), block_rank, query.device)
-    wanted = max(1, PROGRAMS_PER_PROCESSOR * _processors(query.device) // (len(chunk_group) * batch * len(parts)))
+    plan = _chunks(tuple(value.ranks), query.device)
     blocks = [triton.cdiv(part.shape[1], VALUES_BLOCK) for part in parts]
-    per_split = [triton.cdiv(count, min(count, wanted)) for count in blocks]
+    programs = PROGRAMS_PER_PROCESSOR * _processors(query.device) // (batch * len(parts))
+    per_split = [triton.cdiv(count, min(count, max(1, programs // len(plan.group)))) for count in blocks]
     splits = [triton.cdiv(count, per) for count, per in zip(blocks, per_split, strict=True)]
     sums = query.new_empty(sum(splits), batch, num_heads, stride, dtype=torch.float32)
     totals = query.new_empty(sum(splits), batch, num_heads, dtype=torch.float32)
@@ -125,18 +134,21 @@ def _values(scores: Tensor, peaks: Tensor, latents: Latents, value: LatentProjec
     start = 0
     for index, part in enumerate(parts):
         tensors, strides, bits, asymmetric = _layout(part)
-        values_kernel[(splits[index], len(chunk_group), batch)](
-            scores, peaks, *tensors, sums, totals, rank_of, offset_of, chunk_group, chunk_column,
+        # Codes and weights are exact enough in fp16 whatever the model's format, and unpacked fastest to it.
+        dtype = tl.float16 if bits < 16 and query.dtype != torch.float32 else DTYPES[query.dtype]
+        values_kernel[(splits[index], len(plan.group), batch)](
+            scores, peaks, *tensors, sums, totals, rank_of, offset_of, plan.group, plan.column,
             part.shape[1], *strides, length, start, peaks.shape[2], per_split[index], sum(splits[:index]),
             HEADS=num_heads, HEADS_PER_GROUP=heads, BLOCK_HEADS=max(16, triton.next_power_of_2(heads)),
-            WIDTH=part.shape[2], RANK_STRIDE=stride, BITS=bits, ASYMMETRIC=asymmetric, DTYPE=DTYPES[query.dtype],
-            BLOCK_RANK=block_rank, BLOCK=VALUES_BLOCK, BLOCK_PEAKS=PEAKS_BLOCK,
+            WIDTH=part.shape[2], RANK_STRIDE=stride, BITS=bits, ASYMMETRIC=asymmetric, DTYPE=dtype,
+            ASSEMBLY=dtype == tl.float16 and query.is_cuda, DIVISOR=_divisor(tuple(value.ranks)),
+            BLOCK_RANK=plan.size, BLOCK=VALUES_BLOCK, BLOCK_PEAKS=PEAKS_BLOCK,
         )  # fmt: skip
         start += part.shape[1]
     means = query.new_empty(batch, num_heads, stride)
-    combine_kernel[(batch * num_heads, triton.cdiv(stride, block_rank))](
+    combine_kernel[(batch * num_heads, triton.cdiv(stride, COMBINE_BLOCK))](
         sums, totals, means, rank_of, sum(splits), batch * num_heads,
-        HEADS=num_heads, HEADS_PER_GROUP=heads, RANK_STRIDE=stride, BLOCK_RANK=block_rank,
+        HEADS=num_heads, HEADS_PER_GROUP=heads, RANK_STRIDE=stride, BLOCK_RANK=COMBINE_BLOCK,
     )  # fmt: skip
     by_group = means.view(batch, len(value.ranks), heads, 1, stride).unbind(1)
     groups = [mean[..., :rank] for mean, rank in zip(by_group, value.ranks, strict=True)]
@@ -160,12 +172,32 @@ def _groups(ranks: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tenso
         return tuple(torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in (ranks, offsets))
 
 
+class Chunks(NamedTuple):
+    """What the programs of the value kernel take on: `size` latents of a group each, from `column` on.
+
+    group, column: int32 [programs].
+    """
+
+    size: int
+    group: Tensor
+    column: Tensor
+
+
 @functools.lru_cache(maxsize=4096)
-def _chunks(ranks: tuple[int, ...], size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Group and first latent inside it of every chunk of `size` latents, int32."""
+def _chunks(ranks: tuple[int, ...], device: torch.device) -> Chunks:
+    """The chunks of a side, made once per device."""
+    # The largest block of which the groups are multiples, so that none of it is masked off.
+    size = next((size for size in (128, 64) if all(rank % size == 0 for rank in ranks)), 32)
     chunks = [(group, column) for group, rank in enumerate(ranks) for column in range(0, rank, size)]
     with torch.inference_mode(False):
-        return tuple(torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in zip(*chunks, strict=True))
+        tensors = (torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in zip(*chunks, strict=True))
+        return Chunks(size, *tensors)
+
+
+@functools.cache
+def _divisor(ranks: tuple[int, ...]) -> int:
+    """The largest power of two, 16 to 128, of which all ranks are multiples."""
+    return next(size for size in (128, 64, 32, RANK_MULTIPLE) if all(rank % size == 0 for rank in ranks))
 
 
 @functools.cache
