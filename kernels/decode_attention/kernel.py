@@ -163,7 +163,7 @@ def scores_kernel(
         first = tl.dot(x, factor_first, input_precision="ieee")
         second = tl.dot(x, factor_second, input_precision="ieee")
         if CHUNKS > 1:
-            for chunk in range(1, CHUNKS):
+            for chunk in tl.range(1, CHUNKS, num_stages=1):
                 x = _latents(source, tokens_ok, offset, chunk * BLOCK_RANK, rank, dtype, BITS, WIDTH, BLOCK_RANK)
                 more = chunk * BLOCK_RANK + column
                 ok = (more < rank) & dims_ok[None, :]

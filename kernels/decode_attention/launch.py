@@ -22,6 +22,7 @@ SCORES_BLOCK = 64
 # A program of the score kernel keeps its head's up factor for so many blocks of tokens at most.
 MOST_BLOCKS = 32
 COMBINE_BLOCK = 128
+LARGEST_KEPT_RANK = 128
 VALUES_BLOCK = 64
 PEAKS_BLOCK = 256
 # Programs of the value kernel per multiprocessor: enough to hide the latency of loads.
@@ -90,7 +91,9 @@ def _scores(
     rank_of, offset_of = _groups(tuple(key.ranks), query.device)
     half = triton.next_power_of_2(head_dim // 2)
     queries = num_heads // kv_heads
-    block_rank = min(128, max(16, triton.next_power_of_2(max(key.ranks))))
+    # Up factors of larger ranks do not stay in shared memory; smaller pieces of them fit beside the latents.
+    block_rank = max(16, triton.next_power_of_2(max(key.ranks)))
+    block_rank = block_rank if block_rank <= LARGEST_KEPT_RANK else 64
     start = 0
     for index, part in enumerate(parts):
         tensors, strides, bits, asymmetric = _layout(part)

@@ -41,11 +41,12 @@ def decode_attention(
         raise ValueError(f"{key_latents.shape[1]} key latents but {value_latents.shape[1]} value latents")
     if query.is_cuda and not os.environ.get(FORCE_REFERENCE):
         # Here, so that machines without a GPU need no Triton.
-        from palu.kernels.decode_attention import launch
+        from palu.kernels.decode_attention.launch import can_take
+        from palu.kernels.decode_attention.launch import decode_attention as launch_decode_attention
 
         call = (query, key_latents, value_latents, key, value)
-        if not with_probabilities and launch.can_take(*call, mask, key_norm):
-            return launch.decode_attention(*call, rotation, mask, scaling, key_norm), None
+        if not with_probabilities and can_take(*call, mask, key_norm):
+            return launch_decode_attention(*call, rotation, mask, scaling, key_norm), None
     return reference_decode_attention(
         query, key_latents, value_latents, key, value, rotation, mask, scaling, key_norm=key_norm
     )
