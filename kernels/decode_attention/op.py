@@ -1,8 +1,11 @@
 """Entry point of the op: shape checks and the choice of implementation."""
 
+import importlib.util
 import os
+import warnings
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from palu.kernels.decode_attention.reference import LatentProjection
@@ -10,6 +13,9 @@ from palu.kernels.decode_attention.reference import decode_attention as referenc
 from palu.kernels.latents import Latents
 
 FORCE_REFERENCE = "PALU_FORCE_REFERENCE"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if torch.cuda.is_available() and not HAS_TRITON:
+    warnings.warn("Triton is not installed: decoding over latents runs in slow plain PyTorch", stacklevel=2)
 
 
 def decode_attention(
@@ -26,8 +32,8 @@ def decode_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of a few query tokens over latents; arguments and result as in the reference.
 
-    Triton kernels compute it on a GPU, the reference elsewhere, where `PALU_FORCE_REFERENCE` is set, and where
-    probabilities are wanted; otherwise those are None.
+    Triton kernels compute it on a GPU, the reference elsewhere, without Triton, where `PALU_FORCE_REFERENCE` is set,
+    and where probabilities are wanted; otherwise those are None.
 
     Raises:
         ValueError: if the latents' widths do not match the ranks, or the lengths differ.
@@ -39,7 +45,7 @@ def decode_attention(
             )
     if key_latents.shape[1] != value_latents.shape[1]:
         raise ValueError(f"{key_latents.shape[1]} key latents but {value_latents.shape[1]} value latents")
-    if query.is_cuda and not os.environ.get(FORCE_REFERENCE):
+    if query.is_cuda and HAS_TRITON and not os.environ.get(FORCE_REFERENCE):
         # Here, so that machines without a GPU need no Triton.
         from palu.kernels.decode_attention.launch import can_take
         from palu.kernels.decode_attention.launch import decode_attention as launch_decode_attention
