@@ -1,6 +1,6 @@
 """Latents as a cache hands them out: as they are, as codes, or stretches of tokens of both kinds."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +9,19 @@ from torch import Tensor
 from palu.kernels.quantize import PackedLatents
 
 Stretch = Tensor | PackedLatents
+
+
+@dataclass(frozen=True)
+class LatentProjection:
+    """The up side of a low-rank projection.
+
+    up: [group_dim, sum(ranks)], or None where it is folded into what comes after (values) or into the query (keys);
+    bias: [num_kv_heads * head_dim] or None.
+    """
+
+    up: Tensor | None
+    ranks: Sequence[int]
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,14 @@ import torch
 
 from palu.kernels.decode_attention import launch, reference
 from palu.kernels.decode_attention.op import decode_attention
-from palu.kernels.decode_attention.reference import LatentProjection
 from palu.kernels.decode_attention.spec import SHAPES, TOLERANCE, Shape
-from palu.kernels.latents import MixedLatents, dense
+from palu.kernels.latents import LatentProjection, MixedLatents, dense
+from palu.kernels.rotation import Rotation
 from palu.kernels.quantize import PackedLatents, Quantization, quantization_widths, quantize
 
 
-def random_call(shape: Shape, dtype: torch.dtype, with_bias: bool):
-    """Arguments of one call; every row has its own positions and its own padding."""
+def random_call(shape: Shape, dtype: torch.dtype, with_bias: bool, gapless: bool = False):
+    """Arguments of one call; every row has its own positions, with gaps or without, and its own padding."""
 
     def projection(ranks):
         up = torch.randn(shape.num_kv_heads // len(ranks) * shape.head_dim, sum(ranks)) / sum(ranks) ** 0.5
@@ -21,12 +21,14 @@ def random_call(shape: Shape, dtype: torch.dtype, with_bias: bool):
 
     query = torch.randn(shape.batch, shape.num_heads, shape.queries, shape.head_dim).to(dtype)
     latents = [torch.randn(shape.batch, shape.length, sum(r)).to(dtype) for r in (shape.key_ranks, shape.value_ranks)]
-    positions = torch.randint(0, 5000, (shape.batch, shape.length))
+    # Small enough for float32 angles to be exact to 1e-5; interpolated ones are held to a tenth of that.
+    positions = torch.randint(0, 300, (shape.batch, shape.length))
+    if gapless:
+        positions = torch.randint(0, 9, (shape.batch, 1)) + torch.arange(shape.length)
     frequencies = 10000.0 ** (-torch.arange(0, shape.head_dim, 2).double() / shape.head_dim)
-    angles = torch.cat([positions[..., None] * frequencies] * 2, dim=-1)
+    rotation = Rotation(positions, frequencies.float(), tolerance=1e-6 if dtype == torch.float32 else 1e-3)
     mask = torch.rand(shape.batch, 1, shape.queries, shape.length) < 0.7
     mask[..., -1] = True
-    rotation = (angles.cos().to(dtype), angles.sin().to(dtype))
     return query, *latents, projection(shape.key_ranks), projection(shape.value_ranks), rotation, mask
 
 
@@ -43,7 +45,8 @@ def defined(query, key_latents, value_latents, key, value, rotation, mask, scali
     if norm is not None:
         up["key"] = norm(up["key"])
     half = shape.head_dim // 2
-    turn = torch.complex(rotation[0][..., :half].double(), rotation[1][..., :half].double())
+    angles = rotation.positions[..., None].double() * rotation.frequencies.double()
+    turn = torch.complex(angles.cos(), angles.sin())
     rotated = torch.complex(up["key"][..., :half], up["key"][..., half:]) * turn[:, :, None]
     keys = torch.cat([rotated.real, rotated.imag], -1)
     output = torch.full((shape.batch, shape.queries, shape.num_heads, shape.head_dim), float("nan")).double()
@@ -110,7 +113,7 @@ def test_long_flat_attention_over_offset_latents_stays_in_the_range_of_16_bit_fl
     low = getattr(torch, dtype)
     cast = [latent if bits < 16 else latent.to(low) for latent in latents]
     sides = [LatentProjection(side.up.to(low), side.ranks, None) for side in (key, value)]
-    output, _ = decode_attention(query.to(low), *cast, *sides, tuple(t.to(low) for t in rotation), mask, 1e-3)
+    output, _ = decode_attention(query.to(low), *cast, *sides, rotation, mask, 1e-3)
     expected = defined(query, *held, key, value, rotation, mask, 1e-3, shape, None)
     assert torch.isfinite(output).all()
     assert (output.double() - expected).norm() / expected.norm() < TOLERANCE[dtype]
@@ -124,7 +127,9 @@ def on_device(call):
     for value in call:
         if isinstance(value, LatentProjection):
             value = LatentProjection(move(value.up), value.ranks, move(value.bias))
-        moved.append(tuple(map(move, value)) if isinstance(value, tuple) else move(value))
+        if isinstance(value, Rotation):
+            value = Rotation(move(value.positions), move(value.frequencies), value.attention_scaling, value.tolerance)
+        moved.append(move(value))
     return moved
 
 
@@ -151,8 +156,9 @@ def close(output, expected, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.num_heads}-{s.num_kv_heads}-{s.head_dim}x{s.length}")
 @pytest.mark.parametrize("variant", ["plain", "bias", "key norm"])
-def test_kernels_equal_the_definition(shape, dtype, variant):
-    call = random_call(shape, getattr(torch, dtype), variant == "bias")
+@pytest.mark.parametrize("gapless", [True, False], ids=["gapless", "gaps"])
+def test_kernels_equal_the_definition(shape, dtype, variant, gapless):
+    call = random_call(shape, getattr(torch, dtype), variant == "bias", gapless)
     norm = RandomNorm(shape.head_dim) if variant == "key norm" else None
     scaling = shape.head_dim**-0.5
     expected = defined(*call, scaling, shape, norm)
@@ -160,7 +166,7 @@ def test_kernels_equal_the_definition(shape, dtype, variant):
     for mask in (call[-1], additive):
         moved = on_device((*call[:-1], mask))
         moved_norm = None if norm is None else norm.to(moved[0].device)
-        assert launch.can_take(*moved[:5], moved[-1], moved_norm)
+        assert launch.can_take(*moved[:-1], moved[-1], moved_norm)
         assert close(launch.decode_attention(*moved, scaling, moved_norm), expected, dtype)
 
 
@@ -168,8 +174,9 @@ def test_kernels_equal_the_definition(shape, dtype, variant):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.num_heads}-{s.num_kv_heads}-{s.head_dim}x{s.length}")
-def test_kernels_read_packed_latents_beside_exact_ones(shape, bits, symmetric):
-    query, *latents, key, value, rotation, mask = random_call(shape, torch.float32, True)
+@pytest.mark.parametrize("gapless", [True, False], ids=["gapless", "gaps"])
+def test_kernels_read_packed_latents_beside_exact_ones(shape, bits, symmetric, gapless):
+    query, *latents, key, value, rotation, mask = random_call(shape, torch.float32, True, gapless)
     mixed, held = [], []
     for latent, ranks in zip(latents, (shape.key_ranks, shape.value_ranks), strict=True):
         packed = quantize(latent * 3 + 0.2, Quantization(bits, tuple(ranks), symmetric))
@@ -183,7 +190,7 @@ def test_kernels_read_packed_latents_beside_exact_ones(shape, bits, symmetric):
     moved = on_device((query, key, value, rotation, mask))
     sides = [to_device(latent, moved[0].device) for latent in mixed]
     call = (moved[0], *sides, *moved[1:3])
-    assert launch.can_take(*call, moved[-1], None)
+    assert launch.can_take(*call, *moved[3:], None)
     assert close(launch.decode_attention(*call, *moved[3:], 0.1), expected, "float32")
 
 
@@ -198,18 +205,18 @@ def to_device(latents, device):
 
 
 def test_kernels_leave_to_the_reference_what_they_cannot_take():
-    query, keys, values, key, value, _, mask = random_call(SHAPES[1], torch.float32, False)
+    query, keys, values, key, value, rotation, mask = random_call(SHAPES[1], torch.float32, False)
     call = (query, keys, values, key, value)
-    assert launch.can_take(*call, mask, None)
-    assert not launch.can_take(*call, mask.expand(-1, 8, -1, -1), None)
-    assert not launch.can_take(*call, mask, lambda x: x)
-    assert not launch.can_take(query.double(), *call[1:], mask, None)
-    assert not launch.can_take(query, keys.half(), *call[2:], mask, None)
+    assert launch.can_take(*call, rotation, mask, None)
+    assert not launch.can_take(*call, rotation, mask.expand(-1, 8, -1, -1), None)
+    assert not launch.can_take(*call, rotation, mask, lambda x: x)
+    assert not launch.can_take(query.double(), *call[1:], rotation, mask, None)
+    assert not launch.can_take(query, keys.half(), *call[2:], rotation, mask, None)
     uneven = LatentProjection(key.up, (100, 28), None)
-    assert not launch.can_take(query, keys, values, uneven, value, mask, None)
+    assert not launch.can_take(query, keys, values, uneven, value, rotation, mask, None)
     fine = quantize(keys, Quantization(4, quantization_widths(key.ranks, 16)))
-    assert not launch.can_take(query, fine, values, key, value, mask, None)
-    assert not launch.can_take(query.requires_grad_(), *call[1:], mask, None)
+    assert not launch.can_take(query, fine, values, key, value, rotation, mask, None)
+    assert not launch.can_take(query.requires_grad_(), *call[1:], rotation, mask, None)
 
 
 def test_quantisation_groups_across_a_border_are_refused():

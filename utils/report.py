@@ -1,6 +1,7 @@
 """Tables and plots, drawn from result files only."""
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from utils.console import print_table
@@ -98,7 +99,7 @@ def _bits(row: dict[str, Any]) -> str:
 
 def plot_ranks(results: dict[str, Any], path: Path) -> None:
     """Kept fraction of every group: layers across, one row a group, keys above values."""
-    plt = _pyplot()
+    plt = headless_pyplot()
     ranks = [row for row in results["rows"] if row["kind"] == "rank"]
     summary = next(row for row in results["rows"] if row["kind"] == "summary")
     layers = sorted({row["layer"] for row in ranks})
@@ -116,12 +117,12 @@ def plot_ranks(results: dict[str, Any], path: Path) -> None:
     axes[1].set_xlabel("layer")
     figure.suptitle(f"{summary['model']}: kept {summary['kept_ratio']:.3f} of the KV cache", fontsize=10)
     figure.colorbar(image, ax=axes, label="rank / group dimension")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_perplexity(results: dict[str, Any], path: Path) -> None:
     """Perplexity against bytes per token, one panel a data set."""
-    plt = _pyplot()
+    plt = headless_pyplot()
     datasets = list(dict.fromkeys(row["dataset"] for row in results["rows"]))
     figure, axes = plt.subplots(
         1, len(datasets), figsize=(4.5 * len(datasets), 3.6), layout="constrained", squeeze=False
@@ -135,10 +136,11 @@ def plot_perplexity(results: dict[str, Any], path: Path) -> None:
         axis.margins(y=0.3)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _pyplot():  # noqa: ANN202 (a module)
+def headless_pyplot() -> ModuleType:
+    """matplotlib's pyplot, drawing to files only."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -147,10 +149,11 @@ def _pyplot():  # noqa: ANN202 (a module)
     return pyplot
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure and let go of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=140)
-    _pyplot().close(figure)
+    headless_pyplot().close(figure)
 
 
 def _gigabytes(count: int | None) -> str | None:

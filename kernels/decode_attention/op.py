@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from palu.kernels.decode_attention.reference import LatentProjection
 from palu.kernels.decode_attention.reference import decode_attention as reference_decode_attention
-from palu.kernels.latents import Latents
+from palu.kernels.latents import LatentProjection, Latents
+from palu.kernels.rotation import Rotation
 
 FORCE_REFERENCE = "PALU_FORCE_REFERENCE"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -24,10 +24,11 @@ def decode_attention(
     value_latents: Latents,
     key: LatentProjection,
     value: LatentProjection,
-    rotation: tuple[Tensor, Tensor],
+    rotation: Rotation | None,
     mask: Tensor | None,
     scaling: float,
     key_norm: Callable[[Tensor], Tensor] | None = None,
+    head_dim: int | None = None,
     with_probabilities: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of a few query tokens over latents; arguments and result as in the reference.
@@ -51,8 +52,8 @@ def decode_attention(
         from palu.kernels.decode_attention.launch import decode_attention as launch_decode_attention
 
         call = (query, key_latents, value_latents, key, value)
-        if not with_probabilities and can_take(*call, mask, key_norm):
-            return launch_decode_attention(*call, rotation, mask, scaling, key_norm), None
+        if not with_probabilities and can_take(*call, rotation, mask, key_norm):
+            return launch_decode_attention(*call, rotation, mask, scaling, key_norm, head_dim), None
     return reference_decode_attention(
-        query, key_latents, value_latents, key, value, rotation, mask, scaling, key_norm=key_norm
+        query, key_latents, value_latents, key, value, rotation, mask, scaling, key_norm, head_dim
     )

@@ -5,41 +5,19 @@ probabilities weigh the latents and the up factor is applied to the sum (Palu, s
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from palu.kernels.latents import Latents, Stretch, blocks
+from palu.kernels.latents import LatentProjection, Latents, Stretch, blocks
 from palu.kernels.quantize import SMALLEST_SCALE, PackedLatents
-from palu.kernels.reconstruct.reference import BLOCK_LENGTH, reconstruct
+from palu.kernels.latent_scores.reference import latent_scores
+from palu.kernels.reconstruct.reference import BLOCK_LENGTH
+from palu.kernels.rotation import Rotation
 
 # Sum of the softmax weights while they multiply latents. In fp16 a sum of 1 would make the weights of long contexts
 # subnormal, a large one would let the product with 8-bit codes overflow.
 WEIGHT_SUM = 16.0
-
-
-@dataclass(frozen=True)
-class LatentProjection:
-    """The up side of a low-rank projection.
-
-    up: [group_dim, sum(ranks)], or None where it is folded into what comes after; bias: [num_kv_heads * head_dim] or
-    None.
-    """
-
-    up: Tensor | None
-    ranks: Sequence[int]
-    bias: Tensor | None
-
-
-def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding, half-split pairing (RoFormer, arXiv 2104.09864).
-
-    Args:
-        states: [..., heads, length, head_dim]; cos, sin: broadcastable to it.
-    """
-    first, second = states.chunk(2, dim=-1)
-    return states * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def decode_attention(
@@ -48,21 +26,24 @@ def decode_attention(
     value_latents: Latents,
     key: LatentProjection,
     value: LatentProjection,
-    rotation: tuple[Tensor, Tensor],
+    rotation: Rotation | None,
     mask: Tensor | None,
     scaling: float,
     key_norm: Callable[[Tensor], Tensor] | None = None,
+    head_dim: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`softmax(q . RoPE(norm(B_k c_k)) * scaling + mask) . c_v`, then `B_v`.
 
     Args:
-        query: [batch, num_heads, queries, head_dim], rotated.
+        query: [batch, num_heads, queries, head_dim], rotated; without a key up factor it is already multiplied with it
+            (absorbed, no rotation then): [batch, num_heads, queries, largest rank], of which a head uses its group's.
         key_latents, value_latents: [batch, length, sum(ranks)]; packed ones are never dequantised, their scales touch
             only rebuilt keys and probabilities.
         key, value: the up sides.
-        rotation: cos and sin of the cached positions, [batch or 1, length, head_dim].
+        rotation: the cached positions, or None: no rotation.
         mask: None, or boolean (True = attend) or additive, [batch or 1, 1 or num_heads, queries, length].
         key_norm: applied to rebuilt keys [..., head_dim] before the rotation (Qwen3), or None.
+        head_dim: of the values, where the query is absorbed; else the query's.
 
     Returns:
         The heads' outputs side by side, [batch, queries, num_heads * head_dim], or, without a value up factor, their
@@ -71,38 +52,14 @@ def decode_attention(
     """
     # Scaled before the product, so that scores of 16-bit tensors do not overflow.
     query = query * scaling
-    scores = []
-    for start, block in blocks(key_latents, BLOCK_LENGTH):
-        tables = tuple(table.narrow(1, start, block.shape[1]) for table in rotation)
-        scores.append(_block_scores(query, block, key, tables, key_norm))
-    scores = torch.cat(scores, dim=-1).float()
+    scores = latent_scores(query, key_latents, key, rotation, key_norm).float()
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
         scores = scores + mask
     probabilities = torch.softmax(scores, dim=-1)
     weights = (probabilities * WEIGHT_SUM).to(query.dtype)
-    return _absorbed_values(weights, value_latents, value, query.shape[-1]), probabilities.to(query.dtype)
-
-
-def _block_scores(
-    query: Tensor,
-    latents: Stretch,
-    key: LatentProjection,
-    rotation: tuple[Tensor, Tensor],
-    key_norm: Callable[[Tensor], Tensor] | None,
-) -> Tensor:
-    """Scores of one block of tokens, [batch, num_heads, queries, block]."""
-    batch, num_heads, queries, head_dim = query.shape
-    keys = reconstruct(latents, key.up, key.ranks, key.bias)
-    keys = keys.view(batch, latents.shape[1], -1, head_dim)
-    if key_norm is not None:
-        keys = key_norm(keys)
-    cos, sin = rotation
-    keys = rotate(keys.transpose(1, 2), cos[:, None], sin[:, None])
-    num_kv_heads = keys.shape[1]
-    grouped = query.reshape(batch, num_kv_heads, -1, head_dim)
-    return (grouped @ keys.transpose(-1, -2)).view(batch, num_heads, queries, -1)
+    return _absorbed_values(weights, value_latents, value, head_dim or query.shape[-1]), probabilities.to(query.dtype)
 
 
 def _absorbed_values(weights: Tensor, latents: Latents, value: LatentProjection, head_dim: int) -> Tensor:

@@ -10,8 +10,8 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from palu.config import LayerRanks
 from palu.kernels.decode_attention.op import decode_attention
-from palu.kernels.decode_attention.reference import rotate
 from palu.kernels.latents import Latents, dense
+from palu.kernels.rotation import Rotation, rotate
 from palu.nn.latent_cache import layer_window
 from palu.nn.low_rank_linear import LowRankLinear
 from palu.nn.rotary import KeyRotation
@@ -65,14 +65,14 @@ class LatentAttention(nn.Module):
         query = rotate(query, *(table[:, None] for table in position_embeddings))
         key_latents = self.k_proj.latents(hidden_states)
         value_latents = self.v_proj.latents(hidden_states)
-        rotation, filled = position_embeddings, key_latents.shape[1]
+        positions, filled = position_ids, key_latents.shape[1]
         if past_key_values is not None:
             key_latents, value_latents = past_key_values.update(
                 key_latents, value_latents, self.layer_idx, position_ids
             )
             layer = past_key_values.layers[self.layer_idx]
-            rotation = key_rotation(layer.positions.to(query.device), self.sliding_window, query.dtype)
-            filled = layer.filled
+            positions, filled = layer.positions.to(query.device), layer.filled
+        rotation = key_rotation(positions, self.sliding_window)
         if self._decodes(query.shape[2], attention_mask):
             mask = self._decode_mask(attention_mask, query.shape[2], key_latents.shape[1], filled)
             output, weights = self._decode(query, key_latents, value_latents, rotation, mask)
@@ -97,7 +97,7 @@ class LatentAttention(nn.Module):
         query: Tensor,
         key_latents: Latents,
         value_latents: Latents,
-        rotation: tuple[Tensor, Tensor],
+        rotation: Rotation,
         attention_mask: Tensor | None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
@@ -132,7 +132,7 @@ class LatentAttention(nn.Module):
     def _rebuilt_keys(self, latents: Latents, heads: range, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """Rotated keys of some kv heads, [batch, heads, length, head_dim]."""
         key = self.k_proj.rebuild(latents, (heads.start * self.head_dim, heads.stop * self.head_dim))
-        return rotate(self._heads(key, self.k_norm), *(table[:, None] for table in rotation))
+        return rotate(self._heads(key, self.k_norm), *(table[:, None] for table in rotation.tables(key.dtype)))
 
     def _rebuilt_values(self, latents: Latents, heads: range, dtype: torch.dtype) -> Tensor:
         """Values of some kv heads, [batch, heads, length, head_dim]; the latents themselves where up is folded away."""
@@ -158,7 +158,7 @@ class LatentAttention(nn.Module):
         query: Tensor,
         key_latents: Latents,
         value_latents: Latents,
-        rotation: tuple[Tensor, Tensor],
+        rotation: Rotation,
         mask: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend to the latents: keys rebuilt block by block, values absorbed."""

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from palu.kernels.decode_attention.reference import LatentProjection
-from palu.kernels.latents import Latents
+from palu.kernels.latents import LatentProjection, Latents
 from palu.kernels.reconstruct.reference import reconstruct
 
 

@@ -1,9 +1,9 @@
-"""Rotation tables for cached keys, by each token's own position."""
+"""The rotary embedding of cached keys, by each token's own position."""
 
-import torch
 from torch import Tensor, nn
 
 from palu.core.errors import PaluError
+from palu.kernels.rotation import Rotation
 
 # RoPE variants whose frequencies do not change with the length; the others would turn cached keys differently later.
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -20,7 +20,7 @@ def check_rope(rope_type: str) -> None:
 
 
 class KeyRotation:
-    """cos and sin of cached positions, computed once per forward pass and shared by the layers that see the same ones.
+    """Positions and rotary embedding of cached keys, shared by the layers of a forward pass that see the same ones.
 
     Args:
         rotary: the model's rotary embedding, with `inv_freq` and `attention_scaling`.
@@ -28,19 +28,15 @@ class KeyRotation:
 
     def __init__(self, rotary: nn.Module) -> None:
         self.rotary = rotary
-        self.tables: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self.rotations: dict[tuple, Rotation] = {}
 
-    def __call__(self, positions: Tensor, kind: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Tables [batch, length, head_dim] for positions [batch, length].
+    def __call__(self, positions: Tensor, kind: int | None) -> Rotation:
+        """The rotation of keys at positions [batch, length].
 
         Args:
             kind: what tells this set of positions from another in the same forward pass (the sliding window).
         """
-        key = (kind, positions.device, dtype)
-        if key not in self.tables:
-            inverse_frequencies = self.rotary.inv_freq.to(positions.device, torch.float32)
-            angles = positions[..., None].float() * inverse_frequencies
-            angles = torch.cat([angles, angles], dim=-1)
-            scaling = self.rotary.attention_scaling
-            self.tables[key] = ((angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype))
-        return self.tables[key]
+        key = (kind, positions.device)
+        if key not in self.rotations:
+            self.rotations[key] = Rotation(positions, self.rotary.inv_freq, self.rotary.attention_scaling)
+        return self.rotations[key]

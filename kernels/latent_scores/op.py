@@ -1,0 +1,66 @@
+"""Entry point of the op: shape checks and the choice of implementation."""
+
+import importlib.util
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from palu.kernels.latent_scores.reference import latent_scores as reference_latent_scores
+from palu.kernels.latents import LatentProjection, Latents, stretches
+from palu.kernels.rotation import Rotation
+
+FORCE_REFERENCE = "PALU_FORCE_REFERENCE"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def uses_kernels(tensor: Tensor) -> bool:
+    """Whether this machine and the environment let Triton compute: on a GPU, unless `PALU_FORCE_REFERENCE` is set."""
+    return tensor.is_cuda and HAS_TRITON and not os.environ.get(FORCE_REFERENCE)
+
+
+def absorbed(query: Tensor, key: LatentProjection) -> tuple[Tensor, LatentProjection]:
+    """A query multiplied with the key's up factor, [batch, num_heads, queries, largest rank], and the key without it.
+
+    Scores are the same without a rotation, up to what a bias adds to all of a head's, which a softmax does not see.
+    """
+    batch, num_heads, queries, head_dim = query.shape
+    largest, per_group = max(key.ranks), num_heads // len(key.ranks)
+    kv_heads = key.up.shape[0] // head_dim
+    by_group = query.view(batch, len(key.ranks), kv_heads, per_group // kv_heads * queries, head_dim)
+    parts, offset = [], 0
+    for group, rank in enumerate(key.ranks):
+        up = key.up[:, offset : offset + rank].unflatten(0, (kv_heads, head_dim))
+        part = (by_group[:, group] @ up).view(batch, per_group, queries, rank)
+        parts.append(torch.nn.functional.pad(part, (0, largest - rank)))
+        offset += rank
+    return torch.cat(parts, dim=1), LatentProjection(None, key.ranks)
+
+
+def latent_scores(
+    query: Tensor,
+    latents: Latents,
+    key: LatentProjection,
+    rotation: Rotation | None,
+    key_norm: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Scores of queries against latents, [batch, num_heads, queries, length]; arguments as in the reference.
+
+    Triton computes them in float32 on a GPU, the reference elsewhere in the query's dtype.
+
+    Raises:
+        ValueError: if the latents' width does not match the ranks.
+    """
+    if latents.shape[-1] != sum(key.ranks):
+        raise ValueError(f"key latents are {latents.shape[-1]} wide, the ranks {list(key.ranks)} need a sum of that")
+    if not uses_kernels(query):
+        return reference_latent_scores(query, latents, key, rotation, key_norm)
+    from palu.kernels.latent_scores.launch import LOG2_E, launch_scores
+
+    batch, num_heads, queries, width = query.shape
+    scaling = LOG2_E * (1.0 if rotation is None else rotation.attention_scaling)
+    rows = (query * scaling).transpose(1, 2).contiguous().view(batch * queries, num_heads, width)
+    found = launch_scores(rows, latents, key, rotation, None, queries, key_norm)
+    scores = found.by_head(num_heads, [part.shape[1] for part in stretches(latents)]) / LOG2_E
+    return scores.view(batch, queries, num_heads, -1).transpose(1, 2)

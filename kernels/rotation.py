@@ -1,0 +1,180 @@
+"""Rotary position embedding of cached keys: where the tokens stand, and how slow pairs can be interpolated."""
+
+import functools
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+# Largest error of an interpolated cosine or sine, about that of rounding them to fp16.
+TOLERANCE = 1e-3
+FAST_PAIRS = (16, 32, 48)
+COLUMNS = (4, 8, 16)
+SPANS = (128, 256, 512, 1024)
+# Bytes of a block's matrix, written and read, cost as much as this many columns of a product.
+COST_OF_BYTES = 300
+TURNS = "turns"
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding, half-split pairing (RoFormer, arXiv 2104.09864).
+
+    Args:
+        states: [..., heads, length, head_dim]; cos, sin: broadcastable to it.
+    """
+    first, second = states.chunk(2, dim=-1)
+    return states * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Interpolation(NamedTuple):
+    """`[cos(s w), sin(s w)] ~ basis [cos_basis, sin_basis]` for the slow pairs and the offsets s of a block.
+
+    fast: pairs of highest frequency, which are not interpolated; basis: float32 [span, columns]; cos_basis, sin_basis:
+    float32 [columns, pairs], zero for the fast ones; error: the largest of all entries.
+    """
+
+    fast: int
+    basis: Tensor
+    cos_basis: Tensor
+    sin_basis: Tensor
+    error: float
+
+    @property
+    def span(self) -> int:
+        """Positions in a block."""
+        return self.basis.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """Columns of the basis."""
+        return self.basis.shape[1]
+
+
+def interpolate(frequencies: np.ndarray, fast: int, span: int, columns: int) -> Interpolation:
+    """The best basis for given sizes: a truncated SVD of `[cos(s w), sin(s w)]` in float64."""
+    slow = np.arange(span)[:, None] * frequencies[None, fast:].astype(np.float64)
+    table = np.concatenate([np.cos(slow), np.sin(slow)], axis=1)
+    left, singular, right = np.linalg.svd(table, full_matrices=False)
+    columns_held = min(columns, len(singular))
+    basis, factor = np.zeros((span, columns)), np.zeros((columns, table.shape[1]))
+    # Entries of the basis are of the order of one, so that fp16 holds them well.
+    basis[:, :columns_held] = left[:, :columns_held] * span**0.5
+    factor[:columns_held] = right[:columns_held] * singular[:columns_held, None] / span**0.5
+    error = float(np.abs(basis @ factor - table).max())
+    cos, sin = np.zeros((2, columns, len(frequencies)))
+    cos[:, fast:], sin[:, fast:] = np.split(factor, 2, axis=1)
+    return Interpolation(fast, *(torch.from_numpy(part).float() for part in (basis, cos, sin)), error)
+
+
+@functools.lru_cache(maxsize=64)
+def best_interpolation(frequencies: tuple[float, ...], queries: int, tolerance: float) -> Interpolation | None:
+    """The cheapest interpolation within the tolerance; None if rebuilding every pair costs less.
+
+    Args:
+        queries: query heads per kv head; they share rebuilt pairs, but not interpolated ones.
+    """
+    table = np.asarray(frequencies)
+    choices = []
+    for fast, span, columns in itertools.product(FAST_PAIRS, SPANS, COLUMNS):
+        slow = len(table) - fast
+        cost = 2 * fast + queries * columns * (1 + (COST_OF_BYTES + 2 * slow) / span)
+        if slow > 0 and cost < 2 * len(table):
+            choices.append((cost, fast, span, columns))
+    for _, fast, span, columns in sorted(choices):
+        found = interpolate(table, fast, span, columns)
+        if found.error <= tolerance:
+            return found
+    return None
+
+
+# The parameters of every model's embedding on the host, and its interpolations on every device.
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def interpolation_of(
+    frequencies: Tensor, queries: int, tolerance: float, device: torch.device, dtype: torch.dtype
+) -> Interpolation | None:
+    """The interpolation of a model's embedding on a device, made once; its basis in `dtype`."""
+    known = _known.setdefault(frequencies, {})
+    key = (queries, tolerance, device, dtype)
+    if key not in known:
+        with torch.inference_mode(False):
+            if "host" not in known:
+                known["host"] = tuple(frequencies.double().tolist())
+            found = best_interpolation(known["host"], queries, tolerance)
+            if found is not None:
+                basis, cos, sin = found.basis.to(device, dtype), found.cos_basis.to(device), found.sin_basis.to(device)
+                found = found._replace(basis=basis, cos_basis=cos, sin_basis=sin)
+            known[key] = found
+    return known[key]
+
+
+@dataclass(eq=False)
+class Rotation:
+    """Positions of cached tokens and the rotary embedding that turns their keys.
+
+    positions: integers [batch or 1, length]; frequencies: the embedding's inverse frequencies [head_dim / 2];
+    attention_scaling: what cos and sin are multiplied with (yarn); tolerance: of interpolated cosines and sines.
+    Tables are made when they are first asked for and shared by all layers that are given the same object.
+    """
+
+    positions: Tensor
+    frequencies: Tensor
+    attention_scaling: float = 1.0
+    tolerance: float = TOLERANCE
+    _tables: dict = field(default_factory=dict, repr=False)
+
+    def narrow(self, start: int, length: int) -> "Rotation":
+        """The tokens start .. start + length, with views of the tables made so far."""
+        if start == 0 and length == self.positions.shape[1]:
+            return self
+        tables = {
+            key: tuple(table.narrow(1, start, length) for table in made)
+            for key, made in self._tables.items()
+            if key[0] != TURNS
+        }
+        positions = self.positions.narrow(1, start, length)
+        return Rotation(positions, self.frequencies, self.attention_scaling, self.tolerance, tables)
+
+    def tables(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin of every pair, scaled: [batch or 1, length, head_dim]."""
+        key = ("all", dtype)
+        if key not in self._tables:
+            cos, sin = self._turn(self.frequencies.shape[0], torch.promote_types(dtype, torch.float32))
+            tables = (torch.cat([table, table], dim=-1) * self.attention_scaling for table in (cos, sin))
+            self._tables[key] = tuple(table.to(dtype) for table in tables)
+        return self._tables[key]
+
+    def fast_tables(self, pairs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin of the first pairs, not scaled: [batch or 1, length, pairs]."""
+        key = ("fast", pairs, dtype)
+        if key not in self._tables:
+            self._tables[key] = tuple(table.to(dtype) for table in self._turn(pairs, torch.float32))
+        return self._tables[key]
+
+    def turns(
+        self, mask: Tensor | None, length: int, interpolation: Interpolation, dtype: torch.dtype, make: Callable
+    ) -> tuple[Tensor, Tensor]:
+        """What `make` returns for these positions and this mask, made once for all layers that share them."""
+        at = None if mask is None else (mask.data_ptr(), mask.shape, mask.stride(), mask.dtype)
+        key = (TURNS, at, length, interpolation.fast, interpolation.span, interpolation.columns, dtype)
+        if key not in self._tables:
+            self._tables[key] = make(self, mask, length, interpolation, dtype)
+        return self._tables[key]
+
+    def _turn(self, pairs: int, precision: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin; angles are float32 products as in transformers, so that both round alike."""
+        frequencies = self.frequencies[:pairs].to(self.positions.device)
+        if precision == torch.float32:
+            frequencies = frequencies.float()
+        angles = self.positions[..., None].to(frequencies.dtype) * frequencies
+        return angles.cos(), angles.sin()
+
+    def interpolation(self, queries: int, dtype: torch.dtype) -> Interpolation | None:
+        """How slow pairs are interpolated for so many query heads per kv head."""
+        return interpolation_of(self.frequencies, queries, self.tolerance, self.positions.device, dtype)
