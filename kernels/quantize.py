@@ -61,13 +61,27 @@ class PackedLatents:
     """Latents as codes: `x = scale * (code - zero)` per token and group.
 
     codes: uint8 [batch, length, packed_width]; scales: fp16 [batch, length, groups]; zeros: the same, or None if
-    symmetric.
+    symmetric. A group's scale and zero point lie side by side, so that one load of 32 bits fetches both.
     """
 
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
     quantization: Quantization
+
+    @classmethod
+    def of(cls, codes: Tensor, parameters: Tensor, quantization: Quantization) -> "PackedLatents":
+        """From codes and fp16 parameters: scales, or scales and zero points in turns, [batch, length, 1 or 2 groups]."""
+        if quantization.symmetric:
+            return cls(codes, parameters, None, quantization)
+        return cls(codes, parameters[..., 0::2], parameters[..., 1::2], quantization)
+
+    @property
+    def parameters(self) -> Tensor:
+        """What `of` takes beside the codes."""
+        if self.zeros is None:
+            return self.scales
+        return torch.stack([self.scales, self.zeros], dim=-1).flatten(-2)
 
     @property
     def shape(self) -> torch.Size:
@@ -151,12 +165,10 @@ def quantize(latents: Tensor, quantization: Quantization) -> PackedLatents:
         scales.append(scale[..., 0])
         zeros.append(None if zero is None else zero[..., 0])
         offset += count * width
-    return PackedLatents(
-        pack(torch.cat(codes, dim=-1), quantization.bits),
-        torch.cat(scales, dim=-1),
-        None if quantization.symmetric else torch.cat(zeros, dim=-1),
-        quantization,
-    )
+    packed, scales = pack(torch.cat(codes, dim=-1), quantization.bits), torch.cat(scales, dim=-1)
+    if not quantization.symmetric:
+        scales = torch.stack([scales, torch.cat(zeros, dim=-1)], dim=-1).flatten(-2)
+    return PackedLatents.of(packed, scales, quantization)
 
 
 @functools.lru_cache(maxsize=1024)

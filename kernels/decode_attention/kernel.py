@@ -31,16 +31,17 @@ def _weighed(
 @triton.jit
 def value_program(
     weights, stats, latents, sums, totals, range_peaks, rank_of, byte_of, plane_of, chunk_group, chunk_column,
-    row, chunk, part, first_part, length, latents_b, latents_t, stored, tiles, first_stored, tiles_per_part, rows_heads,
+    row, chunk, part, first_part, length, latents_b, latents_t, stored, pieces, first_piece, pieces_per_part, rows_heads,
     HEADS: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, HEAD_BLOCKS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
     KEY_GROUP: tl.constexpr, KV: tl.constexpr, QUERY_SLOTS: tl.constexpr, QUERIES: tl.constexpr,
     SLOTS: tl.constexpr, QUERY_ROWS: tl.constexpr, RANK_STRIDE: tl.constexpr, BITS: tl.constexpr,
     ASYMMETRIC: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr, DIVISOR: tl.constexpr,
-    BLOCK_RANK: tl.constexpr, TILE: tl.constexpr, BLOCK_TILES: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_RANK: tl.constexpr, TILE: tl.constexpr, PIECE: tl.constexpr, BLOCK_PIECES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`sum_t w_t x_t` of one value group's heads over `tiles_per_part` tiles of tokens and BLOCK_RANK of its latents.
+    """`sum_t w_t x_t` of one value group's heads over `pieces_per_part` pieces of tokens and BLOCK_RANK of its latents.
 
-    Weights are relative to the largest score of their tile and turned to the range's here. `sums`: float32 [parts,
+    Weights are relative to the largest score of their piece and turned to the range's here. `sums`: float32 [parts,
     rows, HEADS, RANK_STRIDE]; `totals` (the sums of the weights) and `range_peaks`: float32 [parts, rows, HEADS].
     """
     dtype: tl.constexpr = DTYPE
@@ -55,21 +56,20 @@ def value_program(
     per_key_group: tl.constexpr = (KEY_GROUP // QUERIES + KV - 1) // KV
     slot = kv_member % KV * QUERY_SLOTS + wanted
     lane = row * HEAD_BLOCKS + head // KEY_GROUP * per_key_group + kv_member // KV
-    first_tile = part * tiles_per_part
-    last_tile = tl.minimum(first_tile + tiles_per_part, tl.cdiv(length, TILE))
-    at_stats = stats + lane * tiles * (3 * SLOTS) + slot
-    first_stats = at_stats + first_stored * (3 * SLOTS)
+    first = part * pieces_per_part
+    last = tl.minimum(first + pieces_per_part, tl.cdiv(length, PIECE))
+    at_stats = stats + (lane * pieces + first_piece) * (3 * SLOTS) + slot
     peak = tl.full((BLOCK_HEADS,), LOWEST, tl.float32)
-    for begin in tl.range(first_tile, last_tile, BLOCK_TILES, num_stages=1):
-        tile = begin + tl.arange(0, BLOCK_TILES)
-        ok = (tile < last_tile)[:, None] & heads_ok[None, :]
-        found = tl.load(first_stats[None, :] + tile[:, None] * (3 * SLOTS), mask=ok, other=LOWEST)
+    for begin in tl.range(first, last, BLOCK_PIECES, num_stages=1):
+        piece = begin + tl.arange(0, BLOCK_PIECES)
+        ok = (piece < last)[:, None] & heads_ok[None, :]
+        found = tl.load(at_stats[None, :] + piece[:, None] * (3 * SLOTS), mask=ok, other=LOWEST)
         peak = tl.maximum(peak, tl.max(found, 0))
     total, shifts = tl.zeros((BLOCK_HEADS,), tl.float32), tl.zeros((BLOCK_HEADS,), tl.float32)
-    for begin in tl.range(first_tile, last_tile, BLOCK_TILES, num_stages=1):
-        tile = begin + tl.arange(0, BLOCK_TILES)
-        ok = (tile < last_tile)[:, None] & heads_ok[None, :]
-        at = first_stats[None, :] + tile[:, None] * (3 * SLOTS)
+    for begin in tl.range(first, last, BLOCK_PIECES, num_stages=1):
+        piece = begin + tl.arange(0, BLOCK_PIECES)
+        ok = (piece < last)[:, None] & heads_ok[None, :]
+        at = at_stats[None, :] + piece[:, None] * (3 * SLOTS)
         factor = tl.exp2(tl.load(at, mask=ok, other=LOWEST) - peak[None, :])
         total += tl.sum(factor * tl.load(at + SLOTS, mask=ok, other=0.0), 0)
         if ASYMMETRIC:
@@ -81,15 +81,17 @@ def value_program(
     first_source = latents + at_row.to(tl.int64) * latents_b + byte
     first_plane = latents + at_row.to(tl.int64) * latents_b + tl.load(plane_of + group)
     at_weights = weights + (lane * SLOTS + slot)[:, None].to(tl.int64) * stored + inside[None, :]
-    at_weights += first_stored * TILE
+    at_weights += first_piece * PIECE
     within = (inside * latents_t)[:, None]
+    first_tile, last_tile = first * (PIECE // TILE), tl.minimum(last * (PIECE // TILE), tl.cdiv(length, TILE))
     full = tl.minimum(last_tile, length // TILE)
     everything = (inside >= 0)[:, None]
-    following = tl.load(first_stats + first_tile * (3 * SLOTS), mask=heads_ok, other=LOWEST)
+    following = tl.load(at_stats + first * (3 * SLOTS), mask=heads_ok, other=LOWEST)
     for tile in tl.range(first_tile, full, num_stages=STAGES):
         factor = tl.exp2(following - peak).to(dtype)
-        ahead = tl.minimum(tile + 1, last_tile - 1)
-        following = tl.load(first_stats + ahead * (3 * SLOTS), mask=heads_ok, other=LOWEST)
+        # A tile ahead, since this load waits for nothing else.
+        ahead = tl.minimum((tile + 1) // (PIECE // TILE), last - 1)
+        following = tl.load(at_stats + ahead * (3 * SLOTS), mask=heads_ok, other=LOWEST)
         tile_start = tl.cast(tile * TILE, tl.int64) * latents_t
         weight = tl.load(at_weights + tile * TILE, mask=heads_ok[:, None], other=0.0)
         summed = _weighed(
@@ -118,23 +120,24 @@ def value_program(
     tl.store(out + latent[None, :], summed, mask=heads_ok[:, None] & (latent < rank)[None, :])
 
 
-@triton.jit(do_not_specialize=["length", "tiles", "first_stored", "tiles_per_part", "first_part", "rows_heads"])
+@triton.jit(do_not_specialize=["length", "pieces", "first_piece", "pieces_per_part", "first_part", "rows_heads"])
 def values_kernel(
     weights, stats, latents, sums, totals, range_peaks, rank_of, byte_of, plane_of, chunk_group, chunk_column,
-    length, latents_b, latents_t, stored, tiles, first_stored, tiles_per_part, first_part, rows_heads,
+    length, latents_b, latents_t, stored, pieces, first_piece, pieces_per_part, first_part, rows_heads,
     HEADS: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, HEAD_BLOCKS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
     KEY_GROUP: tl.constexpr, KV: tl.constexpr, QUERY_SLOTS: tl.constexpr, QUERIES: tl.constexpr,
     SLOTS: tl.constexpr, QUERY_ROWS: tl.constexpr, RANK_STRIDE: tl.constexpr, BITS: tl.constexpr,
     ASYMMETRIC: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr, DIVISOR: tl.constexpr,
-    BLOCK_RANK: tl.constexpr, TILE: tl.constexpr, BLOCK_TILES: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_RANK: tl.constexpr, TILE: tl.constexpr, PIECE: tl.constexpr, BLOCK_PIECES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """`value_program` on a grid of chunks of latents x token ranges x rows."""
     value_program(
         weights, stats, latents, sums, totals, range_peaks, rank_of, byte_of, plane_of, chunk_group, chunk_column,
-        tl.program_id(2), tl.program_id(0), tl.program_id(1), first_part, length, latents_b, latents_t, stored, tiles,
-        first_stored, tiles_per_part, rows_heads, HEADS, HEADS_PER_GROUP, HEAD_BLOCKS, BLOCK_HEADS, KEY_GROUP, KV,
+        tl.program_id(2), tl.program_id(0), tl.program_id(1), first_part, length, latents_b, latents_t, stored, pieces,
+        first_piece, pieces_per_part, rows_heads, HEADS, HEADS_PER_GROUP, HEAD_BLOCKS, BLOCK_HEADS, KEY_GROUP, KV,
         QUERY_SLOTS, QUERIES, SLOTS, QUERY_ROWS, RANK_STRIDE, BITS, ASYMMETRIC, DTYPE, ASSEMBLY, DIVISOR, BLOCK_RANK,
-        TILE, BLOCK_TILES, STAGES,
+        TILE, PIECE, BLOCK_PIECES, STAGES,
     )  # fmt: skip
 
 

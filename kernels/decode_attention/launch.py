@@ -29,7 +29,8 @@ from palu.kernels.rotation import Rotation
 
 HEAD_DIMS = (64, 96, 128)
 RANK_MULTIPLE = 16
-BLOCK_TILES = 64
+BLOCK_PIECES = 16
+STAGES = 3
 # Programs of the value kernel per multiprocessor: enough to hide the latency of loads.
 PROGRAMS_PER_PROCESSOR = 4
 COMBINE_RANK, COMBINE_PARTS, COMBINE_OUT = 128, 32, 32
@@ -54,11 +55,17 @@ def can_take(
 def _is_plain(latents: Stretch, ranks: Sequence[int], dtype: torch.dtype) -> bool:
     """Codes with one scale per head group in whole words, or latents of the query's dtype, side by side."""
     if isinstance(latents, PackedLatents):
-        aligned = latents.zeros is None or latents.zeros.stride() == latents.scales.stride()
+        aligned = latents.zeros is None or side_by_side(latents.scales, latents.zeros)
         unit = 2 if latents.quantization.bits == 3 else 4
         words = latents.codes.stride(-1) == 1 and all(stride % unit == 0 for stride in latents.codes.stride()[:2])
         return aligned and words and latents.quantization.widths == tuple(ranks)
     return latents.dtype == dtype and latents.stride(-1) == 1
+
+
+def side_by_side(scales: Tensor, zeros: Tensor) -> bool:
+    """Whether each zero point stands right behind its scale, both in one aligned word."""
+    even = all(stride % 2 == 0 for stride in scales.stride()) and scales.data_ptr() % 4 == 0
+    return even and scales.stride() == zeros.stride() and zeros.data_ptr() - scales.data_ptr() == scales.itemsize
 
 
 # Compiled models call it as it is: the launches have nothing that a compiler could improve.
@@ -109,25 +116,25 @@ def _launch_values(
     stretches_ = stretches(latents)
     ranks = tuple(value.ranks)
     plan = _chunks(ranks, device)
-    tiles = [triton.cdiv(part.shape[1], TILE) for part in stretches_]
+    pieces = [triton.cdiv(part.shape[1], scores.piece) for part in stretches_]
     programs = max(1, PROGRAMS_PER_PROCESSOR * processors(device) // (rows * len(stretches_) * len(plan.group)))
-    per_part = [triton.cdiv(count, min(count, programs)) for count in tiles]
-    counts = [triton.cdiv(count, per) for count, per in zip(tiles, per_part, strict=True)]
+    per_part = [triton.cdiv(count, min(count, programs)) for count in pieces]
+    counts = [triton.cdiv(count, per) for count, per in zip(pieces, per_part, strict=True)]
     sums = query.new_empty(sum(counts), rows, num_heads, max(ranks), dtype=torch.float32)
     totals, peaks = query.new_empty(2, sum(counts), rows, num_heads, dtype=torch.float32)
     per_group = num_heads // len(ranks)
     for index, part in enumerate(stretches_):
         tensors, strides, bits, asymmetric = layout(part)
         values_kernel[(len(plan.group), counts[index], rows)](
-            scores.output, scores.stats, tensors[0], sums, totals, peaks, *_places(ranks, bits, device), plan.group,
-            plan.column, part.shape[1], *strides[:2], scores.output.shape[3], scores.stats.shape[2], sum(tiles[:index]),
+            scores.weights, scores.stats, tensors[0], sums, totals, peaks, *_places(ranks, bits, device), plan.group,
+            plan.column, part.shape[1], *strides[:2], scores.weights.shape[3], scores.stats.shape[2], sum(pieces[:index]),
             per_part[index], sum(counts[:index]), rows * num_heads,
             HEADS=num_heads, HEADS_PER_GROUP=per_group, HEAD_BLOCKS=heads.count,
             BLOCK_HEADS=max(16, triton.next_power_of_2(per_group)), KEY_GROUP=num_heads // key_groups, KV=heads.kv,
             QUERY_SLOTS=heads.query_slots, QUERIES=heads.queries, SLOTS=heads.slots, QUERY_ROWS=rows_per_latent,
-            RANK_STRIDE=max(ranks), BITS=bits, ASYMMETRIC=asymmetric, DTYPE=DTYPES[scores.output.dtype],
-            ASSEMBLY=scores.output.dtype == torch.float16 and query.is_cuda, DIVISOR=divisor(ranks),
-            BLOCK_RANK=plan.size, TILE=TILE, BLOCK_TILES=BLOCK_TILES, STAGES=3,
+            RANK_STRIDE=max(ranks), BITS=bits, ASYMMETRIC=asymmetric, DTYPE=DTYPES[scores.weights.dtype],
+            ASSEMBLY=scores.weights.dtype == torch.float16 and query.is_cuda, DIVISOR=divisor(ranks),
+            BLOCK_RANK=plan.size, TILE=TILE, PIECE=scores.piece, BLOCK_PIECES=BLOCK_PIECES, STAGES=STAGES,
         )  # fmt: skip
     return Parts(sums, totals, peaks)
 

@@ -18,12 +18,16 @@ from palu.kernels.rotation import Interpolation, Rotation
 LOG2_E = 1.4426950408889634
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 TILE = 64
-# Tokens per block where nothing is interpolated.
-PLAIN_SPAN = 256
+# Tokens that a program makes weights of at a time at most, and tokens per block where nothing is interpolated.
+MOST_PIECE = PLAIN_SPAN = 256
 # kv heads, and query heads, whose scores one program computes at most.
-MOST_KV, MOST_SLOTS = 4, 32
+MOST_KV, MOST_SLOTS = {False: 4, True: 2}, 32
 # Rows of the matrix product in `weight_kernel`.
 WEIGHT_ROWS = 64
+STAGES = 3
+WARPS = 4
+MAXNREG = None
+WEIGHT_MAXNREG = 128
 # Programs of the score kernel per multiprocessor.
 PROGRAMS_PER_PROCESSOR = 2
 
@@ -43,27 +47,30 @@ class HeadBlocks(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What the score kernel leaves, with a stretch's tokens from a multiple of TILE on.
+    """What the score kernel leaves, with a stretch's tokens from a multiple of the piece on.
 
-    output: scores as base-2 logarithms, or weights relative to their tile's peak, [rows, head blocks, slots, stored];
-    stats: float32 [rows, head blocks, tiles, 3, slots], peaks, sums of weights and of weights times zero points.
+    scores: base-2 logarithms of weights, float32 [rows, head blocks, slots, stored]; weights: relative to the largest
+    of their piece; stats: float32 [rows, head blocks, pieces, 3, slots], peaks, sums of weights and of weights times
+    zero points; piece: tokens per piece.
     """
 
-    output: Tensor
+    scores: Tensor
+    weights: Tensor
     stats: Tensor
+    piece: int
     heads: HeadBlocks
 
     def by_head(self, num_heads: int, lengths: Sequence[int]) -> Tensor:
         """Scores [rows, num_heads, length] of stretches of those lengths."""
-        heads, head = self.heads, torch.arange(num_heads, device=self.output.device)
+        heads, head = self.heads, torch.arange(num_heads, device=self.scores.device)
         kv_head = head // heads.queries
         group, member = kv_head // heads.per_group, kv_head % heads.per_group
         block = group * triton.cdiv(heads.per_group, heads.kv) + member // heads.kv
         slot = member % heads.kv * heads.query_slots + head % heads.queries
         parts, start = [], 0
         for length in lengths:
-            parts.append(self.output[:, block, slot, start : start + length])
-            start += triton.cdiv(length, TILE) * TILE
+            parts.append(self.scores[:, block, slot, start : start + length])
+            start += triton.cdiv(length, self.piece) * self.piece
         return torch.cat(parts, dim=-1)
 
 
@@ -86,7 +93,7 @@ class Side(NamedTuple):
 def head_blocks(heads_per_group: int, groups: int, queries: int) -> HeadBlocks:
     """Blocks for groups of kv heads with `queries` query heads each."""
     query_slots = triton.next_power_of_2(queries)
-    kv = max(1, min(MOST_KV, triton.next_power_of_2(heads_per_group), MOST_SLOTS // query_slots))
+    kv = max(1, min(MOST_KV[queries > 1], triton.next_power_of_2(heads_per_group), MOST_SLOTS // query_slots))
     count = triton.cdiv(heads_per_group, kv) * groups
     return HeadBlocks(heads_per_group, kv, queries, query_slots, max(8, kv * query_slots), count)
 
@@ -115,13 +122,12 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def layout(part: Stretch) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int, int, int], int, bool]:
-    """Latents or codes, scales and zeros; strides per row and token; bits; whether zero points are stored."""
+def layout(part: Stretch) -> tuple[tuple[Tensor, Tensor], tuple[int, int, int, int], int, bool]:
+    """Latents or codes, and scales; strides per row and token of both; bits; whether zero points stand beside scales."""
     if not isinstance(part, PackedLatents):
-        return (part, part, part), (part.stride(0), part.stride(1), 0, 0), 16, False
-    zeros = part.scales if part.zeros is None else part.zeros
+        return (part, part), (part.stride(0), part.stride(1), 0, 0), 16, False
     strides = (*part.codes.stride()[:2], *part.scales.stride()[:2])
-    return (part.codes, part.scales, zeros), strides, part.quantization.bits, part.zeros is not None
+    return (part.codes, part.scales), strides, part.quantization.bits, part.zeros is not None
 
 
 def mask_kind(mask: Tensor | None) -> str:
@@ -144,36 +150,61 @@ def launch_scores(
     kv_heads = groups if key.up is None else key.up.shape[0] * groups // width
     heads = head_blocks(kv_heads // groups, groups, num_heads // kv_heads)
     parts = stretches(latents)
-    tiles = [triton.cdiv(part.shape[1], TILE) for part in parts]
+    interpolation = None
+    if key.up is not None and key_norm is None:
+        interpolation = rotation.interpolation(heads.queries, compute_dtype(query, parts))
+    span = PLAIN_SPAN if interpolation is None else interpolation.span
+    programs = max(1, PROGRAMS_PER_PROCESSOR * processors(query.device) // (heads.count * rows))
+    piece = piece_length(span, latents.shape[1], programs)
+    pieces = [triton.cdiv(part.shape[1], piece) for part in parts]
+    stored = sum(pieces) * piece
     packed = value is not None and any(isinstance(part, PackedLatents) for part in stretches(value.latents))
-    dtype = torch.float32 if value is None else torch.float16 if packed and query.dtype != torch.float32 else query.dtype
-    output = query.new_empty(rows, heads.count, heads.slots, sum(tiles) * TILE, dtype=dtype)
-    stats = query.new_empty(rows, heads.count, sum(tiles), 3, heads.slots, dtype=torch.float32)
-    found = Scores(output, stats, heads)
+    scores = query.new_empty(rows, heads.count, heads.slots, stored, dtype=torch.float32)
+    weights, stats = scores, scores
+    if value is not None:
+        dtype = torch.float16 if packed and query.dtype != torch.float32 else query.dtype
+        weights = query.new_empty(rows, heads.count, heads.slots, stored, dtype=dtype)
+        stats = query.new_empty(rows, heads.count, sum(pieces), 3, heads.slots, dtype=torch.float32)
+    found = Scores(scores, weights, stats, piece, heads)
     start = 0
     for index, part in enumerate(parts):
         visible = None if mask is None else mask.narrow(1, start, part.shape[1])
         turn = None if rotation is None else rotation.narrow(start, part.shape[1])
         values = None if value is None else ValueSide(value.heads_per_group, stretches(value.latents)[index])
-        first_tile = sum(tiles[:index])
-        _launch_part(query, part, key, turn, visible, rows_per_latent, key_norm, values, found, first_tile)
+        first_piece = sum(pieces[:index])
+        _launch_part(
+            query, part, key, turn, interpolation, visible, rows_per_latent, key_norm, values, found, first_piece, programs
+        )
         start += part.shape[1]
     return found
 
 
+def compute_dtype(query: Tensor, parts: Sequence[Stretch]) -> torch.dtype:
+    """What products are computed in: codes are exact, and unpacked fastest, in fp16."""
+    packed = any(isinstance(part, PackedLatents) for part in parts)
+    return torch.float16 if packed and query.dtype == torch.bfloat16 else query.dtype
+
+
+def piece_length(span: int, length: int, programs: int) -> int:
+    """Tokens that a program takes at a time: a block, or less where that would leave programs without work."""
+    piece = min(span, MOST_PIECE)
+    while piece > TILE and triton.cdiv(length, piece) < programs:
+        piece //= 2
+    return piece
+
+
 def _launch_part(
-    query: Tensor, part: Stretch, key: LatentProjection, rotation: Rotation | None, mask: Tensor | None,
-    rows_per_latent: int, key_norm: torch.nn.Module | None, value: ValueSide | None, found: Scores, first_tile: int,
+    query: Tensor, part: Stretch, key: LatentProjection, rotation: Rotation | None,
+    interpolation: Interpolation | None, mask: Tensor | None, rows_per_latent: int, key_norm: torch.nn.Module | None,
+    value: ValueSide | None, found: Scores, first_piece: int, programs: int,
 ) -> None:  # fmt: skip
     """Scores of one stretch of tokens."""
     rows, num_heads, width = query.shape
     tensors, strides, bits, asymmetric = layout(part)
     heads, length, device, groups = found.heads, part.shape[1], query.device, len(key.ranks)
-    dtype = torch.float16 if bits < 16 and query.dtype == torch.bfloat16 else query.dtype
+    dtype = compute_dtype(query, (part,))
     absorbed = key.up is None
     kv_heads = groups if absorbed else key.up.shape[0] * groups // width
-    plain = absorbed or key_norm is not None
-    interpolation = None if plain else rotation.interpolation(num_heads // kv_heads, dtype)
     mode = "absorbed" if absorbed else "exact" if interpolation is None else "interpolated"
     span = PLAIN_SPAN if interpolation is None else interpolation.span
     side, rank = side_of(tuple(key.ranks), bits, device), padded_rank(tuple(key.ranks))
@@ -186,34 +217,35 @@ def _launch_part(
     blocks = triton.cdiv(length, span)
     if interpolation is not None:
         starts, turns = rotation.turns(mask, length, interpolation, dtype, _launch_turns)
-        weights, biases = _launch_weights(query, key, up, side, turns, interpolation, heads, bits, rank, dtype)
+        weights, biases = _launch_weights(
+            query, part, key, up, rotation, interpolation, mask, (starts, turns), rows_per_latent, found, first_piece, dtype
+        )
         cos, sin = rotation.fast_tables(interpolation.fast, dtype)
         basis = interpolation.basis
-    # Few enough pieces per program to fill the GPU, few enough programs to load the up factor seldom.
-    programs = max(1, PROGRAMS_PER_PROCESSOR * processors(device) // (heads.count * rows))
-    pieces = next((n for n in (1, 2, 4, 8, 16) if n * TILE == span or blocks * n >= programs), span // TILE)
+    pieces = triton.cdiv(length, found.piece)
     values, value_strides, value_bits, value_asymmetric = (tensors, (0,) * 4, 16, False) if value is None else layout(
         value.latents
     )  # fmt: skip
     positions = side.rank if rotation is None else rotation.positions
-    scores_kernel[(min(blocks * pieces, programs), heads.count, rows)](
+    scores_kernel[(min(pieces, programs), heads.count, rows)](
         query, *tensors, up, up if key.bias is None else key.bias, up if key_norm is None else key_norm.weight, cos, sin,
         positions, up if rotation is None else rotation.frequencies.to(device, torch.float32), basis,
-        up if mask is None else mask, starts, weights, biases, *values[1:], found.output, found.stats, *side,
-        min(blocks * pieces, programs), length, blocks, *strides, 0 if absorbed else up.stride(0),
+        up if mask is None else mask, starts, weights, biases, values[1], found.scores, found.weights, found.stats, *side,
+        min(pieces, programs), length, blocks, *strides, 0 if absorbed else up.stride(0),
         *((0, 0) if interpolation is None else _strides(cos)), *((0, 0) if rotation is None else _strides(positions)),
         *((0, 0) if mask is None else _strides(mask)), *value_strides[2:],
-        1 if interpolation is None else rows // starts.shape[0], found.output.shape[3], found.stats.shape[2],
-        first_tile, 0.0 if key_norm is None else key_norm.variance_epsilon,
+        1 if interpolation is None else rows // starts.shape[0], found.scores.shape[3],
+        first_piece * found.piece, found.stats.shape[2], first_piece, 0.0 if key_norm is None else key_norm.variance_epsilon,
         MODE=mode, HEAD_DIM=width, HEADS=num_heads, KV_HEADS=kv_heads, HEADS_PER_GROUP=kv_heads // groups,
         KV=heads.kv, QUERIES=heads.queries, QUERY_SLOTS=heads.query_slots, SLOTS=heads.slots,
         QUERY_ROWS=rows_per_latent, FAST=16 if interpolation is None else interpolation.fast,
-        COLUMNS=16 if interpolation is None else interpolation.columns, SPAN=span, PIECES=pieces, TILE=TILE, RANK=rank,
+        COLUMNS=16 if interpolation is None else interpolation.columns, SPAN=span, PIECES=span // found.piece,
+        PIECE=found.piece, TILE=TILE, RANK=rank,
         QUERY_STRIDE=query.shape[-1], BITS=bits, ASYMMETRIC=asymmetric, MASK=mask_kind(mask),
         HAS_BIAS=key.bias is not None, HAS_NORM=key_norm is not None,
         VALUE_GROUP=num_heads if value is None else value.heads_per_group, VALUE_BITS=value_bits,
         VALUE_ASYMMETRIC=value_asymmetric, RAW=value is None, DTYPE=DTYPES[dtype],
-        ASSEMBLY=dtype == torch.float16 and query.is_cuda, DIVISOR=divisor(tuple(key.ranks)), STAGES=2, num_warps=4,
+        ASSEMBLY=dtype == torch.float16 and query.is_cuda, DIVISOR=divisor(tuple(key.ranks)), STAGES=STAGES, num_warps=WARPS, **({} if MAXNREG is None else {"maxnreg": MAXNREG}),
     )  # fmt: skip
 
 
@@ -242,25 +274,35 @@ def slow_pairs(pairs: int, interpolation: Interpolation) -> int:
 
 
 def _launch_weights(
-    query: Tensor, key: LatentProjection, up: Tensor, side: Side, turns: Tensor, interpolation: Interpolation,
-    heads: HeadBlocks, bits: int, rank: int, dtype: torch.dtype,
+    query: Tensor, part: Stretch, key: LatentProjection, up: Tensor, rotation: Rotation, interpolation: Interpolation,
+    mask: Tensor | None, starts_turns: tuple[Tensor, Tensor], rows_per_latent: int, found: Scores, first_piece: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Every block's matrix for the slow pairs, [rows, blocks, head blocks, columns, rank], and what a bias adds."""
     rows, num_heads, head_dim = query.shape
+    starts, turns = starts_turns
+    tensors, strides, bits, asymmetric = layout(part)
+    side, rank, heads = side_of(tuple(key.ranks), bits, query.device), padded_rank(tuple(key.ranks)), found.heads
     kv_heads, blocks = up.shape[0] * len(key.ranks) // head_dim, turns.shape[1]
     wide = heads.kv * heads.query_slots * interpolation.columns
     weights = query.new_empty(rows, blocks, heads.count, wide, rank, dtype=dtype)
     biases = query.new_empty((rows, blocks, heads.count, wide) if key.bias is not None else (1,), dtype=torch.float32)
     tiles = triton.cdiv(blocks * interpolation.columns, WEIGHT_ROWS)
-    programs = max(1, 2 * processors(query.device) // (num_heads * rows))
+    programs = max(1, 4 * processors(query.device) // (num_heads * rows))
     together = triton.next_power_of_2(triton.cdiv(tiles, programs))
     weight_kernel[(triton.cdiv(tiles, together), num_heads, rows)](
-        query, up, up if key.bias is None else key.bias, turns, weights, biases, side.rank, side.offset, blocks,
-        up.stride(0), turns.stride(0), rows // turns.shape[0],
+        query, *tensors, up, up if key.bias is None else key.bias, rotation.positions,
+        rotation.frequencies.to(query.device, torch.float32), up if mask is None else mask, starts, turns, weights, biases,
+        found.scores, *side, part.shape[1], blocks, *strides, up.stride(0), *_strides(rotation.positions),
+        *((0, 0) if mask is None else _strides(mask)), turns.stride(0), rows // turns.shape[0], found.scores.shape[3],
+        first_piece * found.piece,
         HEAD_DIM=head_dim, HEADS=num_heads, KV_HEADS=kv_heads, HEADS_PER_GROUP=kv_heads // len(key.ranks), KV=heads.kv,
         QUERIES=heads.queries, QUERY_SLOTS=heads.query_slots, FAST=interpolation.fast,
-        SLOW=slow_pairs(head_dim // 2, interpolation), COLUMNS=interpolation.columns, RANK=rank, ROWS=WEIGHT_ROWS,
-        TILES=together, PACKED=bits < 16, HAS_BIAS=key.bias is not None, DTYPE=DTYPES[dtype],
+        SLOW=slow_pairs(head_dim // 2, interpolation), COLUMNS=interpolation.columns, SPAN=interpolation.span, RANK=rank,
+        ROWS=WEIGHT_ROWS, TILES=together, SLOTS=heads.slots, QUERY_ROWS=rows_per_latent, TILE=TILE, BITS=bits,
+        ASYMMETRIC=asymmetric, MASK=mask_kind(mask), HAS_BIAS=key.bias is not None,
+        ASSEMBLY=dtype == torch.float16 and query.is_cuda, DIVISOR=divisor(tuple(key.ranks)), DTYPE=DTYPES[dtype],
+        **({} if WEIGHT_MAXNREG is None else {"maxnreg": WEIGHT_MAXNREG}),
     )  # fmt: skip
     return weights, biases
 

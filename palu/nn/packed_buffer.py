@@ -11,11 +11,11 @@ from palu.nn.token_buffer import TokenBuffer
 class PackedBuffer(BufferGroup):
     """As `TokenBuffer`, but tokens are quantised as they come and handed out as `PackedLatents`.
 
-    Codes, scales and zero points lie in a buffer each, so that growing, cropping and selecting rows is theirs.
+    Codes lie in one buffer, scales and zero points in another, so that growing, cropping and selecting rows is theirs.
     """
 
     def __init__(self, quantization: Quantization) -> None:
-        super().__init__([TokenBuffer() for _ in range(2 if quantization.symmetric else 3)])
+        super().__init__([TokenBuffer(), TokenBuffer()])
         self.quantization = quantization
 
     def __len__(self) -> int:
@@ -26,14 +26,13 @@ class PackedBuffer(BufferGroup):
         return self.as_latents([part.last(count) for part in self.members])
 
     def as_latents(self, tensors: list[Tensor]) -> PackedLatents:
-        """Codes, scales and zero points (if stored) as one value."""
-        codes, scales, zeros = (*tensors, None)[:3]
-        return PackedLatents(codes, scales, zeros, self.quantization)
+        """Codes and parameters as one value."""
+        return PackedLatents.of(*tensors, self.quantization)
 
     def encode(self, tokens: Tensor) -> list[Tensor]:
-        """Codes, scales and zero points (if stored) of latents [batch, new, width]."""
+        """Codes and parameters of latents [batch, new, width]."""
         packed = quantize(tokens, self.quantization)
-        return [tensor for tensor in (packed.codes, packed.scales, packed.zeros) if tensor is not None]
+        return [packed.codes, packed.parameters]
 
     def append(self, tokens: Tensor, max_length: int | None = None) -> None:
         """Quantise latents [batch, new, width] and add them at the back."""
