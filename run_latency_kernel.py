@@ -203,7 +203,7 @@ class Scores:
         from palu.kernels.latent_scores.launch import launch_scores
 
         rows = query[:, :, 0].contiguous()
-        return lambda: launch_scores(rows, latents, key, self.rotation, mask=None, rows_per_latent=1)
+        return lambda: launch_scores(rows, latents, key, self.rotation, mask=None, rows_per_latent=1, scaling=1.0)
 
     def rebuild_call(self) -> Call:
         """The plain PyTorch definition on new inputs."""

@@ -93,7 +93,7 @@ def load_latents(
     source, plane, ok, first, limit, dtype: tl.constexpr, BITS: tl.constexpr, COLUMNS: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
-    """[tokens, COLUMNS] latents, or codes less the middle one in the order of `factors.latent_order`; as `load_pairs`."""
+    """[tokens, COLUMNS] latents, or as `load_pairs` codes less the middle one in the order of `latent_order`."""
     if BITS == 16:
         index = first + tl.arange(0, COLUMNS)[None, :]
         x = tl.load(source + index, mask=ok & (index < limit), other=0.0)

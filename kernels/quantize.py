@@ -71,7 +71,7 @@ class PackedLatents:
 
     @classmethod
     def of(cls, codes: Tensor, parameters: Tensor, quantization: Quantization) -> "PackedLatents":
-        """From codes and fp16 parameters: scales, or scales and zero points in turns, [batch, length, 1 or 2 groups]."""
+        """From codes and fp16 parameters: scales, or scales and zero points in turns."""
         if quantization.symmetric:
             return cls(codes, parameters, None, quantization)
         return cls(codes, parameters[..., 0::2], parameters[..., 1::2], quantization)

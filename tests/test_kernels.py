@@ -7,8 +7,8 @@ from palu.kernels.decode_attention import launch, reference
 from palu.kernels.decode_attention.op import decode_attention
 from palu.kernels.decode_attention.spec import SHAPES, TOLERANCE, Shape
 from palu.kernels.latents import LatentProjection, MixedLatents, dense
-from palu.kernels.rotation import Rotation
 from palu.kernels.quantize import PackedLatents, Quantization, quantization_widths, quantize
+from palu.kernels.rotation import Rotation
 
 
 def random_call(shape: Shape, dtype: torch.dtype, with_bias: bool, gapless: bool = False):

@@ -1,6 +1,6 @@
 """Triton kernels of decode attention over latents, split over the tokens (flash-decoding, arXiv 2311.01282).
 
-The scores come from `palu.kernels.latent_scores`. `value_program` weighs the value latents of a range of tokens by
+The scores come from `palu.kernels.latent_scores`. `values_kernel` weighs the value latents of a range of tokens by
 their softmax weights relative to the range's largest score; `combine_kernel` adds up the ranges and applies the up
 factor. Packed latents are multiplied as codes, less the middle code `m`: `x = s (c - m - z)`, so the scale `s`
 multiplies the weights and the shift `z` meets their sum.
@@ -19,7 +19,7 @@ def _weighed(
     total, weights, factor, source, plane, ok, column, rank,
     BITS: tl.constexpr, BLOCK_RANK: tl.constexpr, ASSEMBLY: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """Add one tile of tokens. Of packed codes the first of all pairs come before the second, so that none has to move."""
+    """Add one tile of tokens. The first of all pairs of codes come before the second, so that none has to move."""
     if BITS == 16:
         x = load_latents(source, plane, ok, column, rank, dtype, BITS, BLOCK_RANK, ASSEMBLY)
     else:
@@ -28,10 +28,10 @@ def _weighed(
     return tl.dot(weights * factor[:, None], x, total, input_precision="ieee")
 
 
-@triton.jit
-def value_program(
+@triton.jit(do_not_specialize=["length", "pieces", "first_piece", "pieces_per_part", "first_part", "rows_heads"])
+def values_kernel(
     weights, stats, latents, sums, totals, range_peaks, rank_of, byte_of, plane_of, chunk_group, chunk_column,
-    row, chunk, part, first_part, length, latents_b, latents_t, stored, pieces, first_piece, pieces_per_part, rows_heads,
+    length, latents_b, latents_t, stored, pieces, first_piece, pieces_per_part, first_part, rows_heads,
     HEADS: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, HEAD_BLOCKS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
     KEY_GROUP: tl.constexpr, KV: tl.constexpr, QUERY_SLOTS: tl.constexpr, QUERIES: tl.constexpr,
     SLOTS: tl.constexpr, QUERY_ROWS: tl.constexpr, RANK_STRIDE: tl.constexpr, BITS: tl.constexpr,
@@ -44,6 +44,7 @@ def value_program(
     Weights are relative to the largest score of their piece and turned to the range's here. `sums`: float32 [parts,
     rows, HEADS, RANK_STRIDE]; `totals` (the sums of the weights) and `range_peaks`: float32 [parts, rows, HEADS].
     """
+    chunk, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     dtype: tl.constexpr = DTYPE
     group, column = tl.load(chunk_group + chunk), tl.multiple_of(tl.load(chunk_column + chunk), 16)
     rank = tl.multiple_of(tl.load(rank_of + group), DIVISOR)
@@ -118,27 +119,6 @@ def value_program(
         summed -= shifts[:, None]
     latent += column
     tl.store(out + latent[None, :], summed, mask=heads_ok[:, None] & (latent < rank)[None, :])
-
-
-@triton.jit(do_not_specialize=["length", "pieces", "first_piece", "pieces_per_part", "first_part", "rows_heads"])
-def values_kernel(
-    weights, stats, latents, sums, totals, range_peaks, rank_of, byte_of, plane_of, chunk_group, chunk_column,
-    length, latents_b, latents_t, stored, pieces, first_piece, pieces_per_part, first_part, rows_heads,
-    HEADS: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, HEAD_BLOCKS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
-    KEY_GROUP: tl.constexpr, KV: tl.constexpr, QUERY_SLOTS: tl.constexpr, QUERIES: tl.constexpr,
-    SLOTS: tl.constexpr, QUERY_ROWS: tl.constexpr, RANK_STRIDE: tl.constexpr, BITS: tl.constexpr,
-    ASYMMETRIC: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr, DIVISOR: tl.constexpr,
-    BLOCK_RANK: tl.constexpr, TILE: tl.constexpr, PIECE: tl.constexpr, BLOCK_PIECES: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
-    """`value_program` on a grid of chunks of latents x token ranges x rows."""
-    value_program(
-        weights, stats, latents, sums, totals, range_peaks, rank_of, byte_of, plane_of, chunk_group, chunk_column,
-        tl.program_id(2), tl.program_id(0), tl.program_id(1), first_part, length, latents_b, latents_t, stored, pieces,
-        first_piece, pieces_per_part, rows_heads, HEADS, HEADS_PER_GROUP, HEAD_BLOCKS, BLOCK_HEADS, KEY_GROUP, KV,
-        QUERY_SLOTS, QUERIES, SLOTS, QUERY_ROWS, RANK_STRIDE, BITS, ASYMMETRIC, DTYPE, ASSEMBLY, DIVISOR, BLOCK_RANK,
-        TILE, PIECE, BLOCK_PIECES, STAGES,
-    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["parts", "rows_heads"])

@@ -6,23 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from palu.kernels.decode_attention.kernel import combine_kernel, values_kernel
+from palu.kernels.latent_scores.launch import TILE, Scores, ValueSide, launch_scores
+from palu.kernels.latent_scores.layout import DTYPES, divisor, layout, processors, side_of
 from palu.kernels.latent_scores.op import absorbed
-from palu.kernels.latent_scores.launch import (
-    DTYPES,
-    LOG2_E,
-    TILE,
-    Scores,
-    ValueSide,
-    divisor,
-    launch_scores,
-    layout,
-    processors,
-    side_of,
-)
 from palu.kernels.latents import LatentProjection, Latents, Stretch, stretches
 from palu.kernels.quantize import PackedLatents
 from palu.kernels.rotation import Rotation
@@ -31,8 +20,9 @@ HEAD_DIMS = (64, 96, 128)
 RANK_MULTIPLE = 16
 BLOCK_PIECES = 16
 STAGES = 3
-# Programs of the value kernel per multiprocessor: enough to hide the latency of loads.
-PROGRAMS_PER_PROCESSOR = 4
+# Programs of the value kernel per multiprocessor: enough to hide the latency of loads; of many heads the partial sums
+# cost more.
+PROGRAMS_PER_PROCESSOR, PROGRAMS_OF_MANY_HEADS = 4, 2
 COMBINE_RANK, COMBINE_PARTS, COMBINE_OUT = 128, 32, 32
 
 
@@ -86,14 +76,13 @@ def decode_attention(
     if rotation is None and key.up is not None:
         query, key, head_dim = *absorbed(query, key), query.shape[-1]
     batch, num_heads, queries, width = query.shape
-    scaling *= LOG2_E * (1.0 if rotation is None else rotation.attention_scaling)
-    rows = (query * scaling).transpose(1, 2).contiguous().view(batch * queries, num_heads, width)
+    rows = query.transpose(1, 2).contiguous().view(batch * queries, num_heads, width)
     visible = None
     if mask is not None:
         visible = mask[:, 0] if mask.shape[0] == 1 and queries == 1 else mask[:, 0].expand(batch, -1, -1)
         visible = visible.reshape(-1, mask.shape[-1])
     values = ValueSide(num_heads // len(value.ranks), value_latents)
-    scores = launch_scores(rows, key_latents, key, rotation, visible, queries, key_norm, values)
+    scores = launch_scores(rows, key_latents, key, rotation, visible, queries, scaling, key_norm, values)
     parts = _launch_values(scores, value_latents, value, rows, queries, len(key.ranks))
     output = _combine(parts, value, rows, head_dim or width)
     return output.view(batch, queries, -1)
@@ -117,17 +106,19 @@ def _launch_values(
     ranks = tuple(value.ranks)
     plan = _chunks(ranks, device)
     pieces = [triton.cdiv(part.shape[1], scores.piece) for part in stretches_]
-    programs = max(1, PROGRAMS_PER_PROCESSOR * processors(device) // (rows * len(stretches_) * len(plan.group)))
+    per_group = num_heads // len(ranks)
+    each = PROGRAMS_PER_PROCESSOR if per_group < 16 else PROGRAMS_OF_MANY_HEADS
+    programs = max(1, each * processors(device) // (rows * len(stretches_) * len(plan.group)))
     per_part = [triton.cdiv(count, min(count, programs)) for count in pieces]
     counts = [triton.cdiv(count, per) for count, per in zip(pieces, per_part, strict=True)]
     sums = query.new_empty(sum(counts), rows, num_heads, max(ranks), dtype=torch.float32)
     totals, peaks = query.new_empty(2, sum(counts), rows, num_heads, dtype=torch.float32)
-    per_group = num_heads // len(ranks)
     for index, part in enumerate(stretches_):
         tensors, strides, bits, asymmetric = layout(part)
         values_kernel[(len(plan.group), counts[index], rows)](
             scores.weights, scores.stats, tensors[0], sums, totals, peaks, *_places(ranks, bits, device), plan.group,
-            plan.column, part.shape[1], *strides[:2], scores.weights.shape[3], scores.stats.shape[2], sum(pieces[:index]),
+            plan.column, part.shape[1], *strides[:2], scores.weights.shape[3], scores.stats.shape[2],
+            sum(pieces[:index]),
             per_part[index], sum(counts[:index]), rows * num_heads,
             HEADS=num_heads, HEADS_PER_GROUP=per_group, HEAD_BLOCKS=heads.count,
             BLOCK_HEADS=max(16, triton.next_power_of_2(per_group)), KEY_GROUP=num_heads // key_groups, KV=heads.kv,

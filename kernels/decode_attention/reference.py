@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from palu.kernels.latent_scores.reference import latent_scores
 from palu.kernels.latents import LatentProjection, Latents, Stretch, blocks
 from palu.kernels.quantize import SMALLEST_SCALE, PackedLatents
-from palu.kernels.latent_scores.reference import latent_scores
 from palu.kernels.reconstruct.reference import BLOCK_LENGTH
 from palu.kernels.rotation import Rotation
 

@@ -1,49 +1,49 @@
 """Launches the score kernels: shapes of their programs, buffers, grids."""
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from palu.kernels.latent_scores.factors import ordered_factor, ordered_query, padded_rank
-from palu.kernels.latent_scores.kernel import scores_kernel, turn_kernel, weight_kernel
-from palu.kernels.latents import Latents, LatentProjection, Stretch, stretches
+from palu.kernels.latent_scores.kernel import scores_kernel
+from palu.kernels.latent_scores.layout import (
+    DTYPES,
+    HeadBlocks,
+    divisor,
+    head_blocks,
+    layout,
+    mask_kind,
+    processors,
+    register_limit,
+    side_of,
+)
+from palu.kernels.latent_scores.weights import turn_kernel, weight_kernel
+from palu.kernels.latents import LatentProjection, Latents, Stretch, stretches
 from palu.kernels.quantize import PackedLatents
 from palu.kernels.rotation import Interpolation, Rotation
 
 LOG2_E = 1.4426950408889634
-DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 TILE = 64
 # Tokens that a program makes weights of at a time at most, and tokens per block where nothing is interpolated.
 MOST_PIECE = PLAIN_SPAN = 256
-# kv heads, and query heads, whose scores one program computes at most.
-MOST_KV, MOST_SLOTS = {False: 4, True: 2}, 32
 # Rows of the matrix product in `weight_kernel`.
 WEIGHT_ROWS = 64
-STAGES = 3
-WARPS = 4
-MAXNREG = None
-WEIGHT_MAXNREG = 128
-# Programs of the score kernel per multiprocessor.
-PROGRAMS_PER_PROCESSOR = 2
 
 
-class HeadBlocks(NamedTuple):
-    """How query heads are shared out: blocks of `kv` kv heads with `query_slots` places for `queries` each.
+class Config(NamedTuple):
+    """How the score kernel is launched: programs per multiprocessor, tiles under way, registers per thread at most."""
 
-    per_group: kv heads per group; slots: places per block in the scores; count: blocks in all.
-    """
+    programs: int
+    stages: int
+    registers: int | None
 
-    per_group: int
-    kv: int
-    queries: int
-    query_slots: int
-    slots: int
-    count: int
+
+# Measured on one H200; numbers need more shared memory, codes more registers.
+CONFIGS = {"numbers": Config(2, 3, None), "codes": Config(3, 2, 168)}
+WEIGHT_REGISTERS = 128
 
 
 class Scores(NamedTuple):
@@ -81,65 +81,24 @@ class ValueSide(NamedTuple):
     latents: Latents
 
 
-class Side(NamedTuple):
-    """Ranks, first latents, first bytes and first bytes of the high plane of every group, int32 on the device."""
+class Step(NamedTuple):
+    """What all stretches of a call share: queries [rows, num_heads, width] and how they are scored."""
 
-    rank: Tensor
-    offset: Tensor
-    byte: Tensor
-    plane: Tensor
-
-
-def head_blocks(heads_per_group: int, groups: int, queries: int) -> HeadBlocks:
-    """Blocks for groups of kv heads with `queries` query heads each."""
-    query_slots = triton.next_power_of_2(queries)
-    kv = max(1, min(MOST_KV[queries > 1], triton.next_power_of_2(heads_per_group), MOST_SLOTS // query_slots))
-    count = triton.cdiv(heads_per_group, kv) * groups
-    return HeadBlocks(heads_per_group, kv, queries, query_slots, max(8, kv * query_slots), count)
-
-
-@functools.lru_cache(maxsize=4096)
-def side_of(ranks: tuple[int, ...], bits: int, device: torch.device) -> Side:
-    """The groups' places, made once per device. A plane of b bits begins behind ceil(width b / 8) bytes."""
-    with torch.inference_mode(False):
-        offsets = [sum(ranks[:group]) for group in range(len(ranks))]
-        plane_bits = 2 if bits == 3 else bits
-        bytes_ = [offset * plane_bits // 8 if bits < 16 else offset for offset in offsets]
-        planes = [-(-sum(ranks) * 2 // 8) + offset // 8 if bits == 3 else 0 for offset in offsets]
-        numbers = (ranks, offsets, bytes_, planes)
-        return Side(*(torch.tensor(each, dtype=torch.int32, device=device) for each in numbers))
-
-
-@functools.cache
-def divisor(ranks: tuple[int, ...]) -> int:
-    """The largest power of two, 16 to 128, of which all ranks are multiples."""
-    return next(size for size in (128, 64, 32, 16) if all(rank % size == 0 for rank in ranks))
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; a few where the kernels are interpreted."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
-def layout(part: Stretch) -> tuple[tuple[Tensor, Tensor], tuple[int, int, int, int], int, bool]:
-    """Latents or codes, and scales; strides per row and token of both; bits; whether zero points stand beside scales."""
-    if not isinstance(part, PackedLatents):
-        return (part, part), (part.stride(0), part.stride(1), 0, 0), 16, False
-    strides = (*part.codes.stride()[:2], *part.scales.stride()[:2])
-    return (part.codes, part.scales), strides, part.quantization.bits, part.zeros is not None
-
-
-def mask_kind(mask: Tensor | None) -> str:
-    """What the kernels call a mask."""
-    return "none" if mask is None else "bool" if mask.dtype == torch.bool else "additive"
+    query: Tensor
+    key: LatentProjection
+    key_norm: torch.nn.Module | None
+    interpolation: Interpolation | None
+    rows_per_latent: int
+    scaling: float
+    programs: int
+    config: "Config"
 
 
 def launch_scores(
     query: Tensor, latents: Latents, key: LatentProjection, rotation: Rotation | None, mask: Tensor | None,
-    rows_per_latent: int, key_norm: torch.nn.Module | None = None, value: ValueSide | None = None,
+    rows_per_latent: int, scaling: float, key_norm: torch.nn.Module | None = None, value: ValueSide | None = None,
 ) -> Scores:  # fmt: skip
-    """Scores of queries [rows, num_heads, head_dim or, absorbed, width], which carry scaling and log2(e).
+    """Scores of queries [rows, num_heads, head_dim or, absorbed, width] times `scaling`, as base-2 logarithms.
 
     mask: [rows or 1, length] or None; rows_per_latent: rows that read the same row of latents; value: the values that
     the weights are for, or None for the scores themselves.
@@ -154,7 +113,8 @@ def launch_scores(
     if key.up is not None and key_norm is None:
         interpolation = rotation.interpolation(heads.queries, compute_dtype(query, parts))
     span = PLAIN_SPAN if interpolation is None else interpolation.span
-    programs = max(1, PROGRAMS_PER_PROCESSOR * processors(query.device) // (heads.count * rows))
+    config = CONFIGS["codes" if any(isinstance(part, PackedLatents) for part in parts) else "numbers"]
+    programs = max(1, config.programs * processors(query.device) // (heads.count * rows))
     piece = piece_length(span, latents.shape[1], programs)
     pieces = [triton.cdiv(part.shape[1], piece) for part in parts]
     stored = sum(pieces) * piece
@@ -166,16 +126,16 @@ def launch_scores(
         weights = query.new_empty(rows, heads.count, heads.slots, stored, dtype=dtype)
         stats = query.new_empty(rows, heads.count, sum(pieces), 3, heads.slots, dtype=torch.float32)
     found = Scores(scores, weights, stats, piece, heads)
+    scaling *= LOG2_E * (1.0 if rotation is None else rotation.attention_scaling)
+    step = Step(query, key, key_norm, interpolation, rows_per_latent, scaling, programs, config)
     start = 0
     for index, part in enumerate(parts):
-        visible = None if mask is None else mask.narrow(1, start, part.shape[1])
-        turn = None if rotation is None else rotation.narrow(start, part.shape[1])
+        length = part.shape[1]
+        visible = None if mask is None else mask.narrow(1, start, length)
+        turn = None if rotation is None else rotation.narrow(start, length)
         values = None if value is None else ValueSide(value.heads_per_group, stretches(value.latents)[index])
-        first_piece = sum(pieces[:index])
-        _launch_part(
-            query, part, key, turn, interpolation, visible, rows_per_latent, key_norm, values, found, first_piece, programs
-        )
-        start += part.shape[1]
+        _launch_part(step, part, turn, visible, values, found, sum(pieces[:index]))
+        start += length
     return found
 
 
@@ -194,11 +154,11 @@ def piece_length(span: int, length: int, programs: int) -> int:
 
 
 def _launch_part(
-    query: Tensor, part: Stretch, key: LatentProjection, rotation: Rotation | None,
-    interpolation: Interpolation | None, mask: Tensor | None, rows_per_latent: int, key_norm: torch.nn.Module | None,
-    value: ValueSide | None, found: Scores, first_piece: int, programs: int,
+    step: Step, part: Stretch, rotation: Rotation | None, mask: Tensor | None, value: ValueSide | None, found: Scores,
+    first_piece: int,
 ) -> None:  # fmt: skip
     """Scores of one stretch of tokens."""
+    query, key, key_norm, interpolation, rows_per_latent, scaling, programs, config = step
     rows, num_heads, width = query.shape
     tensors, strides, bits, asymmetric = layout(part)
     heads, length, device, groups = found.heads, part.shape[1], query.device, len(key.ranks)
@@ -217,9 +177,7 @@ def _launch_part(
     blocks = triton.cdiv(length, span)
     if interpolation is not None:
         starts, turns = rotation.turns(mask, length, interpolation, dtype, _launch_turns)
-        weights, biases = _launch_weights(
-            query, part, key, up, rotation, interpolation, mask, (starts, turns), rows_per_latent, found, first_piece, dtype
-        )
+        weights, biases = _launch_weights(step, part, up, rotation, mask, (starts, turns), found, first_piece)
         cos, sin = rotation.fast_tables(interpolation.fast, dtype)
         basis = interpolation.basis
     pieces = triton.cdiv(length, found.piece)
@@ -228,14 +186,17 @@ def _launch_part(
     )  # fmt: skip
     positions = side.rank if rotation is None else rotation.positions
     scores_kernel[(min(pieces, programs), heads.count, rows)](
-        query, *tensors, up, up if key.bias is None else key.bias, up if key_norm is None else key_norm.weight, cos, sin,
+        query, *tensors, up, up if key.bias is None else key.bias, up if key_norm is None else key_norm.weight, cos,
+        sin,
         positions, up if rotation is None else rotation.frequencies.to(device, torch.float32), basis,
-        up if mask is None else mask, starts, weights, biases, values[1], found.scores, found.weights, found.stats, *side,
+        up if mask is None else mask, starts, weights, biases, values[1], found.scores, found.weights, found.stats,
+        *side,
         min(pieces, programs), length, blocks, *strides, 0 if absorbed else up.stride(0),
         *((0, 0) if interpolation is None else _strides(cos)), *((0, 0) if rotation is None else _strides(positions)),
         *((0, 0) if mask is None else _strides(mask)), *value_strides[2:],
         1 if interpolation is None else rows // starts.shape[0], found.scores.shape[3],
-        first_piece * found.piece, found.stats.shape[2], first_piece, 0.0 if key_norm is None else key_norm.variance_epsilon,
+        first_piece * found.piece, found.stats.shape[2], first_piece,
+        0.0 if key_norm is None else key_norm.variance_epsilon, scaling,
         MODE=mode, HEAD_DIM=width, HEADS=num_heads, KV_HEADS=kv_heads, HEADS_PER_GROUP=kv_heads // groups,
         KV=heads.kv, QUERIES=heads.queries, QUERY_SLOTS=heads.query_slots, SLOTS=heads.slots,
         QUERY_ROWS=rows_per_latent, FAST=16 if interpolation is None else interpolation.fast,
@@ -245,7 +206,8 @@ def _launch_part(
         HAS_BIAS=key.bias is not None, HAS_NORM=key_norm is not None,
         VALUE_GROUP=num_heads if value is None else value.heads_per_group, VALUE_BITS=value_bits,
         VALUE_ASYMMETRIC=value_asymmetric, RAW=value is None, DTYPE=DTYPES[dtype],
-        ASSEMBLY=dtype == torch.float16 and query.is_cuda, DIVISOR=divisor(tuple(key.ranks)), STAGES=STAGES, num_warps=WARPS, **({} if MAXNREG is None else {"maxnreg": MAXNREG}),
+        ASSEMBLY=dtype == torch.float16 and query.is_cuda, DIVISOR=divisor(tuple(key.ranks)), STAGES=config.stages,
+        **register_limit(config.registers),
     )  # fmt: skip
 
 
@@ -274,13 +236,13 @@ def slow_pairs(pairs: int, interpolation: Interpolation) -> int:
 
 
 def _launch_weights(
-    query: Tensor, part: Stretch, key: LatentProjection, up: Tensor, rotation: Rotation, interpolation: Interpolation,
-    mask: Tensor | None, starts_turns: tuple[Tensor, Tensor], rows_per_latent: int, found: Scores, first_piece: int,
-    dtype: torch.dtype,
+    step: Step, part: Stretch, up: Tensor, rotation: Rotation, mask: Tensor | None, starts_turns: tuple[Tensor, Tensor],
+    found: Scores, first_piece: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Every block's matrix for the slow pairs, [rows, blocks, head blocks, columns, rank], and what a bias adds."""
+    query, key, _, interpolation, rows_per_latent, scaling, _, _ = step
     rows, num_heads, head_dim = query.shape
-    starts, turns = starts_turns
+    (starts, turns), dtype = starts_turns, compute_dtype(query, (part,))
     tensors, strides, bits, asymmetric = layout(part)
     side, rank, heads = side_of(tuple(key.ranks), bits, query.device), padded_rank(tuple(key.ranks)), found.heads
     kv_heads, blocks = up.shape[0] * len(key.ranks) // head_dim, turns.shape[1]
@@ -292,17 +254,19 @@ def _launch_weights(
     together = triton.next_power_of_2(triton.cdiv(tiles, programs))
     weight_kernel[(triton.cdiv(tiles, together), num_heads, rows)](
         query, *tensors, up, up if key.bias is None else key.bias, rotation.positions,
-        rotation.frequencies.to(query.device, torch.float32), up if mask is None else mask, starts, turns, weights, biases,
+        rotation.frequencies.to(query.device, torch.float32), up if mask is None else mask, starts, turns, weights,
+        biases,
         found.scores, *side, part.shape[1], blocks, *strides, up.stride(0), *_strides(rotation.positions),
         *((0, 0) if mask is None else _strides(mask)), turns.stride(0), rows // turns.shape[0], found.scores.shape[3],
-        first_piece * found.piece,
+        first_piece * found.piece, scaling,
         HEAD_DIM=head_dim, HEADS=num_heads, KV_HEADS=kv_heads, HEADS_PER_GROUP=kv_heads // len(key.ranks), KV=heads.kv,
         QUERIES=heads.queries, QUERY_SLOTS=heads.query_slots, FAST=interpolation.fast,
-        SLOW=slow_pairs(head_dim // 2, interpolation), COLUMNS=interpolation.columns, SPAN=interpolation.span, RANK=rank,
+        SLOW=slow_pairs(head_dim // 2, interpolation), COLUMNS=interpolation.columns, SPAN=interpolation.span,
+        RANK=rank,
         ROWS=WEIGHT_ROWS, TILES=together, SLOTS=heads.slots, QUERY_ROWS=rows_per_latent, TILE=TILE, BITS=bits,
         ASYMMETRIC=asymmetric, MASK=mask_kind(mask), HAS_BIAS=key.bias is not None,
         ASSEMBLY=dtype == torch.float16 and query.is_cuda, DIVISOR=divisor(tuple(key.ranks)), DTYPE=DTYPES[dtype],
-        **({} if WEIGHT_MAXNREG is None else {"maxnreg": WEIGHT_MAXNREG}),
+        **register_limit(WEIGHT_REGISTERS),
     )  # fmt: skip
     return weights, biases
 

@@ -59,8 +59,7 @@ def latent_scores(
     from palu.kernels.latent_scores.launch import LOG2_E, launch_scores
 
     batch, num_heads, queries, width = query.shape
-    scaling = LOG2_E * (1.0 if rotation is None else rotation.attention_scaling)
-    rows = (query * scaling).transpose(1, 2).contiguous().view(batch * queries, num_heads, width)
-    found = launch_scores(rows, latents, key, rotation, None, queries, key_norm)
+    rows = query.transpose(1, 2).contiguous().view(batch * queries, num_heads, width)
+    found = launch_scores(rows, latents, key, rotation, None, queries, 1.0, key_norm)
     scores = found.by_head(num_heads, [part.shape[1] for part in stretches(latents)]) / LOG2_E
     return scores.view(batch, queries, num_heads, -1).transpose(1, 2)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from palu.kernels.latents import LatentProjection, Stretch, blocks, Latents
+from palu.kernels.latents import LatentProjection, Latents, Stretch, blocks
 from palu.kernels.quantize import PackedLatents
 from palu.kernels.reconstruct.reference import BLOCK_LENGTH, reconstruct
 from palu.kernels.rotation import Rotation, rotate

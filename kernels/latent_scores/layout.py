@@ -1,0 +1,89 @@
+"""How heads, groups and latents lie in memory, as the launches of the kernels need to know it."""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from palu.kernels.latents import Stretch
+from palu.kernels.quantize import PackedLatents
+
+DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+# kv heads, with one query head each or with several, and query heads, whose scores one program computes at most.
+MOST_KV, MOST_SLOTS = {False: 4, True: 2}, 32
+
+
+class HeadBlocks(NamedTuple):
+    """How query heads are shared out: blocks of `kv` kv heads with `query_slots` places for `queries` each.
+
+    per_group: kv heads per group; slots: places per block in the scores; count: blocks in all.
+    """
+
+    per_group: int
+    kv: int
+    queries: int
+    query_slots: int
+    slots: int
+    count: int
+
+
+class Side(NamedTuple):
+    """Ranks, first latents, first bytes and first bytes of the high plane of every group, int32 on the device."""
+
+    rank: Tensor
+    offset: Tensor
+    byte: Tensor
+    plane: Tensor
+
+
+def head_blocks(heads_per_group: int, groups: int, queries: int) -> HeadBlocks:
+    """Blocks for groups of kv heads with `queries` query heads each."""
+    query_slots = triton.next_power_of_2(queries)
+    kv = max(1, min(MOST_KV[queries > 1], triton.next_power_of_2(heads_per_group), MOST_SLOTS // query_slots))
+    count = triton.cdiv(heads_per_group, kv) * groups
+    return HeadBlocks(heads_per_group, kv, queries, query_slots, max(8, kv * query_slots), count)
+
+
+@functools.lru_cache(maxsize=4096)
+def side_of(ranks: tuple[int, ...], bits: int, device: torch.device) -> Side:
+    """The groups' places, made once per device. A plane of b bits begins behind ceil(width b / 8) bytes."""
+    with torch.inference_mode(False):
+        offsets = [sum(ranks[:group]) for group in range(len(ranks))]
+        plane_bits = 2 if bits == 3 else bits
+        bytes_ = [offset * plane_bits // 8 if bits < 16 else offset for offset in offsets]
+        planes = [-(-sum(ranks) * 2 // 8) + offset // 8 if bits == 3 else 0 for offset in offsets]
+        numbers = (ranks, offsets, bytes_, planes)
+        return Side(*(torch.tensor(each, dtype=torch.int32, device=device) for each in numbers))
+
+
+@functools.cache
+def divisor(ranks: tuple[int, ...]) -> int:
+    """The largest power of two, 16 to 128, of which all ranks are multiples."""
+    return next(size for size in (128, 64, 32, 16) if all(rank % size == 0 for rank in ranks))
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a few where the kernels are interpreted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def layout(part: Stretch) -> tuple[tuple[Tensor, Tensor], tuple[int, int, int, int], int, bool]:
+    """Latents or codes, and scales; strides per row and token of both; bits; whether there are zero points."""
+    if not isinstance(part, PackedLatents):
+        return (part, part), (part.stride(0), part.stride(1), 0, 0), 16, False
+    strides = (*part.codes.stride()[:2], *part.scales.stride()[:2])
+    return (part.codes, part.scales), strides, part.quantization.bits, part.zeros is not None
+
+
+def register_limit(registers: int | None) -> dict[str, int]:
+    """The launch option that bounds a kernel's registers per thread."""
+    return {} if registers is None else {"maxnreg": registers}
+
+
+def mask_kind(mask: Tensor | None) -> str:
+    """What the kernels call a mask."""
+    return "none" if mask is None else "bool" if mask.dtype == torch.bool else "additive"

@@ -1,0 +1,121 @@
+"""Triton kernels that prepare a step: where blocks start, and the matrices of their slow pairs."""
+
+import triton
+import triton.language as tl
+
+from palu.kernels.latent_scores.tiles import GAPS, HIDDEN, exact_stretch, turn, visible_tokens
+
+
+@triton.jit(do_not_specialize=["length", "blocks"])
+def turn_kernel(
+    positions, frequencies, cos_basis, sin_basis, mask, starts, turns,
+    length, blocks, positions_b, positions_t, mask_b, mask_t,
+    PAIRS: tl.constexpr, ROWS_PER_POSITIONS: tl.constexpr, FAST: tl.constexpr, SLOW: tl.constexpr,
+    COLUMNS: tl.constexpr, SPAN: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Where a block of SPAN tokens starts, and what turns the slow pairs' basis to there.
+
+    starts: int32 [rows, blocks], the position of the block's token 0, or HIDDEN, or GAPS.
+    turns: [rows, blocks, COLUMNS, 2, SLOW], the shares of a and of b.
+    """
+    block, row = tl.program_id(0), tl.program_id(1)
+    token = block * SPAN + tl.arange(0, SPAN)
+    ok = token < length
+    seen, _ = visible_tokens(mask, row * mask_b, token, mask_t, ok, MASK)
+    at = positions + row // ROWS_PER_POSITIONS * positions_b + token * positions_t
+    lead = tl.load(at, mask=ok, other=0).to(tl.int32) - tl.arange(0, SPAN)
+    lowest, highest = tl.min(tl.where(seen, lead, GAPS), 0), tl.max(tl.where(seen, lead, HIDDEN), 0)
+    start = tl.where(lowest == highest, lowest, GAPS)
+    start = tl.where(highest == HIDDEN, HIDDEN, start)
+    tl.store(starts + row * blocks + block, start)
+    pair = FAST + tl.arange(0, SLOW)
+    slow_ok = pair < PAIRS
+    start = tl.where((start == HIDDEN) | (start == GAPS), 0, start).to(tl.float32)
+    c, s = turn(start * tl.load(frequencies + pair, mask=slow_ok, other=0.0))
+    at_basis = tl.arange(0, COLUMNS)[:, None] * PAIRS + pair[None, :]
+    basis_c = tl.load(cos_basis + at_basis, mask=slow_ok[None, :], other=0.0)
+    basis_s = tl.load(sin_basis + at_basis, mask=slow_ok[None, :], other=0.0)
+    out = turns + (row * blocks + block).to(tl.int64) * (COLUMNS * 2 * SLOW)
+    out += tl.arange(0, COLUMNS)[:, None] * (2 * SLOW) + tl.arange(0, SLOW)[None, :]
+    tl.store(out, (c[None, :] * basis_c - s[None, :] * basis_s).to(turns.dtype.element_ty))
+    tl.store(out + SLOW, (s[None, :] * basis_c + c[None, :] * basis_s).to(turns.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["length", "blocks", "rows_per_turn"])
+def weight_kernel(
+    query, latents, scales, up, bias, positions, frequencies, mask, starts, turns, weights, weight_biases, scores,
+    rank_of,
+    offset_of, byte_of, plane_of, length, blocks, latents_b, latents_t, scales_b, scales_t, up_stride, positions_b,
+    positions_t, mask_b, mask_t, turns_b, rows_per_turn, stored, stored_from, scaling,
+    HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEADS_PER_GROUP: tl.constexpr,
+    KV: tl.constexpr, QUERIES: tl.constexpr, QUERY_SLOTS: tl.constexpr, FAST: tl.constexpr, SLOW: tl.constexpr,
+    COLUMNS: tl.constexpr, SPAN: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
+    SLOTS: tl.constexpr, QUERY_ROWS: tl.constexpr, TILE: tl.constexpr, BITS: tl.constexpr, ASYMMETRIC: tl.constexpr,
+    MASK: tl.constexpr, HAS_BIAS: tl.constexpr, ASSEMBLY: tl.constexpr, DIVISOR: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The slow pairs' matrices of TILES * ROWS / COLUMNS blocks for one query head: turns [a; b].
+
+    The heads of a block of heads also share the blocks with gaps, whose scores are computed here, exactly.
+
+    weights: [rows, blocks, head blocks, KV * QUERY_SLOTS * COLUMNS, RANK].
+    """
+    chunk, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    kv_head = head // QUERIES
+    group, member = kv_head // HEADS_PER_GROUP, kv_head % HEADS_PER_GROUP
+    head_blocks: tl.constexpr = (HEADS_PER_GROUP + KV - 1) // KV
+    head_block = group * head_blocks + member // KV
+    all_blocks: tl.constexpr = head_blocks * (KV_HEADS // HEADS_PER_GROUP)
+    place = member % KV * QUERY_SLOTS + head % QUERIES
+    rank, offset = tl.load(rank_of + group), tl.load(offset_of + group)
+    if BITS < 16:
+        # The factor is in the order of the codes, every group as wide as the others.
+        rank, offset = RANK, group * RANK
+    slow = tl.arange(0, SLOW)
+    slow_ok = slow < HEAD_DIM // 2 - FAST
+    at_query = query + (row * HEADS + head) * HEAD_DIM + FAST + slow
+    q_first = tl.load(at_query, mask=slow_ok, other=0.0).to(tl.float32) * scaling
+    q_second = tl.load(at_query + HEAD_DIM // 2, mask=slow_ok, other=0.0).to(tl.float32) * scaling
+    if HAS_BIAS:
+        at_bias = bias + kv_head * HEAD_DIM + FAST + slow
+        bias_first = tl.load(at_bias, mask=slow_ok, other=0.0).to(tl.float32)
+        bias_second = tl.load(at_bias + HEAD_DIM // 2, mask=slow_ok, other=0.0).to(tl.float32)
+        bias_a = q_first * bias_first + q_second * bias_second
+        bias_b = q_second * bias_first - q_first * bias_second
+    WIDE: tl.constexpr = KV * QUERY_SLOTS * COLUMNS
+    PART: tl.constexpr = 128 if RANK > 128 else RANK
+    for part in tl.range(0, RANK, PART, num_stages=1):
+        latent = part + tl.arange(0, PART)
+        ok = slow_ok[:, None] & (latent < rank)[None, :]
+        source = up + ((member * HEAD_DIM + FAST + slow) * up_stride)[:, None] + offset + latent[None, :]
+        first = tl.load(source, mask=ok, other=0.0).to(tl.float32)
+        second = tl.load(source + HEAD_DIM // 2 * up_stride, mask=ok, other=0.0).to(tl.float32)
+        a = (q_first[:, None] * first + q_second[:, None] * second).to(DTYPE)
+        b = (q_second[:, None] * first - q_first[:, None] * second).to(DTYPE)
+        for tile in tl.range(0, TILES, num_stages=3):
+            index = (chunk * TILES + tile) * ROWS + tl.arange(0, ROWS)
+            block = index // COLUMNS
+            row_ok = block < blocks
+            at_turn = turns + row // rows_per_turn * turns_b + index[:, None] * (2 * SLOW) + slow[None, :]
+            w = tl.dot(tl.load(at_turn, mask=row_ok[:, None], other=0.0), a, input_precision="ieee")
+            w = tl.dot(tl.load(at_turn + SLOW, mask=row_ok[:, None], other=0.0), b, w, input_precision="ieee")
+            out = ((row * blocks + block).to(tl.int64) * all_blocks + head_block) * WIDE
+            out += place * COLUMNS + index % COLUMNS
+            tl.store(weights + out[:, None] * RANK + latent[None, :], w.to(DTYPE), mask=row_ok[:, None])
+            if HAS_BIAS and part == 0:
+                along_a = tl.load(at_turn, mask=row_ok[:, None], other=0.0).to(tl.float32)
+                along_b = tl.load(at_turn + SLOW, mask=row_ok[:, None], other=0.0).to(tl.float32)
+                added = tl.sum(along_a * bias_a[None, :] + along_b * bias_b[None, :], 1)
+                tl.store(weight_biases + out, added, mask=row_ok)
+    sharers = tl.minimum(HEADS_PER_GROUP - member // KV * KV, KV) * QUERIES
+    TOGETHER: tl.constexpr = TILES * ROWS // COLUMNS
+    last = tl.minimum(blocks, (chunk + 1) * TOGETHER)
+    for block in tl.range(chunk * TOGETHER + member % KV * QUERIES + head % QUERIES, last, sharers, num_stages=1):
+        if tl.load(starts + row // rows_per_turn * blocks + block) == GAPS:
+            exact_stretch(
+                query, latents, scales, up, bias, up, positions, frequencies, mask, scores, rank_of, offset_of, byte_of,
+                plane_of, row, head_block, block * SPAN, tl.minimum(length, (block + 1) * SPAN), length, latents_b,
+                latents_t, scales_b, scales_t, up_stride, positions_b, positions_t, mask_b, mask_t, stored, stored_from,
+                0.0, scaling, HEAD_DIM, HEADS, KV_HEADS, HEADS_PER_GROUP, KV, QUERIES, QUERY_SLOTS, SLOTS, QUERY_ROWS,
+                TILE,
+                RANK, BITS, ASYMMETRIC, MASK, HAS_BIAS, False, DTYPE, ASSEMBLY, DIVISOR,
+            )  # fmt: skip
