@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from palu.kernels.availability import uses_kernels
 from palu.kernels.packing import pack, packed_width, unpack
 
 # Scales below this would be subnormal in fp16 and lose their precision.
@@ -151,9 +152,21 @@ def quantize(latents: Tensor, quantization: Quantization) -> PackedLatents:
     """Round latents [batch, length, width] to packed codes; any floating dtype, computed in float32.
 
     Scale and zero point are rounded to fp16 first and the codes chosen for the rounded ones. A group that is constant
-    in a token is stored up to fp16 precision.
+    in a token is stored up to fp16 precision. One Triton launch on a GPU, the definition below elsewhere; compilers
+    fuse the definition themselves.
     """
-    clips = _clip_tensor(quantization, latents.device) if quantization.clip_ratios else None
+    if uses_kernels(latents) and not torch.compiler.is_compiling():
+        # Here, so that machines without a GPU need no Triton.
+        from palu.kernels.quantization.launch import can_take, launch_quantize
+
+        if can_take(latents, quantization):
+            return launch_quantize(latents, quantization)
+    return reference_quantize(latents, quantization)
+
+
+def reference_quantize(latents: Tensor, quantization: Quantization) -> PackedLatents:
+    """The definition in plain PyTorch."""
+    clips = clip_tensor(quantization, latents.device) if quantization.clip_ratios else None
     encode = _encode_symmetric if quantization.symmetric else _encode_asymmetric
     codes, scales, zeros = [], [], []
     offset = 0
@@ -172,7 +185,7 @@ def quantize(latents: Tensor, quantization: Quantization) -> PackedLatents:
 
 
 @functools.lru_cache(maxsize=1024)
-def _clip_tensor(quantization: Quantization, device: torch.device) -> Tensor:
+def clip_tensor(quantization: Quantization, device: torch.device) -> Tensor:
     """The clip ratios on a device, made once: a CUDA graph cannot copy them there."""
     with torch.inference_mode(False):
         return torch.tensor(quantization.clip_ratios, device=device)

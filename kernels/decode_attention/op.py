@@ -1,19 +1,16 @@
 """Entry point of the op: shape checks and the choice of implementation."""
 
-import importlib.util
-import os
 import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from palu.kernels.availability import HAS_TRITON, uses_kernels
 from palu.kernels.decode_attention.reference import decode_attention as reference_decode_attention
 from palu.kernels.latents import LatentProjection, Latents
 from palu.kernels.rotation import Rotation
 
-FORCE_REFERENCE = "PALU_FORCE_REFERENCE"
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 if torch.cuda.is_available() and not HAS_TRITON:
     warnings.warn("Triton is not installed: decoding over latents runs in slow plain PyTorch", stacklevel=2)
 
@@ -46,7 +43,7 @@ def decode_attention(
             )
     if key_latents.shape[1] != value_latents.shape[1]:
         raise ValueError(f"{key_latents.shape[1]} key latents but {value_latents.shape[1]} value latents")
-    if query.is_cuda and HAS_TRITON and not os.environ.get(FORCE_REFERENCE):
+    if uses_kernels(query):
         # Here, so that machines without a GPU need no Triton.
         from palu.kernels.decode_attention.launch import can_take
         from palu.kernels.decode_attention.launch import decode_attention as launch_decode_attention

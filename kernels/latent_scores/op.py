@@ -1,23 +1,14 @@
 """Entry point of the op: shape checks and the choice of implementation."""
 
-import importlib.util
-import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from palu.kernels.availability import uses_kernels
 from palu.kernels.latent_scores.reference import latent_scores as reference_latent_scores
 from palu.kernels.latents import LatentProjection, Latents, stretches
 from palu.kernels.rotation import Rotation
-
-FORCE_REFERENCE = "PALU_FORCE_REFERENCE"
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-
-def uses_kernels(tensor: Tensor) -> bool:
-    """Whether this machine and the environment let Triton compute: on a GPU, unless `PALU_FORCE_REFERENCE` is set."""
-    return tensor.is_cuda and HAS_TRITON and not os.environ.get(FORCE_REFERENCE)
 
 
 def absorbed(query: Tensor, key: LatentProjection) -> tuple[Tensor, LatentProjection]:

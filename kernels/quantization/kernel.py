@@ -1,0 +1,72 @@
+"""Triton kernel that rounds latents to packed codes, one group of one token a program."""
+
+import triton
+import triton.language as tl
+
+# Adding and taking away 1.5 * 2^23 rounds a float32 to the nearest whole number, halves to even.
+ROUNDING: tl.constexpr = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def quantize_kernel(
+    latents, clips, codes, parameters, width_of, offset_of, byte_of, plane_of,
+    latents_t, codes_t, parameters_t, smallest_scale, largest_zero,
+    BITS: tl.constexpr, PIECES: tl.constexpr, SYMMETRIC: tl.constexpr, HAS_CLIPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As `palu.kernels.quantize.quantize`. A piece is every PIECES-th latent, so that packing needs no exchange.
+
+    latents: [tokens, width]; codes: uint8 [tokens, bytes]; parameters: fp16 [tokens, groups or 2 * groups].
+    """
+    token, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    width, offset = tl.load(width_of + group), tl.load(offset_of + group)
+    column = tl.arange(0, BLOCK // PIECES)
+    ok = column < width // PIECES
+    source = latents + token * latents_t + offset + column * PIECES
+    low, high = float("inf"), float("-inf")
+    values = ()
+    for piece in tl.static_range(PIECES):
+        value = tl.load(source + piece, mask=ok, other=0.0).to(tl.float32)
+        low = tl.minimum(low, tl.min(tl.where(ok, value, float("inf")), 0))
+        high = tl.maximum(high, tl.max(tl.where(ok, value, float("-inf")), 0))
+        values = values + (value,)
+    clip = 1.0
+    if HAS_CLIPS:
+        clip = tl.load(clips + group)
+    top: tl.constexpr = (1 << BITS) - 1
+    magnitude = tl.maximum(tl.abs(low), tl.abs(high))
+    if SYMMETRIC:
+        scale = tl.div_rn(magnitude * clip, (1 << (BITS - 1)) - 0.5)
+    else:
+        span = (high - low) * clip
+        scale = tl.maximum(tl.div_rn(span, top * 1.0), tl.div_rn(magnitude, largest_zero))
+    scale = tl.minimum(tl.maximum(scale, smallest_scale), 60000.0).to(tl.float16)
+    step = scale.to(tl.float32)
+    zero = (1 << (BITS - 1)) * 1.0
+    if SYMMETRIC:
+        tl.store(parameters + token * parameters_t + group, scale)
+    else:
+        half = tl.div_rn((span - low - high) * 0.5, step).to(tl.float16)
+        zero = half.to(tl.float32)
+        tl.store(parameters + token * parameters_t + 2 * group, scale)
+        tl.store(parameters + token * parameters_t + 2 * group + 1, half)
+    out = codes + token * codes_t + tl.load(byte_of + group)
+    first = tl.zeros((BLOCK // PIECES,), tl.int32)
+    second, plane = first, first
+    for piece in tl.static_range(PIECES):
+        code = tl.minimum(tl.maximum(tl.div_rn(values[piece], step) + zero, 0.0), top * 1.0)
+        code = ((code + ROUNDING) - ROUNDING).to(tl.int32)
+        if BITS == 3:
+            plane = plane | ((code >> 2) << piece)
+            if piece < 4:
+                first = first | ((code & 3) << (2 * piece))
+            else:
+                second = second | ((code & 3) << (2 * piece - 8))
+        else:
+            first = first | (code << (BITS * piece))
+    if BITS == 3:
+        tl.store(out + 2 * column, first.to(tl.uint8), mask=ok)
+        tl.store(out + 2 * column + 1, second.to(tl.uint8), mask=ok)
+        at_plane = codes + token * codes_t + tl.load(plane_of + group)
+        tl.store(at_plane + column, plane.to(tl.uint8), mask=ok)
+    else:
+        tl.store(out + column, first.to(tl.uint8), mask=ok)

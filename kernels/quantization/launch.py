@@ -1,0 +1,39 @@
+"""Launches the quantisation kernel: what it can take, its grid, its buffers."""
+
+import torch
+import triton
+from torch import Tensor
+
+from palu.kernels.latent_scores.layout import side_of
+from palu.kernels.packing import packed_width
+from palu.kernels.quantization.kernel import quantize_kernel
+from palu.kernels.quantize import LARGEST_ZERO_POINT, SMALLEST_SCALE, PackedLatents, Quantization, clip_tensor
+
+# Groups of such multiples begin at whole bytes of every plane; wider ones than the largest do not fit in registers.
+WIDTH_MULTIPLE, LARGEST_WIDTH = 16, 8192
+
+
+def can_take(latents: Tensor, quantization: Quantization) -> bool:
+    """Whether the kernel can compute this call."""
+    fits = all(width % WIDTH_MULTIPLE == 0 and width <= LARGEST_WIDTH for width in quantization.widths)
+    return fits and not (torch.is_grad_enabled() and latents.requires_grad) and latents.dtype != torch.float64
+
+
+def launch_quantize(latents: Tensor, quantization: Quantization) -> PackedLatents:
+    """As `palu.kernels.quantize.quantize`, in one launch."""
+    batch, length, width = latents.shape
+    rows = latents.reshape(batch * length, width)
+    bits, groups = quantization.bits, len(quantization.widths)
+    codes = rows.new_empty(batch * length, packed_width(width, bits), dtype=torch.uint8)
+    count = groups if quantization.symmetric else 2 * groups
+    parameters = rows.new_empty(batch * length, count, dtype=torch.float16)
+    clips = clip_tensor(quantization, latents.device) if quantization.clip_ratios else parameters
+    if rows.shape[0]:
+        quantize_kernel[(batch * length, groups)](
+            rows, clips, codes, parameters, *side_of(quantization.widths, bits, latents.device),
+            rows.stride(0), codes.stride(0), parameters.stride(0), SMALLEST_SCALE, LARGEST_ZERO_POINT,
+            BITS=bits, PIECES=8 if bits == 3 else 8 // bits, SYMMETRIC=quantization.symmetric,
+            HAS_CLIPS=bool(quantization.clip_ratios), BLOCK=triton.next_power_of_2(max(quantization.widths)),
+        )  # fmt: skip
+    shape = (batch, length, -1)
+    return PackedLatents.of(codes.view(shape), parameters.view(shape), quantization)

@@ -1,0 +1,38 @@
+"""The quantisation kernel against its definition in PyTorch."""
+
+import pytest
+import torch
+
+from palu.kernels.quantization.launch import can_take, launch_quantize
+from palu.kernels.quantize import Quantization, reference_quantize
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_and_parameters_equal_the_definition(bits, symmetric, dtype):
+    widths = (48, 16, 96)
+    clips = (0.9, 1.0, 0.75)
+    sizes = torch.tensor([0.01, 3.0, 40.0]).repeat_interleave(torch.tensor(widths))
+    latents = (torch.randn(2, 5, 160) * sizes + 2 * (torch.arange(160) == 7)).to(DEVICE, dtype)
+    latents[0, 2, :48] = 1.5
+    quantization = Quantization(bits, widths, symmetric, clips)
+    assert can_take(latents, quantization)
+    expected, got = reference_quantize(latents, quantization), launch_quantize(latents, quantization)
+    assert torch.equal(got.scales, expected.scales)
+    assert symmetric or torch.equal(got.zeros, expected.zeros)
+    assert torch.equal(got.codes, expected.codes)
+
+
+def test_rows_of_a_wider_tensor_are_read_where_they_lie():
+    wide = torch.randn(3, 4, 80, device=DEVICE)
+    quantization = Quantization(4, (32,))
+    got = launch_quantize(wide[:, 1:3, 16:48], quantization)
+    assert torch.equal(got.codes, reference_quantize(wide[:, 1:3, 16:48].contiguous(), quantization).codes)
+
+
+def test_groups_that_straddle_bytes_and_latents_with_gradients_are_left_to_the_definition():
+    assert not can_take(torch.randn(1, 1, 40), Quantization(3, (40,)))
+    assert not can_take(torch.randn(1, 1, 32, requires_grad=True), Quantization(4, (32,)))
