@@ -151,7 +151,7 @@ def _combine(parts: Parts, value: LatentProjection, query: Tensor, head_dim: int
         parts.sums.shape[0], rows * num_heads, up.stride(0),
         HEADS=num_heads, HEADS_PER_GROUP=per_group, QUERIES=num_heads // kv_heads, HEAD_DIM=head_dim,
         RANK_STRIDE=stride, BLOCK_RANK=COMBINE_RANK,
-        BLOCK_PARTS=min(COMBINE_PARTS, triton.next_power_of_2(parts.sums.shape[0])), BLOCK_OUT=COMBINE_OUT,
+        BLOCK_PARTS=COMBINE_PARTS, BLOCK_OUT=COMBINE_OUT,
         CHUNKS=triton.cdiv(stride, COMBINE_RANK),
         HAS_UP=value.up is not None, HAS_BIAS=value.bias is not None,
     )  # fmt: skip

@@ -135,7 +135,13 @@ def _interpolated_tile(
     return score
 
 
-@triton.jit(do_not_specialize=["length", "blocks", "block_step", "all_pieces", "first_piece", "rows_per_start"])
+# Numbers that grow with the cache: specialising on them would compile again and again while decoding.
+@triton.jit(
+    do_not_specialize=[
+        "length", "blocks", "block_step", "all_pieces", "first_piece", "rows_per_start", "scales_b", "table_b",
+        "positions_b", "mask_b", "value_scales_b",
+    ]
+)  # fmt: skip
 def scores_kernel(
     query, latents, scales, up, bias, norm, cos, sin, positions, frequencies, basis, mask,
     starts, weights, weight_biases, value_scales, scores, output, stats, rank_of, offset_of, byte_of, plane_of,

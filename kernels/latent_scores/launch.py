@@ -12,6 +12,7 @@ from palu.kernels.latent_scores.kernel import scores_kernel
 from palu.kernels.latent_scores.layout import (
     DTYPES,
     HeadBlocks,
+    block_memory,
     divisor,
     head_blocks,
     layout,
@@ -41,8 +42,10 @@ class Config(NamedTuple):
     registers: int | None
 
 
-# Measured on one H200; numbers need more shared memory, codes more registers.
-CONFIGS = {"numbers": Config(2, 3, None), "codes": Config(3, 2, 168)}
+# Measured on one H200: numbers need more shared memory, codes more registers. The third tile under way of numbers does
+# not fit into blocks of less than LARGE_BLOCK bytes (RTX 4090, L40).
+CONFIGS = {"numbers": Config(2, 3, None), "numbers, small blocks": Config(2, 2, None), "codes": Config(3, 2, 168)}
+LARGE_BLOCK = 160 << 10
 WEIGHT_REGISTERS = 128
 
 
@@ -113,7 +116,7 @@ def launch_scores(
     if key.up is not None and key_norm is None:
         interpolation = rotation.interpolation(heads.queries, compute_dtype(query, parts))
     span = PLAIN_SPAN if interpolation is None else interpolation.span
-    config = CONFIGS["codes" if any(isinstance(part, PackedLatents) for part in parts) else "numbers"]
+    config = config_for(any(isinstance(part, PackedLatents) for part in parts), block_memory(query.device))
     programs = max(1, config.programs * processors(query.device) // (heads.count * rows))
     piece = piece_length(span, latents.shape[1], programs)
     pieces = [triton.cdiv(part.shape[1], piece) for part in parts]
@@ -137,6 +140,11 @@ def launch_scores(
         _launch_part(step, part, turn, visible, values, found, sum(pieces[:index]))
         start += length
     return found
+
+
+def config_for(packed: bool, memory: int) -> Config:
+    """The launch configuration for codes or numbers on a device whose blocks have so many bytes of shared memory."""
+    return CONFIGS["codes" if packed else "numbers" if memory >= LARGE_BLOCK else "numbers, small blocks"]
 
 
 def compute_dtype(query: Tensor, parts: Sequence[Stretch]) -> torch.dtype:
@@ -251,19 +259,20 @@ def _launch_weights(
     biases = query.new_empty((rows, blocks, heads.count, wide) if key.bias is not None else (1,), dtype=torch.float32)
     tiles = triton.cdiv(blocks * interpolation.columns, WEIGHT_ROWS)
     programs = max(1, 4 * processors(query.device) // (num_heads * rows))
-    together = triton.next_power_of_2(triton.cdiv(tiles, programs))
+    together = triton.cdiv(tiles, programs)
     weight_kernel[(triton.cdiv(tiles, together), num_heads, rows)](
         query, *tensors, up, up if key.bias is None else key.bias, rotation.positions,
         rotation.frequencies.to(query.device, torch.float32), up if mask is None else mask, starts, turns, weights,
         biases,
         found.scores, *side, part.shape[1], blocks, *strides, up.stride(0), *_strides(rotation.positions),
-        *((0, 0) if mask is None else _strides(mask)), turns.stride(0), rows // turns.shape[0], found.scores.shape[3],
+        *((0, 0) if mask is None else _strides(mask)), turns.stride(0), rows // turns.shape[0], together,
+        found.scores.shape[3],
         first_piece * found.piece, scaling,
         HEAD_DIM=head_dim, HEADS=num_heads, KV_HEADS=kv_heads, HEADS_PER_GROUP=kv_heads // len(key.ranks), KV=heads.kv,
         QUERIES=heads.queries, QUERY_SLOTS=heads.query_slots, FAST=interpolation.fast,
         SLOW=slow_pairs(head_dim // 2, interpolation), COLUMNS=interpolation.columns, SPAN=interpolation.span,
         RANK=rank,
-        ROWS=WEIGHT_ROWS, TILES=together, SLOTS=heads.slots, QUERY_ROWS=rows_per_latent, TILE=TILE, BITS=bits,
+        ROWS=WEIGHT_ROWS, SLOTS=heads.slots, QUERY_ROWS=rows_per_latent, TILE=TILE, BITS=bits,
         ASYMMETRIC=asymmetric, MASK=mask_kind(mask), HAS_BIAS=key.bias is not None,
         ASSEMBLY=dtype == torch.float16 and query.is_cuda, DIVISOR=divisor(tuple(key.ranks)), DTYPE=DTYPES[dtype],
         **register_limit(WEIGHT_REGISTERS),

@@ -71,6 +71,14 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+@functools.cache
+def block_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have; plenty where the kernels are interpreted."""
+    if device.type != "cuda":
+        return 227 << 10
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def layout(part: Stretch) -> tuple[tuple[Tensor, Tensor], tuple[int, int, int, int], int, bool]:
     """Latents or codes, and scales; strides per row and token of both; bits; whether there are zero points."""
     if not isinstance(part, PackedLatents):

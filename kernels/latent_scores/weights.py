@@ -6,7 +6,7 @@ import triton.language as tl
 from palu.kernels.latent_scores.tiles import GAPS, HIDDEN, exact_stretch, turn, visible_tokens
 
 
-@triton.jit(do_not_specialize=["length", "blocks"])
+@triton.jit(do_not_specialize=["length", "blocks", "positions_b", "mask_b"])
 def turn_kernel(
     positions, frequencies, cos_basis, sin_basis, mask, starts, turns,
     length, blocks, positions_b, positions_t, mask_b, mask_t,
@@ -41,19 +41,19 @@ def turn_kernel(
     tl.store(out + SLOW, (s[None, :] * basis_c + c[None, :] * basis_s).to(turns.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["length", "blocks", "rows_per_turn"])
+@triton.jit(do_not_specialize=["length", "blocks", "rows_per_turn", "tiles", "scales_b", "positions_b", "mask_b"])
 def weight_kernel(
     query, latents, scales, up, bias, positions, frequencies, mask, starts, turns, weights, weight_biases, scores,
     rank_of,
     offset_of, byte_of, plane_of, length, blocks, latents_b, latents_t, scales_b, scales_t, up_stride, positions_b,
-    positions_t, mask_b, mask_t, turns_b, rows_per_turn, stored, stored_from, scaling,
+    positions_t, mask_b, mask_t, turns_b, rows_per_turn, tiles, stored, stored_from, scaling,
     HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEADS_PER_GROUP: tl.constexpr,
     KV: tl.constexpr, QUERIES: tl.constexpr, QUERY_SLOTS: tl.constexpr, FAST: tl.constexpr, SLOW: tl.constexpr,
-    COLUMNS: tl.constexpr, SPAN: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
+    COLUMNS: tl.constexpr, SPAN: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr,
     SLOTS: tl.constexpr, QUERY_ROWS: tl.constexpr, TILE: tl.constexpr, BITS: tl.constexpr, ASYMMETRIC: tl.constexpr,
     MASK: tl.constexpr, HAS_BIAS: tl.constexpr, ASSEMBLY: tl.constexpr, DIVISOR: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The slow pairs' matrices of TILES * ROWS / COLUMNS blocks for one query head: turns [a; b].
+    """The slow pairs' matrices of tiles * ROWS / COLUMNS blocks for one query head: turns [a; b].
 
     The heads of a block of heads also share the blocks with gaps, whose scores are computed here, exactly.
 
@@ -91,8 +91,8 @@ def weight_kernel(
         second = tl.load(source + HEAD_DIM // 2 * up_stride, mask=ok, other=0.0).to(tl.float32)
         a = (q_first[:, None] * first + q_second[:, None] * second).to(DTYPE)
         b = (q_second[:, None] * first - q_first[:, None] * second).to(DTYPE)
-        for tile in tl.range(0, TILES, num_stages=3):
-            index = (chunk * TILES + tile) * ROWS + tl.arange(0, ROWS)
+        for tile in tl.range(0, tiles, num_stages=3):
+            index = (chunk * tiles + tile) * ROWS + tl.arange(0, ROWS)
             block = index // COLUMNS
             row_ok = block < blocks
             at_turn = turns + row // rows_per_turn * turns_b + index[:, None] * (2 * SLOW) + slow[None, :]
@@ -107,9 +107,9 @@ def weight_kernel(
                 added = tl.sum(along_a * bias_a[None, :] + along_b * bias_b[None, :], 1)
                 tl.store(weight_biases + out, added, mask=row_ok)
     sharers = tl.minimum(HEADS_PER_GROUP - member // KV * KV, KV) * QUERIES
-    TOGETHER: tl.constexpr = TILES * ROWS // COLUMNS
-    last = tl.minimum(blocks, (chunk + 1) * TOGETHER)
-    for block in tl.range(chunk * TOGETHER + member % KV * QUERIES + head % QUERIES, last, sharers, num_stages=1):
+    together = tiles * ROWS // COLUMNS
+    last = tl.minimum(blocks, (chunk + 1) * together)
+    for block in tl.range(chunk * together + member % KV * QUERIES + head % QUERIES, last, sharers, num_stages=1):
         if tl.load(starts + row // rows_per_turn * blocks + block) == GAPS:
             exact_stretch(
                 query, latents, scales, up, bias, up, positions, frequencies, mask, scores, rank_of, offset_of, byte_of,
