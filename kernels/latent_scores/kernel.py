@@ -138,8 +138,8 @@ def _interpolated_tile(
 # Numbers that grow with the cache: specialising on them would compile again and again while decoding.
 @triton.jit(
     do_not_specialize=[
-        "length", "blocks", "block_step", "all_pieces", "first_piece", "rows_per_start", "scales_b", "table_b",
-        "positions_b", "mask_b", "value_scales_b",
+        "length", "blocks", "block_step", "all_pieces", "first_piece", "rows_per_start", "scales_b", "positions_b",
+        "mask_b", "value_scales_b",
     ]
 )  # fmt: skip
 def scores_kernel(
@@ -183,6 +183,9 @@ def scores_kernel(
         # The factor is in the order of the codes, every group as wide as the others.
         factor_rank, offset = RANK, group * RANK
     at_row = row // QUERY_ROWS
+    if ASYMMETRIC:
+        # Scales and zero points lie side by side, so rows of them start at whole words.
+        scales_b = tl.multiple_of(scales_b, 2)
     first_source = latents + at_row.to(tl.int64) * latents_b + byte
     first_plane = latents + at_row.to(tl.int64) * latents_b + tl.load(plane_of + group)
     slot = tl.arange(0, SLOTS)
@@ -228,8 +231,8 @@ def scores_kernel(
         at_query = query + ((row * HEADS + first_head + slot_head) * QUERY_STRIDE)[None, :]
         for part in tl.static_range(0, RANK, PART):
             latent = part + tl.arange(0, PART)
-            ok = (latent < factor_rank)[:, None] & slot_ok[None, :]
-            factor = tl.load(at_query + latent[:, None], mask=ok, other=0.0).to(tl.float32) * scaling
+            both_ok = (latent < factor_rank)[:, None] & slot_ok[None, :]
+            factor = tl.load(at_query + latent[:, None], mask=both_ok, other=0.0).to(tl.float32) * scaling
             factors = factors + (factor.to(dtype),)
 
     for piece in tl.range(first_block, tl.cdiv(length, PIECE), block_step, num_stages=1):
