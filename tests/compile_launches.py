@@ -1,0 +1,153 @@
+"""Records the launches of decode attention on the CPU and compiles them for a GPU that need not be here.
+
+    TRITON_INTERPRET=0 python -m tests.compile_launches ARCHITECTURE FOLDER
+
+prints a line of JSON for every kernel compiled: what it is, and the shared and local memory that it takes, or why it
+does not compile.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompilationError
+
+from palu.kernels.decode_attention import launch as attention
+from palu.kernels.latent_scores import launch as scores
+from palu.kernels.latents import LatentProjection
+from palu.kernels.packing import packed_width
+from palu.kernels.quantize import PackedLatents, Quantization
+from palu.kernels.rotation import Rotation
+
+TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.bool: "*i1"}
+TYPES |= {torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+LENGTH, HEAD_DIM, GROUP_SIZE, KEY_RANK, VALUE_RANK = 40960, 128, 4, 128, 384
+TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class Call(NamedTuple):
+    """A call of decode attention: 32 query heads of 128, one token."""
+
+    kv_heads: int = 32
+    bits: int = 16
+    dtype: torch.dtype = torch.float16
+    key_norm: bool = False
+    absorbed: bool = False
+
+
+CALLS = [Call(bits=bits) for bits in (16, 8, 4, 3, 2)] + [Call(8, bits) for bits in (16, 4)]
+CALLS += [Call(8, key_norm=True), Call(absorbed=True), Call(absorbed=True, bits=4), Call(dtype=torch.bfloat16)]
+
+
+class Launch(NamedTuple):
+    """What tells one compilation from another."""
+
+    name: str
+    signature: tuple
+    constants: tuple
+    aligned: tuple[int, ...]
+    options: tuple
+
+
+class Recorder:
+    """Stands in for a kernel; keeps what a launch would compile."""
+
+    def __init__(self, function, launches):
+        self.function, self.launches = function, launches
+
+    def __getitem__(self, grid):
+        return self.record
+
+    def record(self, *args, **keywords):
+        options = tuple((name, keywords.pop(name)) for name in OPTIONS if name in keywords)
+        values = dict(zip([parameter.name for parameter in self.function.params], args, strict=False)) | keywords
+        if values.get("DTYPE") == tl.float16 and "ASSEMBLY" in values:
+            # The launcher says so of tensors on a GPU only.
+            values["ASSEMBLY"] = True
+        signature, constants, aligned = {}, {}, []
+        for index, parameter in enumerate(self.function.params):
+            name, value = parameter.name, values[parameter.name]
+            specialized = not parameter.do_not_specialize
+            if parameter.is_constexpr or (type(value) is int and value == 1 and specialized):
+                signature[name], constants[name] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[name] = TYPES[value.dtype]
+                aligned += [index] if value.data_ptr() % 16 == 0 else []
+            elif isinstance(value, float):
+                signature[name] = "fp32"
+            else:
+                signature[name] = "i32"
+                aligned += [index] if value % 16 == 0 and specialized else []
+        launch = Launch(
+            self.function.__name__, tuple(signature.items()), tuple(constants.items()), tuple(aligned), options
+        )
+        self.launches.setdefault(launch, self.function)
+
+
+def record(calls):
+    """The launches of some calls, each once, with their functions."""
+    launches = {}
+    for module in (attention, scores):
+        module.processors = lambda device: 132
+        for name, value in list(vars(module).items()):
+            if name.endswith("_kernel") and hasattr(value, "params"):
+                setattr(module, name, Recorder(value, launches))
+    for call in calls:
+        attention.decode_attention(*arguments(call))
+    return launches
+
+
+def arguments(call):
+    """Arguments of a call, with memory that nobody touches for latents."""
+    groups, width = call.kv_heads // GROUP_SIZE, GROUP_SIZE * HEAD_DIM
+    ranks = ((KEY_RANK,) * groups, (VALUE_RANK,) * groups)
+    key, value = (LatentProjection(torch.zeros(width, sum(each), dtype=call.dtype), each, None) for each in ranks)
+    frequencies = (1e4 if call.kv_heads == 32 else 5e5) ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+    rotation = None if call.absorbed else Rotation(torch.arange(LENGTH)[None], frequencies)
+    norm = SimpleNamespace(variance_epsilon=1e-6, weight=torch.ones(HEAD_DIM, dtype=call.dtype))
+    query = torch.zeros(1, 32, 1, HEAD_DIM, dtype=call.dtype)
+    latents = [latents_of(call, each) for each in ranks]
+    mask = torch.ones(1, 1, 1, LENGTH, dtype=torch.bool)
+    return query, *latents, key, value, rotation, mask, HEAD_DIM**-0.5, norm if call.key_norm else None
+
+
+def latents_of(call, ranks):
+    if call.bits == 16:
+        return torch.empty(1, LENGTH, sum(ranks), dtype=call.dtype)
+    codes = torch.empty(1, LENGTH, packed_width(sum(ranks), call.bits), dtype=torch.uint8)
+    parameters = torch.empty(1, LENGTH, 2 * len(ranks), dtype=torch.float16)
+    return PackedLatents.of(codes, parameters, Quantization(call.bits, ranks))
+
+
+def compiled(function, launch, architecture, folder):
+    """What one launch takes on a GPU of an architecture."""
+    constants = dict(launch.constants)
+    names = ("MODE", "BITS", "QUERIES", "HAS_NORM", "STAGES", "PIECE", "FAST", "COLUMNS", "SPAN", "DTYPE")
+    row = {"kernel": launch.name} | {name.lower(): str(constants[name]) for name in names if name in constants}
+    attributes = {(index,): [["tt.divisibility", 16]] for index in launch.aligned}
+    source = ASTSource(function, signature=dict(launch.signature), constexprs=constants, attrs=attributes)
+    try:
+        kernel = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(launch.options))
+    except CompilationError as error:
+        return row | {"error": str(error)[-300:]}
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(kernel.asm["cubin"])
+    usage = subprocess.run([TOOL, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
+    row |= {"shared": kernel.metadata.shared, "warpgroup": "wgmma" in kernel.asm["ptx"]}
+    row |= {"asynchronous": "cp.async" in kernel.asm["ptx"], "registers": int(re.search(r"REG:(\d+)", usage)[1])}
+    row["spilled"] = max(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
+    return row
+
+
+if __name__ == "__main__":
+    for launch, function in record(CALLS).items():
+        print(json.dumps(compiled(function, launch, int(sys.argv[1]), Path(sys.argv[2]))), flush=True)
