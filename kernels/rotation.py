@@ -145,7 +145,7 @@ class Rotation:
         """cos and sin of every pair, scaled: [batch or 1, length, head_dim]."""
         key = ("all", dtype)
         if key not in self._tables:
-            cos, sin = self._turn(self.frequencies.shape[0], torch.promote_types(dtype, torch.float32))
+            cos, sin = self._turn(self.frequencies.shape[0])
             tables = (torch.cat([table, table], dim=-1) * self.attention_scaling for table in (cos, sin))
             self._tables[key] = tuple(table.to(dtype) for table in tables)
         return self._tables[key]
@@ -154,7 +154,7 @@ class Rotation:
         """cos and sin of the first pairs, not scaled: [batch or 1, length, pairs]."""
         key = ("fast", pairs, dtype)
         if key not in self._tables:
-            self._tables[key] = tuple(table.to(dtype) for table in self._turn(pairs, torch.float32))
+            self._tables[key] = tuple(table.to(dtype) for table in self._turn(pairs))
         return self._tables[key]
 
     def turns(
@@ -167,12 +167,10 @@ class Rotation:
             self._tables[key] = make(self, mask, length, interpolation, dtype)
         return self._tables[key]
 
-    def _turn(self, pairs: int, precision: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin; angles are float32 products as in transformers, so that both round alike."""
-        frequencies = self.frequencies[:pairs].to(self.positions.device)
-        if precision == torch.float32:
-            frequencies = frequencies.float()
-        angles = self.positions[..., None].to(frequencies.dtype) * frequencies
+    def _turn(self, pairs: int) -> tuple[Tensor, Tensor]:
+        """cos and sin, float32, of angles that are float32 products as in transformers, so that both round alike."""
+        frequencies = self.frequencies[:pairs].to(self.positions.device, torch.float32)
+        angles = self.positions[..., None].float() * frequencies
         return angles.cos(), angles.sin()
 
     def interpolation(self, queries: int, dtype: torch.dtype) -> Interpolation | None:

@@ -308,6 +308,7 @@ def scores_kernel(
             tl.debug_barrier()
             make_weights(
                 scores, output, stats, value_scales, at_row * value_scales_b, value_scales_t, value_group,
-                out, piece * PIECE, piece * PIECE + last * TILE, stored, stored_from, first_piece + piece, all_pieces,
+                out, piece * PIECE, tl.minimum(piece * PIECE + last * TILE, length), stored, stored_from,
+                first_piece + piece, all_pieces,
                 SLOTS, KV * QUERY_SLOTS, PIECE, VALUE_BITS, VALUE_ASYMMETRIC,
             )  # fmt: skip
