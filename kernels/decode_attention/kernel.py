@@ -25,7 +25,8 @@ def _weighed(
     else:
         first, second = load_pairs(source, plane, ok, column, rank, dtype, BITS, BLOCK_RANK, ASSEMBLY)
         x = tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), (source.shape[0], BLOCK_RANK))
-    return tl.dot(weights * factor[:, None], x, total, input_precision="ieee")
+    # Beside codes numbers keep the dtype of the model, which need not be that of the weights.
+    return tl.dot((weights * factor[:, None]).to(x.dtype), x, total, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["length", "pieces", "first_piece", "pieces_per_part", "first_part", "rows_heads"])
