@@ -150,12 +150,12 @@ class Rotation:
             self._tables[key] = tuple(table.to(dtype) for table in tables)
         return self._tables[key]
 
-    def fast_tables(self, pairs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin of the first pairs, not scaled: [batch or 1, length, pairs]."""
+    def fast_table(self, pairs: int, dtype: torch.dtype) -> Tensor:
+        """cos and sin of the first pairs in turns, not scaled: [batch or 1, length, 2 * pairs]."""
         key = ("fast", pairs, dtype)
         if key not in self._tables:
-            self._tables[key] = tuple(table.to(dtype) for table in self._turn(pairs))
-        return self._tables[key]
+            self._tables[key] = (torch.stack(self._turn(pairs), dim=-1).flatten(-2).to(dtype),)
+        return self._tables[key][0]
 
     def turns(
         self, mask: Tensor | None, length: int, interpolation: Interpolation, dtype: torch.dtype, make: Callable

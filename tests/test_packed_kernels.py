@@ -5,7 +5,7 @@ import torch
 
 from palu.kernels.decode_attention import launch
 from palu.kernels.decode_attention.spec import SHAPES, Shape
-from palu.kernels.latent_scores.launch import LOG2_E, ValueSide, launch_scores
+from palu.kernels.latent_scores.launch import LOG2_E, launch_scores
 from palu.kernels.latent_scores.op import absorbed
 from palu.kernels.latent_scores.reference import latent_scores
 from palu.kernels.latents import LatentProjection, MixedLatents, dense
@@ -152,5 +152,6 @@ def test_weights_read_no_scale_of_a_value_behind_the_last(num_heads, monkeypatch
         parameters[:, shape.length :] = float("nan")
     packed = packed.narrow(1, 0, shape.length)
     rows, keys, packed, key, value, rotation = on_device(query[:, :, 0], keys, packed, key, value, rotation)
-    found = launch_scores(rows, keys, key, rotation, None, 1, 1.0, value=ValueSide(num_heads, packed))
-    assert not found.stats.isnan().any()
+    scores = launch_scores(rows, keys, key, rotation, None, 1, 1.0)
+    parts = launch.launch_values(scores, packed, value, rows, 1, len(key.ranks))
+    assert not torch.cat([part.flatten() for part in parts]).isnan().any()

@@ -9,8 +9,8 @@ import triton
 from torch import Tensor
 
 from palu.kernels.decode_attention.kernel import combine_kernel, values_kernel
-from palu.kernels.latent_scores.launch import TILE, Scores, ValueSide, launch_scores
-from palu.kernels.latent_scores.layout import DTYPES, divisor, layout, processors, side_of
+from palu.kernels.latent_scores.launch import TILE, Scores, launch_scores
+from palu.kernels.latent_scores.layout import DTYPES, divisor, layout, processors, register_limit, side_of
 from palu.kernels.latent_scores.op import absorbed
 from palu.kernels.latents import LatentProjection, Latents, Stretch, stretches
 from palu.kernels.quantize import PackedLatents
@@ -18,8 +18,10 @@ from palu.kernels.rotation import Rotation
 
 HEAD_DIMS = (64, 96, 128)
 RANK_MULTIPLE = 16
-BLOCK_PIECES = 16
 STAGES = 3
+VALUE_REGISTERS = 128
+# Scores that a program of the value kernel turns to weights at a time.
+SOFTMAX_BLOCK = 2048
 # Programs of the value kernel per multiprocessor: enough to hide the latency of loads; of many heads the partial sums
 # cost more.
 PROGRAMS_PER_PROCESSOR, PROGRAMS_OF_MANY_HEADS = 4, 2
@@ -81,9 +83,8 @@ def decode_attention(
     if mask is not None:
         visible = mask[:, 0] if mask.shape[0] == 1 and queries == 1 else mask[:, 0].expand(batch, -1, -1)
         visible = visible.reshape(-1, mask.shape[-1])
-    values = ValueSide(num_heads // len(value.ranks), value_latents)
-    scores = launch_scores(rows, key_latents, key, rotation, visible, queries, scaling, key_norm, values)
-    parts = _launch_values(scores, value_latents, value, rows, queries, len(key.ranks))
+    scores = launch_scores(rows, key_latents, key, rotation, visible, queries, scaling, key_norm)
+    parts = launch_values(scores, value_latents, value, rows, queries, len(key.ranks))
     output = _combine(parts, value, rows, head_dim or width)
     return output.view(batch, queries, -1)
 
@@ -96,7 +97,7 @@ class Parts(NamedTuple):
     peaks: Tensor
 
 
-def _launch_values(
+def launch_values(
     scores: Scores, latents: Latents, value: LatentProjection, query: Tensor, rows_per_latent: int, key_groups: int
 ) -> Parts:
     """Weighted sums of the value latents over ranges of tokens."""
@@ -105,29 +106,44 @@ def _launch_values(
     stretches_ = stretches(latents)
     ranks = tuple(value.ranks)
     plan = _chunks(ranks, device)
-    pieces = [triton.cdiv(part.shape[1], scores.piece) for part in stretches_]
     per_group = num_heads // len(ranks)
+    softmax_heads = triton.next_power_of_2(per_group)
     each = PROGRAMS_PER_PROCESSOR if per_group < 16 else PROGRAMS_OF_MANY_HEADS
     programs = max(1, each * processors(device) // (rows * len(stretches_) * len(plan.group)))
-    per_part = [triton.cdiv(count, min(count, programs)) for count in pieces]
-    counts = [triton.cdiv(count, per) for count, per in zip(pieces, per_part, strict=True)]
+    ranges = [_ranges(part.shape[1], programs, SOFTMAX_BLOCK // softmax_heads) for part in stretches_]
+    counts = [triton.cdiv(part.shape[1], size * per) for part, (size, per) in zip(stretches_, ranges, strict=True)]
+    dtype = query.dtype
+    if dtype == torch.bfloat16 and any(isinstance(part, PackedLatents) for part in stretches_):
+        # Codes are exact, and unpacked fastest, in fp16.
+        dtype = torch.float16
     sums = query.new_empty(sum(counts), rows, num_heads, max(ranks), dtype=torch.float32)
     totals, peaks = query.new_empty(2, sum(counts), rows, num_heads, dtype=torch.float32)
+    largest = max(size for size, _ in ranges)
+    weights = query.new_empty(sum(counts), rows, len(plan.group), softmax_heads, largest, dtype=dtype)
+    start = 0
     for index, part in enumerate(stretches_):
         tensors, strides, bits, asymmetric = layout(part)
+        size, per_part = ranges[index]
         values_kernel[(len(plan.group), counts[index], rows)](
-            scores.weights, scores.stats, tensors[0], sums, totals, peaks, *_places(ranks, bits, device), plan.group,
-            plan.column, part.shape[1], *strides[:2], scores.weights.shape[3], scores.stats.shape[2],
-            sum(pieces[:index]),
-            per_part[index], sum(counts[:index]), rows * num_heads,
+            scores.scores, tensors[1], tensors[0], weights[sum(counts[:index]) :], sums, totals, peaks,
+            *_places(ranks, bits, device), plan.group, plan.column, part.shape[1], *strides, scores.scores.shape[3], start, per_part,
+            sum(counts[:index]), rows * num_heads,
             HEADS=num_heads, HEADS_PER_GROUP=per_group, HEAD_BLOCKS=heads.count,
-            BLOCK_HEADS=max(16, triton.next_power_of_2(per_group)), KEY_GROUP=num_heads // key_groups, KV=heads.kv,
-            QUERY_SLOTS=heads.query_slots, QUERIES=heads.queries, SLOTS=heads.slots, QUERY_ROWS=rows_per_latent,
-            RANK_STRIDE=max(ranks), BITS=bits, ASYMMETRIC=asymmetric, DTYPE=DTYPES[scores.weights.dtype],
-            ASSEMBLY=scores.weights.dtype == torch.float16 and query.is_cuda, DIVISOR=divisor(ranks),
-            BLOCK_RANK=plan.size, TILE=TILE, PIECE=scores.piece, BLOCK_PIECES=BLOCK_PIECES, STAGES=STAGES,
+            BLOCK_HEADS=max(16, softmax_heads), SOFTMAX_HEADS=softmax_heads, KEY_GROUP=num_heads // key_groups,
+            KV=heads.kv, QUERY_SLOTS=heads.query_slots, QUERIES=heads.queries, SLOTS=heads.slots,
+            QUERY_ROWS=rows_per_latent, RANK_STRIDE=max(ranks), BITS=bits, ASYMMETRIC=asymmetric, DTYPE=DTYPES[dtype],
+            ASSEMBLY=dtype == torch.float16 and query.is_cuda, DIVISOR=divisor(ranks), BLOCK_RANK=plan.size, TILE=TILE,
+            RANGE=size, STAGES=STAGES, **register_limit(VALUE_REGISTERS),
         )  # fmt: skip
+        start += triton.cdiv(part.shape[1], scores.piece) * scores.piece
     return Parts(sums, totals, peaks)
+
+
+def _ranges(length: int, programs: int, most: int) -> tuple[int, int]:
+    """Tokens that a program takes weights of at a time (a power of two, at least a tile), and how often it does."""
+    each = triton.cdiv(length, programs)
+    size = max(TILE, min(most, triton.next_power_of_2(each)))
+    return size, triton.cdiv(each, size)
 
 
 def _places(ranks: tuple[int, ...], bits: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,8 +28,11 @@ from palu.kernels.rotation import Interpolation, Rotation
 
 LOG2_E = 1.4426950408889634
 TILE = 64
-# Tokens that a program makes weights of at a time at most, and tokens per block where nothing is interpolated.
+# Tokens that a program takes on at a time at most, and tokens per block where nothing is interpolated.
 MOST_PIECE = PLAIN_SPAN = 256
+# Columns of folded fast pairs per head and product: of numbers, which are multiplied from shared memory, and of codes,
+# which are multiplied from registers, in a layout that depends on the width: that of the slow pairs' product.
+NUMBERS_CHUNK = 32
 # Rows of the matrix product in `weight_kernel`.
 WEIGHT_ROWS = 64
 
@@ -52,14 +55,10 @@ WEIGHT_REGISTERS = 128
 class Scores(NamedTuple):
     """What the score kernel leaves, with a stretch's tokens from a multiple of the piece on.
 
-    scores: base-2 logarithms of weights, float32 [rows, head blocks, slots, stored]; weights: relative to the largest
-    of their piece; stats: float32 [rows, head blocks, pieces, 3, slots], peaks, sums of weights and of weights times
-    zero points; piece: tokens per piece.
+    scores: base-2 logarithms of weights, float32 [rows, head blocks, slots, stored]; piece: tokens per piece.
     """
 
     scores: Tensor
-    weights: Tensor
-    stats: Tensor
     piece: int
     heads: HeadBlocks
 
@@ -77,13 +76,6 @@ class Scores(NamedTuple):
         return torch.cat(parts, dim=-1)
 
 
-class ValueSide(NamedTuple):
-    """What the weights have to know of the values: how many heads share a group, and the latents themselves."""
-
-    heads_per_group: int
-    latents: Latents
-
-
 class Step(NamedTuple):
     """What all stretches of a call share: queries [rows, num_heads, width] and how they are scored."""
 
@@ -99,12 +91,11 @@ class Step(NamedTuple):
 
 def launch_scores(
     query: Tensor, latents: Latents, key: LatentProjection, rotation: Rotation | None, mask: Tensor | None,
-    rows_per_latent: int, scaling: float, key_norm: torch.nn.Module | None = None, value: ValueSide | None = None,
+    rows_per_latent: int, scaling: float, key_norm: torch.nn.Module | None = None,
 ) -> Scores:  # fmt: skip
     """Scores of queries [rows, num_heads, head_dim or, absorbed, width] times `scaling`, as base-2 logarithms.
 
-    mask: [rows or 1, length] or None; rows_per_latent: rows that read the same row of latents; value: the values that
-    the weights are for, or None for the scores themselves.
+    mask: [rows or 1, length] or None; rows_per_latent: rows that read the same row of latents.
     """
     rows, num_heads, width = query.shape
     groups = len(key.ranks)
@@ -121,14 +112,8 @@ def launch_scores(
     piece = piece_length(span, latents.shape[1], programs)
     pieces = [triton.cdiv(part.shape[1], piece) for part in parts]
     stored = sum(pieces) * piece
-    packed = value is not None and any(isinstance(part, PackedLatents) for part in stretches(value.latents))
     scores = query.new_empty(rows, heads.count, heads.slots, stored, dtype=torch.float32)
-    weights, stats = scores, scores
-    if value is not None:
-        dtype = torch.float16 if packed and query.dtype != torch.float32 else query.dtype
-        weights = query.new_empty(rows, heads.count, heads.slots, stored, dtype=dtype)
-        stats = query.new_empty(rows, heads.count, sum(pieces), 3, heads.slots, dtype=torch.float32)
-    found = Scores(scores, weights, stats, piece, heads)
+    found = Scores(scores, piece, heads)
     scaling *= LOG2_E * (1.0 if rotation is None else rotation.attention_scaling)
     step = Step(query, key, key_norm, interpolation, rows_per_latent, scaling, programs, config)
     start = 0
@@ -136,8 +121,7 @@ def launch_scores(
         length = part.shape[1]
         visible = None if mask is None else mask.narrow(1, start, length)
         turn = None if rotation is None else rotation.narrow(start, length)
-        values = None if value is None else ValueSide(value.heads_per_group, stretches(value.latents)[index])
-        _launch_part(step, part, turn, visible, values, found, sum(pieces[:index]))
+        _launch_part(step, part, turn, visible, found, sum(pieces[:index]))
         start += length
     return found
 
@@ -162,8 +146,7 @@ def piece_length(span: int, length: int, programs: int) -> int:
 
 
 def _launch_part(
-    step: Step, part: Stretch, rotation: Rotation | None, mask: Tensor | None, value: ValueSide | None, found: Scores,
-    first_piece: int,
+    step: Step, part: Stretch, rotation: Rotation | None, mask: Tensor | None, found: Scores, first_piece: int,
 ) -> None:  # fmt: skip
     """Scores of one stretch of tokens."""
     query, key, key_norm, interpolation, rows_per_latent, scaling, programs, config = step
@@ -173,7 +156,8 @@ def _launch_part(
     dtype = compute_dtype(query, (part,))
     absorbed = key.up is None
     kv_heads = groups if absorbed else key.up.shape[0] * groups // width
-    mode = "absorbed" if absorbed else "exact" if interpolation is None else "interpolated"
+    interpolated = "folded" if heads.queries == 1 else "shared"
+    mode = "absorbed" if absorbed else "exact" if interpolation is None else interpolated
     span = PLAIN_SPAN if interpolation is None else interpolation.span
     side, rank = side_of(tuple(key.ranks), bits, device), padded_rank(tuple(key.ranks))
     up = query if absorbed else key.up
@@ -181,39 +165,34 @@ def _launch_part(
         query = ordered_query(query, rank, bits).to(dtype)
     elif bits < 16:
         up = ordered_factor(key, bits, dtype)
-    cos = sin = starts = weights = biases = basis = up
+    table = starts = basis = up
+    weights = Weights(up, up, up, up)
     blocks = triton.cdiv(length, span)
     if interpolation is not None:
         starts, turns = rotation.turns(mask, length, interpolation, dtype, _launch_turns)
-        weights, biases = _launch_weights(step, part, up, rotation, mask, (starts, turns), found, first_piece)
-        cos, sin = rotation.fast_tables(interpolation.fast, dtype)
+        weights = _launch_weights(step, part, up, rotation, mask, (starts, turns), found, first_piece)
+        table = rotation.fast_table(interpolation.fast, dtype)
         basis = interpolation.basis
     pieces = triton.cdiv(length, found.piece)
-    values, value_strides, value_bits, value_asymmetric = (tensors, (0,) * 4, 16, False) if value is None else layout(
-        value.latents
-    )  # fmt: skip
     positions = side.rank if rotation is None else rotation.positions
     scores_kernel[(min(pieces, programs), heads.count, rows)](
-        query, *tensors, up, up if key.bias is None else key.bias, up if key_norm is None else key_norm.weight, cos,
-        sin,
+        query, *tensors, up, up if key.bias is None else key.bias, up if key_norm is None else key_norm.weight, table,
         positions, up if rotation is None else rotation.frequencies.to(device, torch.float32), basis,
-        up if mask is None else mask, starts, weights, biases, values[1], found.scores, found.weights, found.stats,
-        *side,
+        up if mask is None else mask, starts, *weights, found.scores, *side,
         min(pieces, programs), length, blocks, *strides, 0 if absorbed else up.stride(0),
-        *((0, 0) if interpolation is None else _strides(cos)), *((0, 0) if rotation is None else _strides(positions)),
-        *((0, 0) if mask is None else _strides(mask)), *value_strides[2:],
+        *((0, 0) if interpolation is None else _strides(table)), *((0, 0) if rotation is None else _strides(positions)),
+        *((0, 0) if mask is None else _strides(mask)),
         1 if interpolation is None else rows // starts.shape[0], found.scores.shape[3],
-        first_piece * found.piece, found.stats.shape[2], first_piece,
-        0.0 if key_norm is None else key_norm.variance_epsilon, scaling,
+        first_piece * found.piece, 0.0 if key_norm is None else key_norm.variance_epsilon, scaling,
         MODE=mode, HEAD_DIM=width, HEADS=num_heads, KV_HEADS=kv_heads, HEADS_PER_GROUP=kv_heads // groups,
         KV=heads.kv, QUERIES=heads.queries, QUERY_SLOTS=heads.query_slots, SLOTS=heads.slots,
         QUERY_ROWS=rows_per_latent, FAST=16 if interpolation is None else interpolation.fast,
-        COLUMNS=16 if interpolation is None else interpolation.columns, SPAN=span, PIECES=span // found.piece,
+        COLUMNS=16 if interpolation is None else interpolation.columns,
+        CHUNK=_chunk(interpolation, bits), SPAN=span, PIECES=span // found.piece,
         PIECE=found.piece, TILE=TILE, RANK=rank,
         QUERY_STRIDE=query.shape[-1], BITS=bits, ASYMMETRIC=asymmetric, MASK=mask_kind(mask),
         HAS_BIAS=key.bias is not None, HAS_NORM=key_norm is not None,
-        VALUE_GROUP=num_heads if value is None else value.heads_per_group, VALUE_BITS=value_bits,
-        VALUE_ASYMMETRIC=value_asymmetric, RAW=value is None, DTYPE=DTYPES[dtype],
+        DTYPE=DTYPES[dtype],
         ASSEMBLY=dtype == torch.float16 and query.is_cuda, DIVISOR=divisor(tuple(key.ranks)), STAGES=config.stages,
         **register_limit(config.registers),
     )  # fmt: skip
@@ -238,6 +217,23 @@ def _launch_turns(
     return starts, turns
 
 
+def _chunk(interpolation: Interpolation | None, bits: int) -> int:
+    """Columns of folded fast pairs per head and product."""
+    return NUMBERS_CHUNK if bits == 16 or interpolation is None else max(16, interpolation.columns)
+
+
+class Weights(NamedTuple):
+    """What latents are multiplied with, and what a bias adds: of slow pairs, for every block, and of folded fast ones.
+
+    slow: [rows, blocks, head blocks, columns, rank]; fast: [rows, head blocks, columns, rank]; biases without rank.
+    """
+
+    slow: Tensor
+    slow_biases: Tensor
+    fast: Tensor
+    fast_biases: Tensor
+
+
 def slow_pairs(pairs: int, interpolation: Interpolation) -> int:
     """Interpolated pairs, padded for the matrix units."""
     return max(16, triton.next_power_of_2(pairs - interpolation.fast))
@@ -246,8 +242,8 @@ def slow_pairs(pairs: int, interpolation: Interpolation) -> int:
 def _launch_weights(
     step: Step, part: Stretch, up: Tensor, rotation: Rotation, mask: Tensor | None, starts_turns: tuple[Tensor, Tensor],
     found: Scores, first_piece: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Every block's matrix for the slow pairs, [rows, blocks, head blocks, columns, rank], and what a bias adds."""
+) -> Weights:  # fmt: skip
+    """The matrices of a stretch; scores of its blocks with gaps."""
     query, key, _, interpolation, rows_per_latent, scaling, _, _ = step
     rows, num_heads, head_dim = query.shape
     (starts, turns), dtype = starts_turns, compute_dtype(query, (part,))
@@ -255,29 +251,33 @@ def _launch_weights(
     side, rank, heads = side_of(tuple(key.ranks), bits, query.device), padded_rank(tuple(key.ranks)), found.heads
     kv_heads, blocks = up.shape[0] * len(key.ranks) // head_dim, turns.shape[1]
     wide = heads.kv * heads.query_slots * interpolation.columns
-    weights = query.new_empty(rows, blocks, heads.count, wide, rank, dtype=dtype)
-    biases = query.new_empty((rows, blocks, heads.count, wide) if key.bias is not None else (1,), dtype=torch.float32)
+    fast = 2 * interpolation.fast * heads.kv if heads.queries == 1 else 0
+    weights = Weights(
+        query.new_empty(rows, blocks, heads.count, wide, rank, dtype=dtype),
+        query.new_empty((rows, blocks, heads.count, wide) if key.bias is not None else (1,), dtype=torch.float32),
+        query.new_empty(rows, heads.count, max(1, fast), rank, dtype=dtype),
+        query.new_empty((rows, heads.count, max(1, fast)) if key.bias is not None else (1,), dtype=torch.float32),
+    )
     tiles = triton.cdiv(blocks * interpolation.columns, WEIGHT_ROWS)
     programs = max(1, 4 * processors(query.device) // (num_heads * rows))
     together = triton.cdiv(tiles, programs)
     weight_kernel[(triton.cdiv(tiles, together), num_heads, rows)](
         query, *tensors, up, up if key.bias is None else key.bias, rotation.positions,
-        rotation.frequencies.to(query.device, torch.float32), up if mask is None else mask, starts, turns, weights,
-        biases,
-        found.scores, *side, part.shape[1], blocks, *strides, up.stride(0), *_strides(rotation.positions),
+        rotation.frequencies.to(query.device, torch.float32), up if mask is None else mask, starts, turns,
+        *weights, found.scores, *side, part.shape[1], blocks, *strides, up.stride(0), *_strides(rotation.positions),
         *((0, 0) if mask is None else _strides(mask)), turns.stride(0), rows // turns.shape[0], together,
         found.scores.shape[3],
         first_piece * found.piece, scaling,
         HEAD_DIM=head_dim, HEADS=num_heads, KV_HEADS=kv_heads, HEADS_PER_GROUP=kv_heads // len(key.ranks), KV=heads.kv,
         QUERIES=heads.queries, QUERY_SLOTS=heads.query_slots, FAST=interpolation.fast,
-        SLOW=slow_pairs(head_dim // 2, interpolation), COLUMNS=interpolation.columns, SPAN=interpolation.span,
-        RANK=rank,
+        SLOW=slow_pairs(head_dim // 2, interpolation), COLUMNS=interpolation.columns,
+        CHUNK=_chunk(interpolation, bits), SPAN=interpolation.span, RANK=rank,
         ROWS=WEIGHT_ROWS, SLOTS=heads.slots, QUERY_ROWS=rows_per_latent, TILE=TILE, BITS=bits,
         ASYMMETRIC=asymmetric, MASK=mask_kind(mask), HAS_BIAS=key.bias is not None,
         ASSEMBLY=dtype == torch.float16 and query.is_cuda, DIVISOR=divisor(tuple(key.ranks)), DTYPE=DTYPES[dtype],
         **register_limit(WEIGHT_REGISTERS),
     )  # fmt: skip
-    return weights, biases
+    return weights
 
 
 def _strides(table: Tensor) -> tuple[int, int]:

@@ -6,8 +6,7 @@ import triton.language as tl
 from palu.kernels.codes import load_latents
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LOWEST: tl.constexpr = tl.constexpr(-1e30)
-# What `block_kernel` says of a block besides the position before its first token.
+# What `turn_kernel` says of a block besides the position before its first token.
 HIDDEN: tl.constexpr = tl.constexpr(-(1 << 30))
 GAPS: tl.constexpr = tl.constexpr(1 << 30)
 # Masks that add less than this hide a token.
@@ -137,7 +136,7 @@ def store_scores(score, added, seen, token, scores, out, stored, slot_ok, SLOTS:
     if MASK == "additive":
         score += added[:, None]
     score = tl.where(seen[:, None], score, float("-inf"))
-    at = (out * SLOTS + tl.arange(0, SLOTS)[None, :]) * stored + token[:, None]
+    at = (out * SLOTS + tl.arange(0, score.shape[1])[None, :]) * stored + token[:, None]
     tl.store(scores + at, score, mask=slot_ok[None, :])
 
 
@@ -242,35 +241,3 @@ def exact_stretch(
             score, added, seen, token + stored_from, scores, (row * all_blocks + head_block).to(tl.int64), stored,
             slot_ok, SLOTS, MASK,
         )  # fmt: skip
-
-
-@triton.jit
-def make_weights(
-    scores, weights, stats, value_scales, at_value_scale, value_scale_t, value_group, out, first, limit,
-    stored, stored_from, piece, pieces, SLOTS: tl.constexpr, USED: tl.constexpr, PIECE: tl.constexpr,
-    VALUE_BITS: tl.constexpr, VALUE_ASYMMETRIC: tl.constexpr,
-):  # fmt: skip
-    """Softmax weights of a piece relative to its largest, and what puts pieces together: peak, sum, sum of zero points.
-
-    Weights meet packed values times their scales, which is why a scale's logarithm joins the score here.
-    """
-    slot, token = tl.arange(0, USED)[:, None], first + tl.arange(0, PIECE)[None, :]
-    at = (out * SLOTS + slot) * stored + stored_from + token
-    score = tl.load(scores + at, mask=token < limit, other=float("-inf"))
-    scaled = score
-    seen = score > float("-inf")
-    if VALUE_BITS < 16:
-        at_value = at_value_scale + token * value_scale_t + value_group[:, None] * (2 if VALUE_ASYMMETRIC else 1)
-        value_scale = tl.load(value_scales + at_value, mask=seen, other=1.0).to(tl.float32)
-        scaled = score + tl.log2(value_scale)
-    peak = tl.maximum(tl.max(scaled, 1), LOWEST)
-    weight = tl.exp2(scaled - peak[:, None])
-    rounded = weight.to(weights.dtype.element_ty)
-    tl.store(weights + at, rounded)
-    total = tl.sum(weight if VALUE_BITS == 16 else tl.exp2(score - peak[:, None]), 1)
-    at_stats = stats + ((out * pieces + piece) * 3) * SLOTS + tl.arange(0, USED)
-    tl.store(at_stats, peak)
-    tl.store(at_stats + SLOTS, total)
-    if VALUE_ASYMMETRIC:
-        shift = tl.load(value_scales + at_value + 1, mask=seen, other=0.0).to(tl.float32) - (1 << (VALUE_BITS - 1))
-        tl.store(at_stats + 2 * SLOTS, tl.sum(rounded.to(tl.float32) * shift, 1))

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from palu.kernels.latent_scores.tiles import GAPS, HIDDEN, exact_stretch, turn, visible_tokens
+from palu.kernels.latent_scores.tiles import CHUNK_PAIRS, GAPS, HIDDEN, exact_stretch, turn, visible_tokens
 
 
 @triton.jit(do_not_specialize=["length", "blocks", "positions_b", "mask_b"])
@@ -41,23 +41,54 @@ def turn_kernel(
     tl.store(out + SLOW, (s[None, :] * basis_c + c[None, :] * basis_s).to(turns.dtype.element_ty))
 
 
+@triton.jit
+def _fold(
+    query, up, up_stride, bias, first_pair, pairs, scaling, member, kv_head, offset, latent, rank,
+    HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """`a` and `b` of a head's pairs, float32 [PAIRS, latents], and what a bias adds to them, [PAIRS].
+
+    query: the head's. Pairs beyond the last one and latents beyond the rank are zero.
+    """
+    pair = first_pair + tl.arange(0, PAIRS)
+    pair_ok = pair < pairs
+    q_first = tl.load(query + pair, mask=pair_ok, other=0.0).to(tl.float32) * scaling
+    q_second = tl.load(query + pair + HEAD_DIM // 2, mask=pair_ok, other=0.0).to(tl.float32) * scaling
+    ok = pair_ok[:, None] & (latent < rank)[None, :]
+    source = up + ((member * HEAD_DIM + pair) * up_stride)[:, None] + offset + latent[None, :]
+    first = tl.load(source, mask=ok, other=0.0).to(tl.float32)
+    second = tl.load(source + HEAD_DIM // 2 * up_stride, mask=ok, other=0.0).to(tl.float32)
+    a = q_first[:, None] * first + q_second[:, None] * second
+    b = q_second[:, None] * first - q_first[:, None] * second
+    bias_a, bias_b = q_first, q_second
+    if HAS_BIAS:
+        at_bias = bias + kv_head * HEAD_DIM + pair
+        bias_first = tl.load(at_bias, mask=pair_ok, other=0.0).to(tl.float32)
+        bias_second = tl.load(at_bias + HEAD_DIM // 2, mask=pair_ok, other=0.0).to(tl.float32)
+        bias_a = q_first * bias_first + q_second * bias_second
+        bias_b = q_second * bias_first - q_first * bias_second
+    return a, b, bias_a, bias_b
+
+
 @triton.jit(do_not_specialize=["length", "blocks", "rows_per_turn", "tiles", "scales_b", "positions_b", "mask_b"])
 def weight_kernel(
-    query, latents, scales, up, bias, positions, frequencies, mask, starts, turns, weights, weight_biases, scores,
-    rank_of,
-    offset_of, byte_of, plane_of, length, blocks, latents_b, latents_t, scales_b, scales_t, up_stride, positions_b,
+    query, latents, scales, up, bias, positions, frequencies, mask, starts, turns, slow_weights, slow_biases,
+    fast_weights, fast_biases, scores, rank_of, offset_of, byte_of, plane_of,
+    length, blocks, latents_b, latents_t, scales_b, scales_t, up_stride, positions_b,
     positions_t, mask_b, mask_t, turns_b, rows_per_turn, tiles, stored, stored_from, scaling,
     HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEADS_PER_GROUP: tl.constexpr,
     KV: tl.constexpr, QUERIES: tl.constexpr, QUERY_SLOTS: tl.constexpr, FAST: tl.constexpr, SLOW: tl.constexpr,
-    COLUMNS: tl.constexpr, SPAN: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr,
     SLOTS: tl.constexpr, QUERY_ROWS: tl.constexpr, TILE: tl.constexpr, BITS: tl.constexpr, ASYMMETRIC: tl.constexpr,
     MASK: tl.constexpr, HAS_BIAS: tl.constexpr, ASSEMBLY: tl.constexpr, DIVISOR: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """The slow pairs' matrices of tiles * ROWS / COLUMNS blocks for one query head: turns [a; b].
 
-    The heads of a block of heads also share the blocks with gaps, whose scores are computed here, exactly.
+    The first program of a head with a kv head of its own also stores the fast pairs' a and b. The heads of a block of
+    heads share the blocks with gaps, whose scores are computed here, exactly.
 
-    weights: [rows, blocks, head blocks, KV * QUERY_SLOTS * COLUMNS, RANK].
+    slow_weights: [rows, blocks, head blocks, KV * QUERY_SLOTS * COLUMNS, RANK]; fast_weights: [rows, head blocks,
+    2 * FAST // CHUNK, KV, CHUNK, RANK], a and b of a pair side by side.
     """
     chunk, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_head = head // QUERIES
@@ -70,27 +101,32 @@ def weight_kernel(
     if BITS < 16:
         # The factor is in the order of the codes, every group as wide as the others.
         rank, offset = RANK, group * RANK
+    out_head = row * all_blocks + head_block
     slow = tl.arange(0, SLOW)
-    slow_ok = slow < HEAD_DIM // 2 - FAST
-    at_query = query + (row * HEADS + head) * HEAD_DIM + FAST + slow
-    q_first = tl.load(at_query, mask=slow_ok, other=0.0).to(tl.float32) * scaling
-    q_second = tl.load(at_query + HEAD_DIM // 2, mask=slow_ok, other=0.0).to(tl.float32) * scaling
-    if HAS_BIAS:
-        at_bias = bias + kv_head * HEAD_DIM + FAST + slow
-        bias_first = tl.load(at_bias, mask=slow_ok, other=0.0).to(tl.float32)
-        bias_second = tl.load(at_bias + HEAD_DIM // 2, mask=slow_ok, other=0.0).to(tl.float32)
-        bias_a = q_first * bias_first + q_second * bias_second
-        bias_b = q_second * bias_first - q_first * bias_second
+    at_query = query + (row * HEADS + head) * HEAD_DIM
     WIDE: tl.constexpr = KV * QUERY_SLOTS * COLUMNS
     PART: tl.constexpr = 128 if RANK > 128 else RANK
     for part in tl.range(0, RANK, PART, num_stages=1):
         latent = part + tl.arange(0, PART)
-        ok = slow_ok[:, None] & (latent < rank)[None, :]
-        source = up + ((member * HEAD_DIM + FAST + slow) * up_stride)[:, None] + offset + latent[None, :]
-        first = tl.load(source, mask=ok, other=0.0).to(tl.float32)
-        second = tl.load(source + HEAD_DIM // 2 * up_stride, mask=ok, other=0.0).to(tl.float32)
-        a = (q_first[:, None] * first + q_second[:, None] * second).to(DTYPE)
-        b = (q_second[:, None] * first - q_first[:, None] * second).to(DTYPE)
+        if QUERIES == 1 and chunk == 0:
+            for first_pair in tl.static_range(0, FAST, CHUNK_PAIRS):
+                fast_a, fast_b, fast_bias_a, fast_bias_b = _fold(
+                    at_query, up, up_stride, bias, first_pair, FAST, scaling, member, kv_head, offset, latent, rank,
+                    HEAD_DIM, CHUNK_PAIRS, HAS_BIAS,
+                )  # fmt: skip
+                column = 2 * (first_pair + tl.arange(0, CHUNK_PAIRS))
+                at = out_head * (KV * 2 * FAST) + (column // CHUNK * KV + place) * CHUNK + column % CHUNK
+                at_fast = fast_weights + at[:, None] * RANK + latent[None, :]
+                tl.store(at_fast, fast_a.to(DTYPE))
+                tl.store(at_fast + RANK, fast_b.to(DTYPE))
+                if HAS_BIAS and part == 0:
+                    tl.store(fast_biases + at, fast_bias_a)
+                    tl.store(fast_biases + at + 1, fast_bias_b)
+        a, b, bias_a, bias_b = _fold(
+            at_query, up, up_stride, bias, FAST, HEAD_DIM // 2, scaling, member, kv_head, offset, latent, rank,
+            HEAD_DIM, SLOW, HAS_BIAS,
+        )  # fmt: skip
+        a, b = a.to(DTYPE), b.to(DTYPE)
         for tile in tl.range(0, tiles, num_stages=3):
             index = (chunk * tiles + tile) * ROWS + tl.arange(0, ROWS)
             block = index // COLUMNS
@@ -100,12 +136,12 @@ def weight_kernel(
             w = tl.dot(tl.load(at_turn + SLOW, mask=row_ok[:, None], other=0.0), b, w, input_precision="ieee")
             out = ((row * blocks + block).to(tl.int64) * all_blocks + head_block) * WIDE
             out += place * COLUMNS + index % COLUMNS
-            tl.store(weights + out[:, None] * RANK + latent[None, :], w.to(DTYPE), mask=row_ok[:, None])
+            tl.store(slow_weights + out[:, None] * RANK + latent[None, :], w.to(DTYPE), mask=row_ok[:, None])
             if HAS_BIAS and part == 0:
                 along_a = tl.load(at_turn, mask=row_ok[:, None], other=0.0).to(tl.float32)
                 along_b = tl.load(at_turn + SLOW, mask=row_ok[:, None], other=0.0).to(tl.float32)
                 added = tl.sum(along_a * bias_a[None, :] + along_b * bias_b[None, :], 1)
-                tl.store(weight_biases + out, added, mask=row_ok)
+                tl.store(slow_biases + out, added, mask=row_ok)
     sharers = tl.minimum(HEADS_PER_GROUP - member // KV * KV, KV) * QUERIES
     together = tiles * ROWS // COLUMNS
     last = tl.minimum(blocks, (chunk + 1) * together)
