@@ -8,9 +8,9 @@ import torch
 import triton
 from torch import Tensor
 
-from palu.kernels.decode_attention.kernel import combine_kernel, values_kernel
-from palu.kernels.latent_scores.launch import TILE, Scores, launch_scores
-from palu.kernels.latent_scores.layout import DTYPES, divisor, layout, processors, register_limit, side_of
+from palu.kernels.decode_attention.kernel import combine_kernel, softmax_kernel, values_kernel
+from palu.kernels.latent_scores.launch import Scores, compute_dtype, launch_scores
+from palu.kernels.latent_scores.layout import DTYPES, divisor, layout, processors, side_of
 from palu.kernels.latent_scores.op import absorbed
 from palu.kernels.latents import LatentProjection, Latents, Stretch, stretches
 from palu.kernels.quantize import PackedLatents
@@ -18,13 +18,23 @@ from palu.kernels.rotation import Rotation
 
 HEAD_DIMS = (64, 96, 128)
 RANK_MULTIPLE = 16
-STAGES = 3
-VALUE_REGISTERS = 128
-# Scores that a program of the value kernel turns to weights at a time.
-SOFTMAX_BLOCK = 2048
-# Programs of the value kernel per multiprocessor: enough to hide the latency of loads; of many heads the partial sums
-# cost more.
-PROGRAMS_PER_PROCESSOR, PROGRAMS_OF_MANY_HEADS = 4, 2
+TILE = 64
+# Tokens of a part at most: one program makes weights of them.
+MOST_PART = 4096
+# Scores that a program makes weights of at most, and each of its warps.
+SOFTMAX_BLOCK, SOFTMAX_WARP = 32768, 1024
+
+
+class Config(NamedTuple):
+    """How the value kernel is launched: programs per multiprocessor, tiles under way."""
+
+    programs: int
+    stages: int
+
+
+# Measured on one H200. Partial sums of many heads cost more, so fewer of them are made.
+CONFIGS = {"numbers": Config(6, 3), "codes": Config(3, 4), "many heads": Config(2, 3)}
+MANY_HEADS = 16
 COMBINE_RANK, COMBINE_PARTS, COMBINE_OUT = 128, 32, 32
 
 
@@ -107,43 +117,44 @@ def launch_values(
     ranks = tuple(value.ranks)
     plan = _chunks(ranks, device)
     per_group = num_heads // len(ranks)
-    softmax_heads = triton.next_power_of_2(per_group)
-    each = PROGRAMS_PER_PROCESSOR if per_group < 16 else PROGRAMS_OF_MANY_HEADS
-    programs = max(1, each * processors(device) // (rows * len(stretches_) * len(plan.group)))
-    ranges = [_ranges(part.shape[1], programs, SOFTMAX_BLOCK // softmax_heads) for part in stretches_]
-    counts = [triton.cdiv(part.shape[1], size * per) for part, (size, per) in zip(stretches_, ranges, strict=True)]
-    dtype = query.dtype
-    if dtype == torch.bfloat16 and any(isinstance(part, PackedLatents) for part in stretches_):
-        # Codes are exact, and unpacked fastest, in fp16.
-        dtype = torch.float16
+    packed = any(isinstance(part, PackedLatents) for part in stretches_)
+    config = CONFIGS["many heads" if per_group >= MANY_HEADS else "codes" if packed else "numbers"]
+    programs = max(1, config.programs * processors(device) // (rows * len(stretches_) * len(plan.group)))
+    tokens = [_part_tokens(part.shape[1], programs) for part in stretches_]
+    counts = [triton.cdiv(part.shape[1], most) for part, most in zip(stretches_, tokens, strict=True)]
     sums = query.new_empty(sum(counts), rows, num_heads, max(ranks), dtype=torch.float32)
-    totals, peaks = query.new_empty(2, sum(counts), rows, num_heads, dtype=torch.float32)
-    largest = max(size for size, _ in ranges)
-    weights = query.new_empty(sum(counts), rows, len(plan.group), softmax_heads, largest, dtype=dtype)
+    totals, peaks, shifts = query.new_empty(3, sum(counts), rows, num_heads, dtype=torch.float32)
+    weights = query.new_empty(rows, num_heads, scores.scores.shape[3], dtype=compute_dtype(query, stretches_))
     start = 0
     for index, part in enumerate(stretches_):
         tensors, strides, bits, asymmetric = layout(part)
-        size, per_part = ranges[index]
+        shared = {
+            "HEADS": num_heads, "HEADS_PER_GROUP": per_group, "QUERY_ROWS": rows_per_latent, "BITS": bits,
+            "ASYMMETRIC": asymmetric, "TILE": TILE,
+        }  # fmt: skip
+        numbers = (scores.scores.shape[3], start // TILE, tokens[index] // TILE, sum(counts[:index]), rows * num_heads)
+        span = triton.next_power_of_2(tokens[index])
+        at_once = min(triton.next_power_of_2(per_group), max(1, SOFTMAX_BLOCK // span))
+        softmax_kernel[(counts[index], len(ranks) * triton.cdiv(per_group, at_once), rows)](
+            scores.scores, tensors[1], weights, totals, peaks, shifts, part.shape[1], *strides[2:], *numbers,
+            HEAD_BLOCKS=heads.count, KEY_GROUP=num_heads // key_groups, KV=heads.kv, QUERY_SLOTS=heads.query_slots,
+            QUERIES=heads.queries, SLOTS=heads.slots, RANGE=span,
+            AT_ONCE=at_once, num_warps=max(4, min(16, at_once * span // SOFTMAX_WARP)), **shared,
+        )  # fmt: skip
         values_kernel[(len(plan.group), counts[index], rows)](
-            scores.scores, tensors[1], tensors[0], weights[sum(counts[:index]) :], sums, totals, peaks,
-            *_places(ranks, bits, device), plan.group, plan.column, part.shape[1], *strides, scores.scores.shape[3], start, per_part,
-            sum(counts[:index]), rows * num_heads,
-            HEADS=num_heads, HEADS_PER_GROUP=per_group, HEAD_BLOCKS=heads.count,
-            BLOCK_HEADS=max(16, softmax_heads), SOFTMAX_HEADS=softmax_heads, KEY_GROUP=num_heads // key_groups,
-            KV=heads.kv, QUERY_SLOTS=heads.query_slots, QUERIES=heads.queries, SLOTS=heads.slots,
-            QUERY_ROWS=rows_per_latent, RANK_STRIDE=max(ranks), BITS=bits, ASYMMETRIC=asymmetric, DTYPE=DTYPES[dtype],
-            ASSEMBLY=dtype == torch.float16 and query.is_cuda, DIVISOR=divisor(ranks), BLOCK_RANK=plan.size, TILE=TILE,
-            RANGE=size, STAGES=STAGES, **register_limit(VALUE_REGISTERS),
+            weights, tensors[0], sums, shifts, *_places(ranks, bits, device), plan.group, plan.column, part.shape[1],
+            *strides[:2], *numbers,
+            BLOCK_HEADS=max(16, triton.next_power_of_2(per_group)), RANK_STRIDE=max(ranks), DTYPE=DTYPES[weights.dtype],
+            ASSEMBLY=weights.dtype == torch.float16 and query.is_cuda, DIVISOR=divisor(ranks), BLOCK_RANK=plan.size,
+            STAGES=config.stages, **shared,
         )  # fmt: skip
         start += triton.cdiv(part.shape[1], scores.piece) * scores.piece
     return Parts(sums, totals, peaks)
 
 
-def _ranges(length: int, programs: int, most: int) -> tuple[int, int]:
-    """Tokens that a program takes weights of at a time (a power of two, at least a tile), and how often it does."""
-    each = triton.cdiv(length, programs)
-    size = max(TILE, min(most, triton.next_power_of_2(each)))
-    return size, triton.cdiv(each, size)
+def _part_tokens(length: int, programs: int) -> int:
+    """Tokens of a part, so that so many programs, or a little less, share the length: whole tiles."""
+    return min(MOST_PART, triton.cdiv(triton.cdiv(length, programs), TILE) * TILE)
 
 
 def _places(ranks: tuple[int, ...], bits: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,14 +172,16 @@ def _combine(parts: Parts, value: LatentProjection, query: Tensor, head_dim: int
     kv_heads = num_heads if value.up is None else up.shape[0] * len(ranks) // head_dim
     width = stride if value.up is None else head_dim
     output = query.new_empty(rows, num_heads, width)
-    pieces = triton.cdiv(stride, COMBINE_RANK) if value.up is None else triton.cdiv(head_dim, COMBINE_OUT)
+    few = parts.sums.shape[0] <= COMBINE_PARTS
+    block, size = (COMBINE_PARTS, COMBINE_RANK) if few else (2 * COMBINE_PARTS, COMBINE_RANK // 2)
+    pieces = triton.cdiv(stride, size) if value.up is None else triton.cdiv(head_dim, COMBINE_OUT)
     combine_kernel[(rows * num_heads, pieces)](
         *parts, up, up if value.bias is None else value.bias, output, side.rank, side.offset,
         parts.sums.shape[0], rows * num_heads, up.stride(0),
         HEADS=num_heads, HEADS_PER_GROUP=per_group, QUERIES=num_heads // kv_heads, HEAD_DIM=head_dim,
-        RANK_STRIDE=stride, BLOCK_RANK=COMBINE_RANK,
-        BLOCK_PARTS=COMBINE_PARTS, BLOCK_OUT=COMBINE_OUT,
-        CHUNKS=triton.cdiv(stride, COMBINE_RANK),
+        RANK_STRIDE=stride, BLOCK_RANK=size,
+        BLOCK_PARTS=block, PASSES=triton.cdiv(parts.sums.shape[0], block), BLOCK_OUT=COMBINE_OUT,
+        CHUNKS=triton.cdiv(stride, size),
         HAS_UP=value.up is not None, HAS_BIAS=value.bias is not None,
     )  # fmt: skip
     if value.up is not None or len(set(ranks)) == 1:

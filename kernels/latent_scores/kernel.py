@@ -19,15 +19,14 @@ import triton.language as tl
 
 from palu.kernels.codes import load_latents
 from palu.kernels.latent_scores.tiles import (
-    CHUNK_PAIRS,
     GAPS,
     HIDDEN,
+    as_operand,
     exact_stretch,
-    key_factor,
     less_zero_points,
     load_scales,
-    query_factor,
-    rotated_scores,
+    paired_query,
+    paired_rows,
     slots_used,
     store_scores,
     visible_tokens,
@@ -36,12 +35,12 @@ from palu.kernels.latent_scores.tiles import (
 
 @triton.jit
 def _product(
-    x, kept, weights, source, plane, ok, shift, rank,
+    x, kept, weights, limit, source, plane, ok, shift, rank,
     RANK: tl.constexpr, BITS: tl.constexpr, ASYMMETRIC: tl.constexpr, ASSEMBLY: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """Products of latents with columns of weights, pointers to which [1, columns] are given: [tokens, columns].
 
-    kept: the columns themselves, where latents are at most 128 wide.
+    kept: the columns themselves, where latents are at most 128 wide; limit: the latents that the columns have.
     """
     if RANK <= 128:
         product = tl.dot(x, kept, input_precision="ieee")
@@ -49,25 +48,9 @@ def _product(
         product = tl.zeros((x.shape[0], weights.shape[1]), tl.float32)
         for part in tl.range(0, RANK, 128, num_stages=1):
             more = load_latents(source, plane, ok, part, rank, dtype, BITS, 128, ASSEMBLY)
-            columns = tl.load(weights + part + tl.arange(0, 128)[:, None])
+            latent = part + tl.arange(0, 128)[:, None]
+            columns = tl.load(weights + latent, mask=latent < limit, other=0.0).to(dtype)
             product = tl.dot(less_zero_points(more, shift, ASYMMETRIC), columns, product, input_precision="ieee")
-    return product
-
-
-@triton.jit
-def _rebuilt(
-    x, up, up_stride, offset, first_kv, kv_left, chunk, half, source, plane, ok, shift, rank, factor_rank,
-    HEAD_DIM: tl.constexpr, KV: tl.constexpr, RANK: tl.constexpr, BITS: tl.constexpr, ASYMMETRIC: tl.constexpr,
-    ASSEMBLY: tl.constexpr, dtype: tl.constexpr,
-):  # fmt: skip
-    """One half of a chunk of rebuilt pairs from latents wider than 128, [tokens, KV * CHUNK_PAIRS]."""
-    product = tl.zeros((x.shape[0], KV * CHUNK_PAIRS), tl.float32)
-    for part in tl.range(0, RANK, 128, num_stages=1):
-        more = load_latents(source, plane, ok, part, rank, dtype, BITS, 128, ASSEMBLY)
-        factor = key_factor(
-            up, up_stride, offset, factor_rank, first_kv, kv_left, chunk, half, part, HEAD_DIM, KV, 128, 1
-        )
-        product = tl.dot(less_zero_points(more, shift, ASYMMETRIC), factor.to(dtype), product, input_precision="ieee")
     return product
 
 
@@ -94,14 +77,16 @@ def _folded_tile(
     BITS: tl.constexpr, ASYMMETRIC: tl.constexpr, ASSEMBLY: tl.constexpr, HAS_BIAS: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """Scores of one tile for one query per kv head, with the query folded into the fast pairs too, [tokens, KV]."""
-    product = _product(x, slow, slow_weights, source, plane, ok, shift, rank, RANK, BITS, ASYMMETRIC, ASSEMBLY, dtype)
+    product = _product(
+        x, slow, slow_weights, RANK, source, plane, ok, shift, rank, RANK, BITS, ASYMMETRIC, ASSEMBLY, dtype
+    )  # fmt: skip
     # Columns are added up across threads once, in the end.
     terms = _weighed(product, tl.load(share), scale, slow_biases, KV, COLUMNS, BITS, HAS_BIAS)
     for chunk in tl.static_range(2 * FAST // CHUNK):
         first = chunk * KV * CHUNK
         product = _product(
-            x, fast[chunk] if RANK <= 128 else slow, fast_weights + first * RANK, source, plane, ok, shift, rank, RANK,
-            BITS, ASYMMETRIC, ASSEMBLY, dtype,
+            x, fast[chunk] if RANK <= 128 else slow, fast_weights + first * RANK, RANK, source, plane, ok, shift, rank,
+            RANK, BITS, ASYMMETRIC, ASSEMBLY, dtype,
         )  # fmt: skip
         turned = tl.load(table + chunk * CHUNK + tl.arange(0, CHUNK)[None, :], mask=ok, other=0.0)
         biases = slow_biases
@@ -114,17 +99,19 @@ def _folded_tile(
 
 @triton.jit
 def _shared_tile(
-    x, factors, q_first, q_second, slow, gather, slow_biases, scale, shift, up, bias, table, share, slow_weights,
-    source, plane, ok, up_stride, offset, rank, factor_rank, first_kv, kv_left, first_bias,
+    x, factors, queries, slow, gather, slow_biases, scale, shift, at_up, up_stride, bias, table, share, slow_weights,
+    source, plane, ok, rank, factor_rank, kv_left,
     HEAD_DIM: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, KV: tl.constexpr, QUERIES: tl.constexpr,
-    QUERY_SLOTS: tl.constexpr, FAST: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, BITS: tl.constexpr,
-    ASYMMETRIC: tl.constexpr, ASSEMBLY: tl.constexpr, HAS_BIAS: tl.constexpr, dtype: tl.constexpr,
+    QUERY_SLOTS: tl.constexpr, FAST: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr,
+    BITS: tl.constexpr, ASYMMETRIC: tl.constexpr, ASSEMBLY: tl.constexpr, HAS_BIAS: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """Scores of one tile for several queries per kv head, which share the rebuilt fast pairs, [tokens, SLOTS]."""
     TILE: tl.constexpr = x.shape[0]
     WIDE: tl.constexpr = KV * QUERY_SLOTS * COLUMNS
-    KEPT: tl.constexpr = RANK <= 128
-    product = _product(x, slow, slow_weights, source, plane, ok, shift, rank, RANK, BITS, ASYMMETRIC, ASSEMBLY, dtype)
+    PAIRS: tl.constexpr = CHUNK // 2
+    product = _product(
+        x, slow, slow_weights, RANK, source, plane, ok, shift, rank, RANK, BITS, ASYMMETRIC, ASSEMBLY, dtype
+    )
     if (QUERIES != QUERY_SLOTS) or HEADS_PER_GROUP % KV > 0:
         # Columns of no query head hold anything.
         used = slots_used(tl.arange(0, WIDE) // COLUMNS, QUERY_SLOTS, QUERIES, kv_left * QUERIES)
@@ -137,59 +124,44 @@ def _shared_tile(
         product = product * scale[:, None] + slow_biases[None, :] if BITS < 16 else product + slow_biases[None, :]
     product = tl.reshape(product, (TILE, KV * QUERY_SLOTS, COLUMNS)) * along[:, None, :]
     score = tl.dot(tl.reshape(product, (TILE, WIDE)).to(dtype), gather, input_precision="ieee")
-    for chunk in tl.static_range(FAST // CHUNK_PAIRS):
-        if KEPT and BITS == 16:
-            # One product of both halves: twice as wide, half the instructions.
-            both = tl.reshape(tl.dot(x, factors[chunk], input_precision="ieee"), (TILE, 2, KV * CHUNK_PAIRS))
-            first, second = tl.split(tl.permute(both, (0, 2, 1)))
-        elif KEPT:
-            # Codes stay in registers, in a layout that depends on the width: that of the slow pairs' product.
-            first = tl.dot(x, factors[2 * chunk], input_precision="ieee")
-            second = tl.dot(x, factors[2 * chunk + 1], input_precision="ieee")
-        else:
-            first = _rebuilt(
-                x, up, up_stride, offset, first_kv, kv_left, chunk, 0, source, plane, ok, shift, rank, factor_rank,
-                HEAD_DIM, KV, RANK, BITS, ASYMMETRIC, ASSEMBLY, dtype,
-            )  # fmt: skip
-            second = _rebuilt(
-                x, up, up_stride, offset, first_kv, kv_left, chunk, 1, source, plane, ok, shift, rank, factor_rank,
-                HEAD_DIM, KV, RANK, BITS, ASYMMETRIC, ASSEMBLY, dtype,
-            )  # fmt: skip
-        turned = tl.load(
-            table + 2 * chunk * CHUNK_PAIRS + tl.arange(0, 2 * CHUNK_PAIRS)[None, :], mask=ok, other=0.0
-        ).to(tl.float32)
-        if (BITS < 16) and not HAS_BIAS:
-            turned *= scale[:, None]
-        c, s = tl.split(tl.reshape(turned, (TILE, CHUNK_PAIRS, 2)))
+    for chunk in tl.static_range(FAST // PAIRS):
+        at_rows = at_up + paired_rows(chunk, kv_left, HEAD_DIM, KV, CHUNK)[None, :] * up_stride
+        product = _product(
+            x, factors[chunk] if RANK <= 128 else slow, at_rows, factor_rank, source, plane, ok, shift, rank, RANK,
+            BITS, ASYMMETRIC, ASSEMBLY, dtype,
+        )  # fmt: skip
+        turned = tl.load(table + chunk * CHUNK + tl.arange(0, CHUNK)[None, :], mask=ok, other=0.0).to(tl.float32)
         if HAS_BIAS:
-            column = tl.arange(0, KV * CHUNK_PAIRS)
-            kv = column // CHUNK_PAIRS
-            at_bias = bias + first_bias + kv * HEAD_DIM + column % CHUNK_PAIRS + chunk * CHUNK_PAIRS
-            bias_first = tl.load(at_bias, mask=kv < kv_left, other=0.0).to(tl.float32)[None, :]
-            bias_second = tl.load(at_bias + HEAD_DIM // 2, mask=kv < kv_left, other=0.0).to(tl.float32)[None, :]
-            if BITS < 16:
-                first, second = first * scale[:, None], second * scale[:, None]
-            first, second = first + bias_first, second + bias_second
-        score = rotated_scores(score, first, second, c, s, q_first[chunk], q_second[chunk], dtype, KV)
+            added = tl.load(bias + paired_rows(chunk, kv_left, HEAD_DIM, KV, CHUNK)).to(tl.float32)[None, :]
+            product = product * scale[:, None] + added if BITS < 16 else product + added
+        elif BITS < 16:
+            turned *= scale[:, None]
+        cos, sin = tl.split(tl.reshape(turned, (TILE, 1, PAIRS, 2)))
+        first, second = tl.split(tl.reshape(product, (TILE, KV, PAIRS, 2)))
+        turned_first = as_operand(first * cos - second * sin).to(dtype)
+        score = tl.dot(turned_first, queries[2 * chunk], score, input_precision="ieee")
+        turned_second = as_operand(second * cos + first * sin).to(dtype)
+        score = tl.dot(turned_second, queries[2 * chunk + 1], score, input_precision="ieee")
     return score
 
 
 @triton.jit
 def _score_tile(
-    tile_start, along, factors, q_first, q_second, slow, gather, slow_biases, at_fast, at_slow, at_fast_biases, up,
-    bias, table, basis, scales, mask, scores, source, plane, latents_t, at_scales, scales_t, at_table, table_t, at_mask,
-    mask_t, up_stride, length, rank, offset, factor_rank, first_kv, kv_left, first_bias, out, stored, stored_from,
+    tile_start, factors, queries, gather, at_fast, at_fast_biases, at_slow, slow_step, at_slow_biases, at_up, up_stride,
+    bias, table, basis, starts, scales, mask, scores, source, plane, latents_t, at_scales, scales_t, at_table, table_t,
+    at_mask, mask_t, length, rank, factor_rank, kv_left, out, stored, stored_from,
     MODE: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, KV: tl.constexpr,
     QUERIES: tl.constexpr, QUERY_SLOTS: tl.constexpr, SLOTS: tl.constexpr, SCORED: tl.constexpr, FAST: tl.constexpr,
-    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, RANK: tl.constexpr, BITS: tl.constexpr,
-    ASYMMETRIC: tl.constexpr, MASK: tl.constexpr, HAS_BIAS: tl.constexpr, dtype: tl.constexpr, ASSEMBLY: tl.constexpr,
-    PARTIAL: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.constexpr, TILE: tl.constexpr, RANK: tl.constexpr,
+    BITS: tl.constexpr, ASYMMETRIC: tl.constexpr, MASK: tl.constexpr, HAS_BIAS: tl.constexpr, dtype: tl.constexpr,
+    ASSEMBLY: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
-    """Scores of TILE tokens, of which some may lie behind the last one if PARTIAL."""
+    """Scores of TILE tokens of one block; if CHECKED, some may lie behind the last token, or the block have gaps."""
     PART: tl.constexpr = 128 if RANK > 128 else RANK
+    WIDE: tl.constexpr = KV * QUERY_SLOTS * COLUMNS
     inside = tl.arange(0, TILE)
     token = tile_start + inside
-    ok = token < length if PARTIAL else inside >= 0
+    ok = token < length if CHECKED else inside >= 0
     # From the tile on in 32 bits, so that addresses stay cheap.
     source += tl.cast(tile_start, tl.int64) * latents_t + (inside * latents_t)[:, None]
     plane += tl.cast(tile_start, tl.int64) * latents_t + (inside * latents_t)[:, None]
@@ -198,20 +170,8 @@ def _score_tile(
         scale, shift = load_scales(scales, at_scales + token * scales_t, ok, BITS, ASYMMETRIC)
     x = load_latents(source, plane, ok[:, None], 0, rank, dtype, BITS, PART, ASSEMBLY)
     x = less_zero_points(x, shift, ASYMMETRIC)
-    share = basis + (along + inside)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    turns = table + at_table + (token * table_t)[:, None]
-    if MODE == "folded":
-        score = _folded_tile(
-            x, factors, slow, turns, share, scale, shift, at_fast, at_slow, at_fast_biases, slow_biases, source, plane,
-            ok[:, None], rank, KV, FAST, COLUMNS, CHUNK, RANK, BITS, ASYMMETRIC, ASSEMBLY, HAS_BIAS, dtype,
-        )  # fmt: skip
-    elif MODE == "shared":
-        score = _shared_tile(
-            x, factors, q_first, q_second, slow, gather[0], slow_biases, scale, shift, up, bias, turns, share, at_slow,
-            source, plane, ok[:, None], up_stride, offset, rank, factor_rank, first_kv, kv_left, first_bias, HEAD_DIM,
-            HEADS_PER_GROUP, KV, QUERIES, QUERY_SLOTS, FAST, COLUMNS, RANK, BITS, ASYMMETRIC, ASSEMBLY, HAS_BIAS, dtype,
-        )  # fmt: skip
-    else:
+    slot_ok = slots_used(tl.arange(0, SCORED), QUERY_SLOTS, QUERIES, kv_left * QUERIES)
+    if MODE == "absorbed":
         score = tl.dot(x, factors[0], input_precision="ieee")
         for part in tl.static_range(PART, RANK, PART):
             more = load_latents(source, plane, ok[:, None], part, rank, dtype, BITS, PART, ASSEMBLY)
@@ -219,8 +179,32 @@ def _score_tile(
             score = tl.dot(more, factors[part // PART], score, input_precision="ieee")
         if BITS < 16:
             score *= scale[:, None]
+    else:
+        block = tile_start // SPAN
+        at_slow += (slow_step * block) * (WIDE * RANK)
+        slow = at_slow
+        if RANK <= 128:
+            slow = tl.load(at_slow + tl.arange(0, RANK)[:, None])
+        slow_biases = tl.zeros((WIDE,), tl.float32)
+        if HAS_BIAS:
+            slow_biases = tl.load(at_slow_biases + slow_step * block * WIDE + tl.arange(0, WIDE))
+        share = basis + (tile_start % SPAN + inside)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        turns = table + at_table + (token * table_t)[:, None]
+        if CHECKED:
+            # `weight_kernel` has the scores of blocks with gaps.
+            slot_ok = slot_ok & (tl.load(starts + block + tl.zeros((SCORED,), tl.int32)) != GAPS)
+        if MODE == "folded":
+            score = _folded_tile(
+                x, factors, slow, turns, share, scale, shift, at_fast, at_slow, at_fast_biases, slow_biases, source,
+                plane, ok[:, None], rank, KV, FAST, COLUMNS, CHUNK, RANK, BITS, ASYMMETRIC, ASSEMBLY, HAS_BIAS, dtype,
+            )  # fmt: skip
+        else:
+            score = _shared_tile(
+                x, factors, queries, slow, gather[0], slow_biases, scale, shift, at_up, up_stride, bias, turns, share,
+                at_slow, source, plane, ok[:, None], rank, factor_rank, kv_left, HEAD_DIM, HEADS_PER_GROUP, KV, QUERIES,
+                QUERY_SLOTS, FAST, COLUMNS, CHUNK, RANK, BITS, ASYMMETRIC, ASSEMBLY, HAS_BIAS, dtype,
+            )  # fmt: skip
     seen, added = visible_tokens(mask, at_mask, token, mask_t, ok, MASK)
-    slot_ok = slots_used(tl.arange(0, SCORED), QUERY_SLOTS, QUERIES, kv_left * QUERIES)
     store_scores(score, added, seen, token + stored_from, scores, out, stored, slot_ok, SLOTS, MASK)
 
 
@@ -237,15 +221,15 @@ def scores_kernel(
     MODE: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
     HEADS_PER_GROUP: tl.constexpr, KV: tl.constexpr, QUERIES: tl.constexpr, QUERY_SLOTS: tl.constexpr,
     SLOTS: tl.constexpr, QUERY_ROWS: tl.constexpr, FAST: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
-    SPAN: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr, TILE: tl.constexpr, RANK: tl.constexpr,
+    SPAN: tl.constexpr, PIECE: tl.constexpr, TILE: tl.constexpr, RANK: tl.constexpr,
     QUERY_STRIDE: tl.constexpr, BITS: tl.constexpr, ASYMMETRIC: tl.constexpr, MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr,
     DIVISOR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Scores of KV kv heads' queries for every block_step-th piece of the tokens.
 
-    A piece is PIECE = SPAN // PIECES tokens of one block. scores: base-2 logarithms of weights (`scaling` carries
-    log2(e)), float32 [rows, head blocks, SLOTS, stored]. query: [rows, HEADS, HEAD_DIM], absorbed [rows, HEADS,
+    A piece is PIECE tokens: several blocks of SPAN, or a part of one. scores: base-2 logarithms of weights (`scaling`
+    carries log2(e)), float32 [rows, head blocks, SLOTS, stored]. query: [rows, HEADS, HEAD_DIM], absorbed [rows, HEADS,
     QUERY_STRIDE].
     """
     first_piece, head_block, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -272,34 +256,32 @@ def scores_kernel(
     first_source = latents + at_row.to(tl.int64) * latents_b + byte
     first_plane = latents + at_row.to(tl.int64) * latents_b + tl.load(plane_of + group)
     out = (row * all_blocks + head_block).to(tl.int64)
-    INTERPOLATED: tl.constexpr = MODE == "folded" or MODE == "shared"
     # Slots that a tile's scores have: products of several queries come padded to what the matrix units want.
     SCORED: tl.constexpr = KV if MODE == "folded" else SLOTS
     PART: tl.constexpr = 128 if RANK > 128 else RANK
     KEPT: tl.constexpr = RANK <= 128
-    HALVES: tl.constexpr = 2 if BITS == 16 else 1
     WIDE: tl.constexpr = KV * QUERY_SLOTS * COLUMNS
     slot = tl.arange(0, SCORED)
     slot_ok = slots_used(slot, QUERY_SLOTS, QUERIES, heads_left)
     latent = tl.arange(0, PART)
 
-    factors, q_first, q_second, gather = (), (), (), ()
+    factors, queries, gather = (), (), ()
     at_fast = fast_weights + (out * (KV * 2 * FAST) + tl.arange(0, KV * CHUNK)[None, :]) * RANK
     at_fast_biases = fast_biases + out * (KV * 2 * FAST)
+    at_up = up + (first_kv * HEAD_DIM * up_stride + offset)
     if MODE == "folded":
         for chunk in tl.static_range(2 * FAST // CHUNK if KEPT else 0):
             factors = factors + (tl.load(at_fast + chunk * KV * CHUNK * RANK + latent[:, None]),)
     if MODE == "shared":
-        for chunk in tl.static_range(FAST // CHUNK_PAIRS):
-            first, second = query_factor(
-                query + row * HEADS * HEAD_DIM, scaling, first_head, heads_left, chunk, HEAD_DIM, KV, QUERIES,
-                QUERY_SLOTS, SLOTS,
+        for chunk in tl.static_range(2 * FAST // CHUNK):
+            first, second = paired_query(
+                query + (row * HEADS + first_head) * HEAD_DIM, scaling, heads_left, chunk, HEAD_DIM, KV, QUERIES,
+                QUERY_SLOTS, SLOTS, CHUNK // 2,
             )  # fmt: skip
-            q_first, q_second = q_first + (first.to(dtype),), q_second + (second.to(dtype),)
-            for half in tl.static_range(2 // HALVES if KEPT else 0):
-                factor = key_factor(
-                    up, up_stride, offset, factor_rank, first_kv, kv_left, chunk, half, 0, HEAD_DIM, KV, PART, HALVES
-                )
+            queries = queries + (first.to(dtype), second.to(dtype))
+            if KEPT:
+                at_rows = at_up + paired_rows(chunk, kv_left, HEAD_DIM, KV, CHUNK)[None, :] * up_stride
+                factor = tl.load(at_rows + latent[:, None], mask=(latent < factor_rank)[:, None], other=0.0)
                 factors = factors + (factor.to(dtype),)
         gather = gather + (((tl.arange(0, WIDE) // COLUMNS)[:, None] == slot[None, :]).to(dtype),)
     if MODE == "absorbed":
@@ -310,63 +292,50 @@ def scores_kernel(
             factor = tl.load(at_query + (part + latent)[:, None], mask=both_ok, other=0.0).to(tl.float32) * scaling
             factors = factors + (factor.to(dtype),)
 
-    pieces = tl.cdiv(length, PIECE)
     at_starts = starts + row // rows_per_start * blocks
-    at_slow = slow_weights + tl.arange(0, WIDE)[None, :] * RANK
-    at_slow_row = row.to(tl.int64) * blocks * all_blocks + head_block
-    next_start, next_slow = 0, ()
-    if INTERPOLATED:
-        next_start = tl.load(at_starts + first_piece // PIECES)
-        next_slow = tl.load(
-            at_slow + (at_slow_row + first_piece // PIECES * all_blocks) * (WIDE * RANK) + latent[:, None]
-        )
-    for piece in tl.range(first_piece, pieces, block_step, num_stages=1):
-        block = piece // PIECES
-        last = tl.minimum(PIECE // TILE, tl.cdiv(length - piece * PIECE, TILE))
-        start, slow = next_start, next_slow
-        if INTERPOLATED:
-            # Asked for a piece ahead, so that nothing waits for it.
-            ahead = tl.minimum(piece + block_step, pieces - 1) // PIECES
-            next_start = tl.load(at_starts + ahead)
-            next_slow = tl.load(at_slow + (at_slow_row + ahead * all_blocks) * (WIDE * RANK) + latent[:, None])
+    slow_row = row.to(tl.int64) * blocks * all_blocks + head_block
+    at_slow = slow_weights + (slow_row * WIDE + tl.arange(0, WIDE)[None, :]) * RANK
+    BLOCKS: tl.constexpr = PIECE // SPAN if PIECE > SPAN else 1
+    for piece in tl.range(first_piece, tl.cdiv(length, PIECE), block_step, num_stages=1):
+        first_token = piece * PIECE
+        here = tl.minimum(PIECE, length - first_token)
+        last = tl.cdiv(here, TILE)
+        highest = 0
+        if (MODE == "folded") or MODE == "shared":
+            block = first_token // SPAN + tl.arange(0, BLOCKS)
+            highest = tl.max(tl.load(at_starts + block, mask=block < blocks, other=HIDDEN), 0)
         if MODE == "exact":
             exact_stretch(
                 query, latents, scales, up, bias, norm, positions, frequencies, mask, scores, rank_of, offset_of,
-                byte_of, plane_of, row, head_block, piece * PIECE, piece * PIECE + last * TILE, length, latents_b,
+                byte_of, plane_of, row, head_block, first_token, first_token + last * TILE, length, latents_b,
                 latents_t, scales_b, scales_t, up_stride, positions_b, positions_t, mask_b, mask_t, stored, stored_from,
                 norm_epsilon, scaling, HEAD_DIM, HEADS, KV_HEADS, HEADS_PER_GROUP, KV, QUERIES, QUERY_SLOTS, SLOTS,
                 QUERY_ROWS, TILE, RANK, BITS, ASYMMETRIC, MASK, HAS_BIAS, HAS_NORM, DTYPE, ASSEMBLY, DIVISOR,
             )  # fmt: skip
-        elif start == HIDDEN:
-            token = piece * PIECE + tl.arange(0, PIECE)
+        elif highest == HIDDEN:
+            token = first_token + tl.arange(0, PIECE)
             at = (out * SLOTS + slot[:, None]) * stored + stored_from + token[None, :]
             hidden = tl.zeros((SCORED, PIECE), tl.float32) - float("inf")
             tl.store(scores + at, hidden, mask=slot_ok[:, None] & (token < length)[None, :])
-        # `weight_kernel` has the scores of blocks with gaps.
-        elif start != GAPS:
-            at_block = at_slow + (at_slow_row + block * all_blocks) * (WIDE * RANK)
-            biases = tl.zeros((WIDE,), tl.float32)
-            if INTERPOLATED and HAS_BIAS:
-                biases = tl.load(slow_biases + (at_slow_row + block * all_blocks) * WIDE + tl.arange(0, WIDE))
-            full = tl.minimum(last, (length - piece * PIECE) // TILE)
-            for tile in tl.range(0, full, num_stages=STAGES):
+        else:
+            unchecked = tl.where(highest == GAPS, 0, here // TILE)
+            for tile in tl.range(0, unchecked, num_stages=STAGES):
                 _score_tile(
-                    piece * PIECE + tile * TILE, piece % PIECES * PIECE + tile * TILE, factors, q_first, q_second, slow, gather, biases,
-                    at_fast, at_block, at_fast_biases, up, bias, table, basis, scales, mask, scores, first_source,
-                    first_plane, latents_t, at_row * scales_b + group * (2 if ASYMMETRIC else 1), scales_t,
-                    at_row * table_b, table_t, row * mask_b, mask_t, up_stride, length, rank, offset, factor_rank,
-                    first_kv, kv_left, first_bias, out, stored, stored_from, MODE, HEAD_DIM, HEADS_PER_GROUP, KV,
-                    QUERIES, QUERY_SLOTS, SLOTS, SCORED, FAST, COLUMNS, CHUNK, TILE, RANK, BITS, ASYMMETRIC, MASK,
-                    HAS_BIAS, dtype, ASSEMBLY, False,
+                    first_token + tile * TILE, factors, queries, gather, at_fast, at_fast_biases, at_slow, all_blocks,
+                    slow_biases + slow_row * WIDE, at_up, up_stride, bias + first_bias, table, basis, at_starts, scales,
+                    mask, scores, first_source, first_plane, latents_t,
+                    at_row * scales_b + group * (2 if ASYMMETRIC else 1), scales_t, at_row * table_b, table_t,
+                    row * mask_b, mask_t, length, rank, factor_rank, kv_left, out, stored, stored_from, MODE, HEAD_DIM,
+                    HEADS_PER_GROUP, KV, QUERIES, QUERY_SLOTS, SLOTS, SCORED, FAST, COLUMNS, CHUNK, SPAN, TILE, RANK,
+                    BITS, ASYMMETRIC, MASK, HAS_BIAS, dtype, ASSEMBLY, False,
                 )  # fmt: skip
-            if full < last:
-                tile = full
+            for tile in tl.range(unchecked, last, num_stages=1):
                 _score_tile(
-                    piece * PIECE + tile * TILE, piece % PIECES * PIECE + tile * TILE, factors, q_first, q_second, slow, gather, biases,
-                    at_fast, at_block, at_fast_biases, up, bias, table, basis, scales, mask, scores, first_source,
-                    first_plane, latents_t, at_row * scales_b + group * (2 if ASYMMETRIC else 1), scales_t,
-                    at_row * table_b, table_t, row * mask_b, mask_t, up_stride, length, rank, offset, factor_rank,
-                    first_kv, kv_left, first_bias, out, stored, stored_from, MODE, HEAD_DIM, HEADS_PER_GROUP, KV,
-                    QUERIES, QUERY_SLOTS, SLOTS, SCORED, FAST, COLUMNS, CHUNK, TILE, RANK, BITS, ASYMMETRIC, MASK,
-                    HAS_BIAS, dtype, ASSEMBLY, True,
+                    first_token + tile * TILE, factors, queries, gather, at_fast, at_fast_biases, at_slow, all_blocks,
+                    slow_biases + slow_row * WIDE, at_up, up_stride, bias + first_bias, table, basis, at_starts, scales,
+                    mask, scores, first_source, first_plane, latents_t,
+                    at_row * scales_b + group * (2 if ASYMMETRIC else 1), scales_t, at_row * table_b, table_t,
+                    row * mask_b, mask_t, length, rank, factor_rank, kv_left, out, stored, stored_from, MODE, HEAD_DIM,
+                    HEADS_PER_GROUP, KV, QUERIES, QUERY_SLOTS, SLOTS, SCORED, FAST, COLUMNS, CHUNK, SPAN, TILE, RANK,
+                    BITS, ASYMMETRIC, MASK, HAS_BIAS, dtype, ASSEMBLY, True,
                 )  # fmt: skip

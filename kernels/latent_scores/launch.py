@@ -11,6 +11,7 @@ from palu.kernels.latent_scores.factors import ordered_factor, ordered_query, pa
 from palu.kernels.latent_scores.kernel import scores_kernel
 from palu.kernels.latent_scores.layout import (
     DTYPES,
+    LARGE_BLOCK,
     HeadBlocks,
     block_memory,
     divisor,
@@ -27,29 +28,38 @@ from palu.kernels.quantize import PackedLatents
 from palu.kernels.rotation import Interpolation, Rotation
 
 LOG2_E = 1.4426950408889634
-TILE = 64
-# Tokens that a program takes on at a time at most, and tokens per block where nothing is interpolated.
-MOST_PIECE = PLAIN_SPAN = 256
-# Columns of folded fast pairs per head and product: of numbers, which are multiplied from shared memory, and of codes,
-# which are multiplied from registers, in a layout that depends on the width: that of the slow pairs' product.
-NUMBERS_CHUNK = 32
-# Rows of the matrix product in `weight_kernel`.
-WEIGHT_ROWS = 64
+# Tokens that a program takes on at a time, and tokens per block where nothing is interpolated.
+MOST_PIECE, PLAIN_SPAN = 2048, 1024
+# Tokens of a tile where pairs are rebuilt, and rows of the matrix product, in `weight_kernel`.
+EXACT_TILE, WEIGHT_ROWS = 64, 64
+# Columns of fast pairs per head and product: of numbers, which are multiplied from shared memory, and of codes, which
+# are multiplied from registers, at least so many.
+NUMBERS_CHUNK, CODES_CHUNK = 32, 16
 
 
 class Config(NamedTuple):
-    """How the score kernel is launched: programs per multiprocessor, tiles under way, registers per thread at most."""
+    """How the score kernel is launched.
+
+    programs: per multiprocessor; tile: tokens at a time; warps: per program; stages: tiles under way; registers: per
+    thread at most.
+    """
 
     programs: int
+    tile: int
+    warps: int
     stages: int
     registers: int | None
 
 
-# Measured on one H200: numbers need more shared memory, codes more registers. The third tile under way of numbers does
-# not fit into blocks of less than LARGE_BLOCK bytes (RTX 4090, L40).
-CONFIGS = {"numbers": Config(2, 3, None), "numbers, small blocks": Config(2, 2, None), "codes": Config(3, 2, 168)}
-LARGE_BLOCK = 160 << 10
-WEIGHT_REGISTERS = 128
+# Measured on one H200: numbers need much shared memory under way, codes many programs. Small blocks: see LARGE_BLOCK.
+CONFIGS = {
+    "numbers": Config(1, 128, 8, 3, None),
+    "numbers, small blocks": Config(2, 64, 4, 2, None),
+    "wide numbers": Config(1, 64, 4, 1, None),
+    "codes": Config(2, 64, 4, 3, None),
+    "exact": Config(2, EXACT_TILE, 4, 1, None),
+}
+WEIGHT_PROGRAMS, WEIGHT_REGISTERS = 2, 128
 
 
 class Scores(NamedTuple):
@@ -101,15 +111,16 @@ def launch_scores(
     groups = len(key.ranks)
     # Without a rotation all heads of a group read its latents alike: they are the queries of one kv head.
     kv_heads = groups if key.up is None else key.up.shape[0] * groups // width
-    heads = head_blocks(kv_heads // groups, groups, num_heads // kv_heads)
+    memory = block_memory(query.device)
+    heads = head_blocks(kv_heads // groups, groups, num_heads // kv_heads, memory)
     parts = stretches(latents)
     interpolation = None
     if key.up is not None and key_norm is None:
         interpolation = rotation.interpolation(heads.queries, compute_dtype(query, parts))
-    span = PLAIN_SPAN if interpolation is None else interpolation.span
-    config = config_for(any(isinstance(part, PackedLatents) for part in parts), block_memory(query.device))
+    exact = interpolation is None and key.up is not None
+    config = config_for(parts, memory, exact)
     programs = max(1, config.programs * processors(query.device) // (heads.count * rows))
-    piece = piece_length(span, latents.shape[1], programs)
+    piece = piece_length(config.tile, latents.shape[1], programs)
     pieces = [triton.cdiv(part.shape[1], piece) for part in parts]
     stored = sum(pieces) * piece
     scores = query.new_empty(rows, heads.count, heads.slots, stored, dtype=torch.float32)
@@ -126,9 +137,15 @@ def launch_scores(
     return found
 
 
-def config_for(packed: bool, memory: int) -> Config:
-    """The launch configuration for codes or numbers on a device whose blocks have so many bytes of shared memory."""
-    return CONFIGS["codes" if packed else "numbers" if memory >= LARGE_BLOCK else "numbers, small blocks"]
+def config_for(parts: Sequence[Stretch], memory: int, exact: bool) -> Config:
+    """The launch configuration for latents, on a device whose blocks have so many bytes of shared memory."""
+    if exact:
+        return CONFIGS["exact"]
+    if any(isinstance(part, PackedLatents) for part in parts):
+        return CONFIGS["codes"]
+    if any(part.itemsize > 2 for part in parts):
+        return CONFIGS["wide numbers"]
+    return CONFIGS["numbers" if memory >= LARGE_BLOCK else "numbers, small blocks"]
 
 
 def compute_dtype(query: Tensor, parts: Sequence[Stretch]) -> torch.dtype:
@@ -137,10 +154,10 @@ def compute_dtype(query: Tensor, parts: Sequence[Stretch]) -> torch.dtype:
     return torch.float16 if packed and query.dtype == torch.bfloat16 else query.dtype
 
 
-def piece_length(span: int, length: int, programs: int) -> int:
-    """Tokens that a program takes at a time: a block, or less where that would leave programs without work."""
-    piece = min(span, MOST_PIECE)
-    while piece > TILE and triton.cdiv(length, piece) < programs:
+def piece_length(tile: int, length: int, programs: int) -> int:
+    """Tokens that a program takes at a time: less where that would leave programs without work."""
+    piece = MOST_PIECE
+    while piece > tile and triton.cdiv(length, piece) < programs:
         piece //= 2
     return piece
 
@@ -188,13 +205,13 @@ def _launch_part(
         KV=heads.kv, QUERIES=heads.queries, QUERY_SLOTS=heads.query_slots, SLOTS=heads.slots,
         QUERY_ROWS=rows_per_latent, FAST=16 if interpolation is None else interpolation.fast,
         COLUMNS=16 if interpolation is None else interpolation.columns,
-        CHUNK=_chunk(interpolation, bits), SPAN=span, PIECES=span // found.piece,
-        PIECE=found.piece, TILE=TILE, RANK=rank,
+        CHUNK=_chunk(interpolation, bits), SPAN=span,
+        PIECE=found.piece, TILE=config.tile, RANK=rank,
         QUERY_STRIDE=query.shape[-1], BITS=bits, ASYMMETRIC=asymmetric, MASK=mask_kind(mask),
         HAS_BIAS=key.bias is not None, HAS_NORM=key_norm is not None,
         DTYPE=DTYPES[dtype],
         ASSEMBLY=dtype == torch.float16 and query.is_cuda, DIVISOR=divisor(tuple(key.ranks)), STAGES=config.stages,
-        **register_limit(config.registers),
+        num_warps=config.warps, **register_limit(config.registers),
     )  # fmt: skip
 
 
@@ -219,7 +236,9 @@ def _launch_turns(
 
 def _chunk(interpolation: Interpolation | None, bits: int) -> int:
     """Columns of folded fast pairs per head and product."""
-    return NUMBERS_CHUNK if bits == 16 or interpolation is None else max(16, interpolation.columns)
+    if interpolation is None or bits == 16:
+        return NUMBERS_CHUNK
+    return max(CODES_CHUNK, interpolation.columns)
 
 
 class Weights(NamedTuple):
@@ -259,7 +278,7 @@ def _launch_weights(
         query.new_empty((rows, heads.count, max(1, fast)) if key.bias is not None else (1,), dtype=torch.float32),
     )
     tiles = triton.cdiv(blocks * interpolation.columns, WEIGHT_ROWS)
-    programs = max(1, 4 * processors(query.device) // (num_heads * rows))
+    programs = max(1, WEIGHT_PROGRAMS * processors(query.device) // (num_heads * rows))
     together = triton.cdiv(tiles, programs)
     weight_kernel[(triton.cdiv(tiles, together), num_heads, rows)](
         query, *tensors, up, up if key.bias is None else key.bias, rotation.positions,
@@ -272,7 +291,7 @@ def _launch_weights(
         QUERIES=heads.queries, QUERY_SLOTS=heads.query_slots, FAST=interpolation.fast,
         SLOW=slow_pairs(head_dim // 2, interpolation), COLUMNS=interpolation.columns,
         CHUNK=_chunk(interpolation, bits), SPAN=interpolation.span, RANK=rank,
-        ROWS=WEIGHT_ROWS, SLOTS=heads.slots, QUERY_ROWS=rows_per_latent, TILE=TILE, BITS=bits,
+        ROWS=WEIGHT_ROWS, SLOTS=heads.slots, QUERY_ROWS=rows_per_latent, TILE=EXACT_TILE, BITS=bits,
         ASYMMETRIC=asymmetric, MASK=mask_kind(mask), HAS_BIAS=key.bias is not None,
         ASSEMBLY=dtype == torch.float16 and query.is_cuda, DIVISOR=divisor(tuple(key.ranks)), DTYPE=DTYPES[dtype],
         **register_limit(WEIGHT_REGISTERS),

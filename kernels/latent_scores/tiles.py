@@ -60,15 +60,11 @@ def slots_used(slot, QUERY_SLOTS: tl.constexpr, QUERIES: tl.constexpr, heads_lef
 @triton.jit
 def key_factor(
     up, up_stride, offset, rank, first_kv, kv_left, chunk, half, part,
-    HEAD_DIM: tl.constexpr, KV: tl.constexpr, RANK: tl.constexpr, HALVES: tl.constexpr,
+    HEAD_DIM: tl.constexpr, KV: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """Rows of the up factor that rebuild one half, or from it on both, of CHUNK_PAIRS pairs of KV heads.
-
-    [RANK, HALVES * KV * CHUNK_PAIRS].
-    """
-    column = tl.arange(0, HALVES * KV * CHUNK_PAIRS)
-    kv, pair = column // CHUNK_PAIRS % KV, column % CHUNK_PAIRS
-    half += column // (KV * CHUNK_PAIRS)
+    """Rows of the up factor that rebuild one half of CHUNK_PAIRS pairs of KV heads, [RANK, KV * CHUNK_PAIRS]."""
+    column = tl.arange(0, KV * CHUNK_PAIRS)
+    kv, pair = column // CHUNK_PAIRS, column % CHUNK_PAIRS
     dim = (first_kv + kv) * HEAD_DIM + half * (HEAD_DIM // 2) + pair + chunk * CHUNK_PAIRS
     latent = part + tl.arange(0, RANK)
     ok = (latent < rank)[:, None] & (kv < kv_left)[None, :]
@@ -87,6 +83,52 @@ def query_factor(
     ok = (row // CHUNK_PAIRS)[:, None] == kv[None, :]
     ok = ok & ((wanted < QUERIES) & (head < heads_left))[None, :]
     at = query + ((first_head + head) * HEAD_DIM)[None, :] + (row % CHUNK_PAIRS + chunk * CHUNK_PAIRS)[:, None]
+    first = tl.load(at, mask=ok, other=0.0).to(tl.float32) * scaling
+    second = tl.load(at + HEAD_DIM // 2, mask=ok, other=0.0).to(tl.float32) * scaling
+    return first, second
+
+
+@triton.jit
+def paired_rows(chunk, kv_left, HEAD_DIM: tl.constexpr, KV: tl.constexpr, CHUNK: tl.constexpr):
+    """Rows of the up factor that rebuild a chunk of pairs of KV heads, both dimensions of a pair side by side.
+
+    [KV * CHUNK], from the first head's row 0 on; of heads that are not there those of the first.
+    """
+    column = tl.arange(0, KV * CHUNK)
+    kv, place = column // CHUNK, chunk * CHUNK + column % CHUNK
+    return tl.where(kv < kv_left, kv, 0) * HEAD_DIM + place // 2 + place % 2 * (HEAD_DIM // 2)
+
+
+@triton.jit
+def as_operand(turned):
+    """Turned pairs [tokens, KV, pairs] as a product's left operand, in `operand_pair`'s order, so that none moves.
+
+    A thread of the matrix units has every fourth of eight pairs, and is to have two neighbours.
+    """
+    KV: tl.constexpr = turned.shape[1]
+    PAIRS: tl.constexpr = turned.shape[2]
+    turned = tl.permute(tl.reshape(turned, (turned.shape[0], KV, PAIRS // 8, 2, 4)), (0, 1, 2, 4, 3))
+    return tl.reshape(turned, (turned.shape[0], KV * PAIRS))
+
+
+@triton.jit
+def operand_pair(place):
+    """The pair that stands at a place of `as_operand`."""
+    return place // 8 * 8 + place % 2 * 4 + place % 8 // 2
+
+
+@triton.jit
+def paired_query(
+    query, scaling, heads_left, chunk,
+    HEAD_DIM: tl.constexpr, KV: tl.constexpr, QUERIES: tl.constexpr, QUERY_SLOTS: tl.constexpr, SLOTS: tl.constexpr,
+    PAIRS: tl.constexpr,
+):  # fmt: skip
+    """The queries' share in a chunk of turned pairs, a block per kv head on the diagonal: twice [KV * PAIRS, SLOTS]."""
+    row, slot = tl.arange(0, KV * PAIRS), tl.arange(0, SLOTS)
+    kv, wanted = slot // QUERY_SLOTS, slot % QUERY_SLOTS
+    head, pair = kv * QUERIES + wanted, chunk * PAIRS + operand_pair(row % PAIRS)
+    ok = ((row // PAIRS)[:, None] == kv[None, :]) & slots_used(slot, QUERY_SLOTS, QUERIES, heads_left)[None, :]
+    at = query + (head * HEAD_DIM)[None, :] + pair[:, None]
     first = tl.load(at, mask=ok, other=0.0).to(tl.float32) * scaling
     second = tl.load(at + HEAD_DIM // 2, mask=ok, other=0.0).to(tl.float32) * scaling
     return first, second
@@ -118,6 +160,20 @@ def load_scales(scales, at, ok, BITS: tl.constexpr, ASYMMETRIC: tl.constexpr):
         pair = tl.load(scales + at[:, None] + tl.arange(0, 2)[None, :], mask=ok[:, None], other=1.0).to(tl.float32)
         scale, zero = tl.split(pair)
         shift = zero - (1 << (BITS - 1))
+    else:
+        scale = tl.load(scales + at, mask=ok, other=1.0).to(tl.float32)
+        shift = tl.zeros(at.shape, tl.float32)
+    return scale, shift
+
+
+@triton.jit
+def load_scale_words(scales, at, ok, BITS: tl.constexpr, ASYMMETRIC: tl.constexpr):
+    """As `load_scales`, each pair as one word: for loads that are not copied asynchronously."""
+    if ASYMMETRIC:
+        word = tl.load((scales + at).to(tl.pointer_type(tl.int32)), mask=ok, other=0x3C00)
+        scale = (word & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        zero = ((word >> 16) & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        shift = tl.where(ok, zero - (1 << (BITS - 1)), 0.0)
     else:
         scale = tl.load(scales + at, mask=ok, other=1.0).to(tl.float32)
         shift = tl.zeros(at.shape, tl.float32)
@@ -164,11 +220,11 @@ def _exact_tile(
             x = load_latents(source, plane, seen[:, None], part, rank, dtype, BITS, PART, ASSEMBLY)
             x = less_zero_points(x, shift, ASYMMETRIC)
             factor = key_factor(
-                up, up_stride, offset, factor_rank, first_kv, kv_left, chunk, 0, part, HEAD_DIM, KV, PART, 1
+                up, up_stride, offset, factor_rank, first_kv, kv_left, chunk, 0, part, HEAD_DIM, KV, PART
             ).to(dtype)
             first = tl.dot(x, factor, first, input_precision="ieee")
             factor = key_factor(
-                up, up_stride, offset, factor_rank, first_kv, kv_left, chunk, 1, part, HEAD_DIM, KV, PART, 1
+                up, up_stride, offset, factor_rank, first_kv, kv_left, chunk, 1, part, HEAD_DIM, KV, PART
             ).to(dtype)
             second = tl.dot(x, factor, second, input_precision="ieee")
         if BITS < 16:

@@ -5,6 +5,9 @@ import triton.language as tl
 
 from palu.kernels.latent_scores.tiles import CHUNK_PAIRS, GAPS, HIDDEN, exact_stretch, turn, visible_tokens
 
+# Blocks that are looked at together for gaps.
+CHECKED: tl.constexpr = tl.constexpr(32)
+
 
 @triton.jit(do_not_specialize=["length", "blocks", "positions_b", "mask_b"])
 def turn_kernel(
@@ -144,14 +147,20 @@ def weight_kernel(
                 tl.store(slow_biases + out, added, mask=row_ok)
     sharers = tl.minimum(HEADS_PER_GROUP - member // KV * KV, KV) * QUERIES
     together = tiles * ROWS // COLUMNS
+    at_starts = starts + row // rows_per_turn * blocks
     last = tl.minimum(blocks, (chunk + 1) * together)
-    for block in tl.range(chunk * together + member % KV * QUERIES + head % QUERIES, last, sharers, num_stages=1):
-        if tl.load(starts + row // rows_per_turn * blocks + block) == GAPS:
-            exact_stretch(
-                query, latents, scales, up, bias, up, positions, frequencies, mask, scores, rank_of, offset_of, byte_of,
-                plane_of, row, head_block, block * SPAN, tl.minimum(length, (block + 1) * SPAN), length, latents_b,
-                latents_t, scales_b, scales_t, up_stride, positions_b, positions_t, mask_b, mask_t, stored, stored_from,
-                0.0, scaling, HEAD_DIM, HEADS, KV_HEADS, HEADS_PER_GROUP, KV, QUERIES, QUERY_SLOTS, SLOTS, QUERY_ROWS,
-                TILE,
-                RANK, BITS, ASYMMETRIC, MASK, HAS_BIAS, False, DTYPE, ASSEMBLY, DIVISOR,
-            )  # fmt: skip
+    for first in tl.range(chunk * together, last, CHECKED, num_stages=1):
+        several = first + tl.arange(0, CHECKED)
+        highest = tl.max(tl.load(at_starts + several, mask=several < last, other=HIDDEN), 0)
+        if highest == GAPS:
+            to = tl.minimum(last, first + CHECKED)
+            for block in tl.range(first + member % KV * QUERIES + head % QUERIES, to, sharers, num_stages=1):
+                if tl.load(at_starts + block) == GAPS:
+                    exact_stretch(
+                        query, latents, scales, up, bias, up, positions, frequencies, mask, scores, rank_of, offset_of,
+                        byte_of, plane_of, row, head_block, block * SPAN, tl.minimum(length, (block + 1) * SPAN),
+                        length, latents_b, latents_t, scales_b, scales_t, up_stride, positions_b, positions_t, mask_b,
+                        mask_t, stored, stored_from, 0.0, scaling, HEAD_DIM, HEADS, KV_HEADS, HEADS_PER_GROUP, KV,
+                        QUERIES, QUERY_SLOTS, SLOTS, QUERY_ROWS, TILE, RANK, BITS, ASYMMETRIC, MASK, HAS_BIAS, False,
+                        DTYPE, ASSEMBLY, DIVISOR,
+                    )  # fmt: skip
