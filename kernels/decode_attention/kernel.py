@@ -141,12 +141,19 @@ def values_kernel(
     tl.store(out, summed, mask=heads_ok[:, None] & (latent < rank)[None, :])
 
 
+@triton.jit
+def _part_sums(sums, part, parts, rows_heads, row_head, latent, rank, RANK_STRIDE: tl.constexpr):
+    """Sums of some parts and latents of a head, zero where there are none."""
+    at = (part * rows_heads + row_head)[:, None].to(tl.int64) * RANK_STRIDE + latent[None, :]
+    return tl.load(sums + at, mask=(part < parts)[:, None] & (latent < rank)[None, :], other=0.0)
+
+
 @triton.jit(do_not_specialize=["parts", "rows_heads"])
 def combine_kernel(
     sums, totals, peaks, up, bias, output, rank_of, offset_of, parts, rows_heads, up_stride,
     HEADS: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr,
     RANK_STRIDE: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_PARTS: tl.constexpr, PASSES: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, CHUNKS: tl.constexpr, HAS_UP: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, CHUNKS: tl.constexpr, HAS_UP: tl.constexpr, HAS_BIAS: tl.constexpr, DIVISOR: tl.constexpr,
 ):  # fmt: skip
     """One head's mean latents: the ranges' sums over their weights; with an up factor, BLOCK_OUT of its outputs.
 
@@ -155,8 +162,23 @@ def combine_kernel(
     row_head, piece = tl.program_id(0), tl.program_id(1)
     head = row_head % HEADS
     group = head // HEADS_PER_GROUP
-    rank, offset = tl.load(rank_of + group), tl.load(offset_of + group)
+    rank = tl.multiple_of(tl.load(rank_of + group), DIVISOR)
+    offset = tl.multiple_of(tl.load(offset_of + group), DIVISOR)
     part = tl.arange(0, BLOCK_PARTS)
+    # All that the first pass needs is asked for before anything waits.
+    found, factors = (), ()
+    for chunk in tl.static_range(CHUNKS if HAS_UP else 1):
+        latent = (chunk if HAS_UP else piece) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
+        found = found + (_part_sums(sums, part, parts, rows_heads, row_head, latent, rank, RANK_STRIDE),)
+    if HAS_UP:
+        out = piece * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+        out_ok = out < HEAD_DIM
+        dim = head // QUERIES % (HEADS_PER_GROUP // QUERIES) * HEAD_DIM + out
+        for chunk in tl.static_range(CHUNKS):
+            latent = chunk * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
+            both_ok = out_ok[:, None] & (latent < rank)[None, :]
+            factor = tl.load(up + (dim * up_stride)[:, None] + offset + latent[None, :], mask=both_ok, other=0.0)
+            factors = factors + (factor,)
     peak = tl.full((), LOWEST, tl.float32)
     for begin in tl.static_range(0, PASSES * BLOCK_PARTS, BLOCK_PARTS):
         at = (begin + part) * rows_heads + row_head
@@ -169,30 +191,22 @@ def combine_kernel(
         weight += share * tl.load(totals + at, mask=ok, other=0.0)
     inverse = 1.0 / tl.maximum(tl.sum(weight, 0), 1e-30)
     if HAS_UP:
-        out = piece * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-        out_ok = out < HEAD_DIM
-        dim = head // QUERIES % (HEADS_PER_GROUP // QUERIES) * HEAD_DIM + out
         result = tl.zeros((BLOCK_OUT,), tl.float32)
         if HAS_BIAS:
             result += tl.load(bias + head // QUERIES * HEAD_DIM + out, mask=out_ok, other=0.0).to(tl.float32)
-    # Unrolled, so that all loads can be under way at once.
     for chunk in tl.static_range(CHUNKS if HAS_UP else 1):
         latent = (chunk if HAS_UP else piece) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
         total = tl.zeros((BLOCK_PARTS, BLOCK_RANK), tl.float32)
         for begin in tl.static_range(0, PASSES * BLOCK_PARTS, BLOCK_PARTS):
             at = (begin + part) * rows_heads + row_head
-            part_ok = begin + part < parts
-            share = tl.exp2(tl.load(peaks + at, mask=part_ok, other=LOWEST) - peak)
-            found = tl.load(
-                sums + at[:, None].to(tl.int64) * RANK_STRIDE + latent[None, :],
-                mask=part_ok[:, None] & (latent < rank)[None, :], other=0.0,
-            )  # fmt: skip
-            total += found * share[:, None]
+            share = tl.exp2(tl.load(peaks + at, mask=begin + part < parts, other=LOWEST) - peak)
+            several = found[chunk]
+            if begin > 0:
+                several = _part_sums(sums, begin + part, parts, rows_heads, row_head, latent, rank, RANK_STRIDE)
+            total += several * share[:, None]
         mean = tl.sum(total, 0) * inverse
         if HAS_UP:
-            both_ok = out_ok[:, None] & (latent < rank)[None, :]
-            factor = tl.load(up + (dim * up_stride)[:, None] + offset + latent[None, :], mask=both_ok, other=0.0)
-            result += tl.sum(factor.to(tl.float32) * mean[None, :], 1)
+            result += tl.sum(factors[chunk].to(tl.float32) * mean[None, :], 1)
         else:
             at_out = output + row_head * RANK_STRIDE + latent
             tl.store(at_out, mean.to(output.dtype.element_ty), mask=latent < rank)

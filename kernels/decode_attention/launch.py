@@ -172,17 +172,17 @@ def _combine(parts: Parts, value: LatentProjection, query: Tensor, head_dim: int
     kv_heads = num_heads if value.up is None else up.shape[0] * len(ranks) // head_dim
     width = stride if value.up is None else head_dim
     output = query.new_empty(rows, num_heads, width)
-    few = parts.sums.shape[0] <= COMBINE_PARTS
-    block, size = (COMBINE_PARTS, COMBINE_RANK) if few else (2 * COMBINE_PARTS, COMBINE_RANK // 2)
-    pieces = triton.cdiv(stride, size) if value.up is None else triton.cdiv(head_dim, COMBINE_OUT)
+    block = COMBINE_PARTS if parts.sums.shape[0] <= COMBINE_PARTS else 2 * COMBINE_PARTS
+    pieces = triton.cdiv(stride, COMBINE_RANK) if value.up is None else triton.cdiv(head_dim, COMBINE_OUT)
     combine_kernel[(rows * num_heads, pieces)](
         *parts, up, up if value.bias is None else value.bias, output, side.rank, side.offset,
         parts.sums.shape[0], rows * num_heads, up.stride(0),
         HEADS=num_heads, HEADS_PER_GROUP=per_group, QUERIES=num_heads // kv_heads, HEAD_DIM=head_dim,
-        RANK_STRIDE=stride, BLOCK_RANK=size,
+        RANK_STRIDE=stride, BLOCK_RANK=COMBINE_RANK,
         BLOCK_PARTS=block, PASSES=triton.cdiv(parts.sums.shape[0], block), BLOCK_OUT=COMBINE_OUT,
-        CHUNKS=triton.cdiv(stride, size),
-        HAS_UP=value.up is not None, HAS_BIAS=value.bias is not None,
+        CHUNKS=triton.cdiv(stride, COMBINE_RANK),
+        HAS_UP=value.up is not None, HAS_BIAS=value.bias is not None, DIVISOR=divisor(ranks),
+        num_warps=block // 8,
     )  # fmt: skip
     if value.up is not None or len(set(ranks)) == 1:
         return output.view(rows, -1)

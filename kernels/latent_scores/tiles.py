@@ -270,7 +270,7 @@ def exact_stretch(
     first_head = (group * HEADS_PER_GROUP + first_kv) * QUERIES
     rank = tl.multiple_of(tl.load(rank_of + group), DIVISOR)
     byte = tl.multiple_of(tl.load(byte_of + group), DIVISOR * BITS // 8 if BITS < 16 else DIVISOR)
-    factor_rank, offset = rank, tl.load(offset_of + group)
+    factor_rank, offset = rank, tl.multiple_of(tl.load(offset_of + group), DIVISOR)
     if BITS < 16:
         factor_rank, offset = RANK, group * RANK
     at_row = row // QUERY_ROWS

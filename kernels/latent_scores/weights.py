@@ -100,7 +100,9 @@ def weight_kernel(
     head_block = group * head_blocks + member // KV
     all_blocks: tl.constexpr = head_blocks * (KV_HEADS // HEADS_PER_GROUP)
     place = member % KV * QUERY_SLOTS + head % QUERIES
-    rank, offset = tl.load(rank_of + group), tl.load(offset_of + group)
+    # Saying of what ranks are multiples lets loads be wide.
+    rank = tl.multiple_of(tl.load(rank_of + group), DIVISOR)
+    offset = tl.multiple_of(tl.load(offset_of + group), DIVISOR)
     if BITS < 16:
         # The factor is in the order of the codes, every group as wide as the others.
         rank, offset = RANK, group * RANK
