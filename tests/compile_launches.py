@@ -22,7 +22,7 @@ from triton.compiler import ASTSource, CompilationError
 
 from palu.kernels.decode_attention import launch as attention
 from palu.kernels.latent_scores import launch as scores
-from palu.kernels.latents import LatentProjection
+from palu.kernels.latents import LatentProjection, MixedLatents
 from palu.kernels.packing import packed_width
 from palu.kernels.quantize import PackedLatents, Quantization
 from palu.kernels.rotation import Rotation
@@ -30,22 +30,33 @@ from palu.kernels.rotation import Rotation
 TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.bool: "*i1"}
 TYPES |= {torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
-LENGTH, HEAD_DIM, GROUP_SIZE, KEY_RANK, VALUE_RANK = 40960, 128, 4, 128, 384
+LENGTH, HEAD_DIM, GROUP_SIZE, VALUE_RANK = 40960, 128, 4, 384
+# Bytes of shared memory that one block may have: A100, RTX 4090 and L40, H100 and H200.
+MOST_SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 class Call(NamedTuple):
-    """A call of decode attention: 32 query heads of 128, one token."""
+    """A call of decode attention: 32 query heads of 128, one token unless there are more queries.
+
+    beside: tokens kept exact beside the packed ones; key_rank: per group.
+    """
 
     kv_heads: int = 32
     bits: int = 16
     dtype: torch.dtype = torch.float16
     key_norm: bool = False
     absorbed: bool = False
+    beside: int = 0
+    bias: bool = False
+    queries: int = 1
+    key_rank: int = 128
 
 
 CALLS = [Call(bits=bits) for bits in (16, 8, 4, 3, 2)] + [Call(8, bits) for bits in (16, 4)]
 CALLS += [Call(8, key_norm=True), Call(absorbed=True), Call(absorbed=True, bits=4), Call(dtype=torch.bfloat16)]
+CALLS += [Call(bits=4, dtype=torch.bfloat16, beside=256), Call(8, bias=True), Call(8, 4, bias=True), Call(queries=4)]
+CALLS += [Call(key_rank=272), Call(key_rank=256), Call(8, 4, key_rank=256)]
 
 
 class Launch(NamedTuple):
@@ -93,9 +104,10 @@ class Recorder:
         self.launches.setdefault(launch, self.function)
 
 
-def record(calls):
-    """The launches of some calls, each once, with their functions."""
+def record(calls, memory):
+    """The launches of some calls on a GPU with so much shared memory per block, each once, with their functions."""
     launches = {}
+    scores.block_memory = lambda device: memory
     for module in (attention, scores):
         module.processors = lambda device: 132
         for name, value in list(vars(module).items()):
@@ -109,29 +121,35 @@ def record(calls):
 def arguments(call):
     """Arguments of a call, with memory that nobody touches for latents."""
     groups, width = call.kv_heads // GROUP_SIZE, GROUP_SIZE * HEAD_DIM
-    ranks = ((KEY_RANK,) * groups, (VALUE_RANK,) * groups)
-    key, value = (LatentProjection(torch.zeros(width, sum(each), dtype=call.dtype), each, None) for each in ranks)
+    ranks = ((call.key_rank,) * groups, (VALUE_RANK,) * groups)
+    bias = torch.zeros(call.kv_heads * HEAD_DIM, dtype=call.dtype) if call.bias else None
+    key, value = (LatentProjection(torch.zeros(width, sum(each), dtype=call.dtype), each, bias) for each in ranks)
     frequencies = (1e4 if call.kv_heads == 32 else 5e5) ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
     rotation = None if call.absorbed else Rotation(torch.arange(LENGTH)[None], frequencies)
     norm = SimpleNamespace(variance_epsilon=1e-6, weight=torch.ones(HEAD_DIM, dtype=call.dtype))
-    query = torch.zeros(1, 32, 1, HEAD_DIM, dtype=call.dtype)
+    query = torch.zeros(1, 32, call.queries, HEAD_DIM, dtype=call.dtype)
     latents = [latents_of(call, each) for each in ranks]
-    mask = torch.ones(1, 1, 1, LENGTH, dtype=torch.bool)
+    mask = torch.ones(1, 1, call.queries, LENGTH, dtype=torch.bool)
     return query, *latents, key, value, rotation, mask, HEAD_DIM**-0.5, norm if call.key_norm else None
 
 
 def latents_of(call, ranks):
     if call.bits == 16:
         return torch.empty(1, LENGTH, sum(ranks), dtype=call.dtype)
-    codes = torch.empty(1, LENGTH, packed_width(sum(ranks), call.bits), dtype=torch.uint8)
-    parameters = torch.empty(1, LENGTH, 2 * len(ranks), dtype=torch.float16)
-    return PackedLatents.of(codes, parameters, Quantization(call.bits, ranks))
+    packed = LENGTH - call.beside
+    codes = torch.empty(1, packed, packed_width(sum(ranks), call.bits), dtype=torch.uint8)
+    parameters = torch.empty(1, packed, 2 * len(ranks), dtype=torch.float16)
+    latents = PackedLatents.of(codes, parameters, Quantization(call.bits, ranks))
+    if call.beside == 0:
+        return latents
+    return MixedLatents((latents, torch.empty(1, call.beside, sum(ranks), dtype=call.dtype)))
 
 
 def compiled(function, launch, architecture, folder):
     """What one launch takes on a GPU of an architecture."""
     constants = dict(launch.constants)
-    names = ("MODE", "BITS", "QUERIES", "HAS_NORM", "STAGES", "PIECE", "FAST", "COLUMNS", "SPAN", "DTYPE")
+    names = ("MODE", "BITS", "QUERIES", "HAS_NORM", "HAS_BIAS", "STAGES", "PIECE", "FAST", "COLUMNS", "SPAN", "RANK")
+    names += ("DTYPE",)
     row = {"kernel": launch.name} | {name.lower(): str(constants[name]) for name in names if name in constants}
     attributes = {(index,): [["tt.divisibility", 16]] for index in launch.aligned}
     source = ASTSource(function, signature=dict(launch.signature), constexprs=constants, attrs=attributes)
@@ -149,5 +167,5 @@ def compiled(function, launch, architecture, folder):
 
 
 if __name__ == "__main__":
-    for launch, function in record(CALLS).items():
+    for launch, function in record(CALLS, MOST_SHARED[int(sys.argv[1])]).items():
         print(json.dumps(compiled(function, launch, int(sys.argv[1]), Path(sys.argv[2]))), flush=True)

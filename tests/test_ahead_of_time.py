@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from palu.kernels.latent_scores.factors import PART
+from tests.compile_launches import MOST_SHARED
+
 ROOT = Path(__file__).resolve().parents[1]
-# Bytes of shared memory that one block may have: A100, RTX 4090 and L40, H100 and H200.
-MOST_SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
-# Bytes of local memory per thread, just above the worst that Triton 3.6 and 3.9 leave under the launches' register
-# limits. 3.6: of the weights' kernel 880, 784, 216, of the scores' 168, 72, 288; 3.9: 272, 240, 296 and 152, 96, 184.
-MOST_SPILLED = {"weight_kernel": {80: 888, 89: 792, 90: 304}, "scores_kernel": {80: 176, 89: 104, 90: 296}}
-NOT_SPILLING = {"values_kernel", "turn_kernel", "combine_kernel"}
+# Bytes of local memory per thread: the most that Triton 3.6 or 3.9 leaves.
+MOST_SPILLED = {"weight_kernel": 48, "scores_kernel": 296}
+NOT_SPILLING = {"turn_kernel", "softmax_kernel", "values_kernel", "combine_kernel"}
 
 
 @pytest.mark.parametrize("architecture", list(MOST_SHARED))
@@ -26,17 +26,17 @@ def test_every_launch_compiles_and_fits(architecture, tmp_path):
     print(done.stdout)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["kernel"] for row in rows} == NOT_SPILLING | set(MOST_SPILLED)
-    assert {row.get("mode") for row in rows} == {None, "interpolated", "exact", "absorbed"}
+    assert {row.get("mode") for row in rows} == {None, "folded", "shared", "exact", "absorbed"}
     broken = [row for row in rows if "error" in row]
     assert not broken
     large = [row for row in rows if row["shared"] > MOST_SHARED[architecture]]
     assert not large
-    allowed = {kernel: most[architecture] for kernel, most in MOST_SPILLED.items()}
-    spilling = [row for row in rows if row["spilled"] > allowed.get(row["kernel"], 0)]
+    spilling = [row for row in rows if row["spilled"] > MOST_SPILLED.get(row["kernel"], 0)]
     assert not spilling
     for row in rows:
-        if row["kernel"] in ("turn_kernel", "combine_kernel"):
+        if row["kernel"] in ("turn_kernel", "softmax_kernel", "combine_kernel"):
             continue
-        assert row["asynchronous"] == (row.get("mode") != "exact"), row
+        streamed = row.get("mode") == "exact" or int(row.get("rank", 0)) > PART
+        assert streamed or row["asynchronous"], row
         if row.get("mode") != "absorbed":
             assert row["warpgroup"] == (architecture == 90 and row["kernel"] != "values_kernel"), row

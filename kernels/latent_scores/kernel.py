@@ -35,20 +35,24 @@ from palu.kernels.latent_scores.tiles import (
 
 @triton.jit
 def _product(
-    x, kept, weights, limit, source, plane, ok, shift, rank,
-    RANK: tl.constexpr, BITS: tl.constexpr, ASYMMETRIC: tl.constexpr, ASSEMBLY: tl.constexpr, dtype: tl.constexpr,
+    x, kept, first: tl.constexpr, weights, limit, source, plane, ok, shift, rank,
+    RANK: tl.constexpr, PART: tl.constexpr, KEPT: tl.constexpr, BITS: tl.constexpr, ASYMMETRIC: tl.constexpr,
+    ASSEMBLY: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """Products of latents with columns of weights, pointers to which [1, columns] are given: [tokens, columns].
 
-    kept: the columns themselves, where latents are at most 128 wide; limit: the latents that the columns have.
+    x: if KEPT, the latents, in parts of PART; kept: the columns in such parts, from place `first` on; limit: the
+    latents that the columns have.
     """
-    if RANK <= 128:
-        product = tl.dot(x, kept, input_precision="ieee")
+    if KEPT:
+        product = tl.dot(x[0], kept[first], input_precision="ieee")
+        for part in tl.static_range(1, RANK // PART):
+            product = tl.dot(x[part], kept[first + part], product, input_precision="ieee")
     else:
-        product = tl.zeros((x.shape[0], weights.shape[1]), tl.float32)
-        for part in tl.range(0, RANK, 128, num_stages=1):
-            more = load_latents(source, plane, ok, part, rank, dtype, BITS, 128, ASSEMBLY)
-            latent = part + tl.arange(0, 128)[:, None]
+        product = tl.zeros((ok.shape[0], weights.shape[1]), tl.float32)
+        for part in tl.range(0, RANK, PART, num_stages=1):
+            more = load_latents(source, plane, ok, part, rank, dtype, BITS, PART, ASSEMBLY)
+            latent = part + tl.arange(0, PART)[:, None]
             columns = tl.load(weights + latent, mask=latent < limit, other=0.0).to(dtype)
             product = tl.dot(less_zero_points(more, shift, ASYMMETRIC), columns, product, input_precision="ieee")
     return product
@@ -74,19 +78,21 @@ def _folded_tile(
     x, fast, slow, table, share, scale, shift, fast_weights, slow_weights, fast_biases, slow_biases, source, plane, ok,
     rank,
     KV: tl.constexpr, FAST: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr,
-    BITS: tl.constexpr, ASYMMETRIC: tl.constexpr, ASSEMBLY: tl.constexpr, HAS_BIAS: tl.constexpr, dtype: tl.constexpr,
+    PART: tl.constexpr, KEPT: tl.constexpr, BITS: tl.constexpr, ASYMMETRIC: tl.constexpr, ASSEMBLY: tl.constexpr,
+    HAS_BIAS: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """Scores of one tile for one query per kv head, with the query folded into the fast pairs too, [tokens, KV]."""
     product = _product(
-        x, slow, slow_weights, RANK, source, plane, ok, shift, rank, RANK, BITS, ASYMMETRIC, ASSEMBLY, dtype
+        x, slow, 0, slow_weights, RANK, source, plane, ok, shift, rank, RANK, PART, KEPT, BITS, ASYMMETRIC, ASSEMBLY,
+        dtype,
     )  # fmt: skip
     # Columns are added up across threads once, in the end.
     terms = _weighed(product, tl.load(share), scale, slow_biases, KV, COLUMNS, BITS, HAS_BIAS)
     for chunk in tl.static_range(2 * FAST // CHUNK):
         first = chunk * KV * CHUNK
         product = _product(
-            x, fast[chunk] if RANK <= 128 else slow, fast_weights + first * RANK, RANK, source, plane, ok, shift, rank,
-            RANK, BITS, ASYMMETRIC, ASSEMBLY, dtype,
+            x, fast, chunk * (RANK // PART), fast_weights + first * RANK, RANK, source, plane, ok, shift, rank, RANK,
+            PART, KEPT, BITS, ASYMMETRIC, ASSEMBLY, dtype,
         )  # fmt: skip
         turned = tl.load(table + chunk * CHUNK + tl.arange(0, CHUNK)[None, :], mask=ok, other=0.0)
         biases = slow_biases
@@ -103,14 +109,31 @@ def _shared_tile(
     source, plane, ok, rank, factor_rank, kv_left,
     HEAD_DIM: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, KV: tl.constexpr, QUERIES: tl.constexpr,
     QUERY_SLOTS: tl.constexpr, FAST: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr,
-    BITS: tl.constexpr, ASYMMETRIC: tl.constexpr, ASSEMBLY: tl.constexpr, HAS_BIAS: tl.constexpr, dtype: tl.constexpr,
+    PART: tl.constexpr, KEPT: tl.constexpr, BITS: tl.constexpr, ASYMMETRIC: tl.constexpr, ASSEMBLY: tl.constexpr,
+    HAS_BIAS: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """Scores of one tile for several queries per kv head, which share the rebuilt fast pairs, [tokens, SLOTS]."""
-    TILE: tl.constexpr = x.shape[0]
+    TILE: tl.constexpr = ok.shape[0]
     WIDE: tl.constexpr = KV * QUERY_SLOTS * COLUMNS
     PAIRS: tl.constexpr = CHUNK // 2
     product = _product(
-        x, slow, slow_weights, RANK, source, plane, ok, shift, rank, RANK, BITS, ASYMMETRIC, ASSEMBLY, dtype
+        x,
+        slow,
+        0,
+        slow_weights,
+        RANK,
+        source,
+        plane,
+        ok,
+        shift,
+        rank,
+        RANK,
+        PART,
+        KEPT,
+        BITS,
+        ASYMMETRIC,
+        ASSEMBLY,
+        dtype,
     )
     if (QUERIES != QUERY_SLOTS) or HEADS_PER_GROUP % KV > 0:
         # Columns of no query head hold anything.
@@ -127,7 +150,7 @@ def _shared_tile(
     for chunk in tl.static_range(FAST // PAIRS):
         at_rows = at_up + paired_rows(chunk, kv_left, HEAD_DIM, KV, CHUNK)[None, :] * up_stride
         product = _product(
-            x, factors[chunk] if RANK <= 128 else slow, at_rows, factor_rank, source, plane, ok, shift, rank, RANK,
+            x, factors, chunk * (RANK // PART), at_rows, factor_rank, source, plane, ok, shift, rank, RANK, PART, KEPT,
             BITS, ASYMMETRIC, ASSEMBLY, dtype,
         )  # fmt: skip
         turned = tl.load(table + chunk * CHUNK + tl.arange(0, CHUNK)[None, :], mask=ok, other=0.0).to(tl.float32)
@@ -153,11 +176,10 @@ def _score_tile(
     MODE: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, KV: tl.constexpr,
     QUERIES: tl.constexpr, QUERY_SLOTS: tl.constexpr, SLOTS: tl.constexpr, SCORED: tl.constexpr, FAST: tl.constexpr,
     COLUMNS: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.constexpr, TILE: tl.constexpr, RANK: tl.constexpr,
-    BITS: tl.constexpr, ASYMMETRIC: tl.constexpr, MASK: tl.constexpr, HAS_BIAS: tl.constexpr, dtype: tl.constexpr,
-    ASSEMBLY: tl.constexpr, CHECKED: tl.constexpr,
+    PART: tl.constexpr, KEPT: tl.constexpr, BITS: tl.constexpr, ASYMMETRIC: tl.constexpr, MASK: tl.constexpr, HAS_BIAS:
+    tl.constexpr, dtype: tl.constexpr, ASSEMBLY: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
     """Scores of TILE tokens of one block; if CHECKED, some may lie behind the last token, or the block have gaps."""
-    PART: tl.constexpr = 128 if RANK > 128 else RANK
     WIDE: tl.constexpr = KV * QUERY_SLOTS * COLUMNS
     inside = tl.arange(0, TILE)
     token = tile_start + inside
@@ -168,12 +190,14 @@ def _score_tile(
     scale, shift = tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.float32)
     if BITS < 16:
         scale, shift = load_scales(scales, at_scales + token * scales_t, ok, BITS, ASYMMETRIC)
-    x = load_latents(source, plane, ok[:, None], 0, rank, dtype, BITS, PART, ASSEMBLY)
-    x = less_zero_points(x, shift, ASYMMETRIC)
+    x, slow = (), ()
+    for part in tl.static_range(0, RANK if KEPT else 0, PART):
+        more = load_latents(source, plane, ok[:, None], part, rank, dtype, BITS, PART, ASSEMBLY)
+        x = x + (less_zero_points(more, shift, ASYMMETRIC),)
     slot_ok = slots_used(tl.arange(0, SCORED), QUERY_SLOTS, QUERIES, kv_left * QUERIES)
     if MODE == "absorbed":
-        score = tl.dot(x, factors[0], input_precision="ieee")
-        for part in tl.static_range(PART, RANK, PART):
+        score = tl.zeros((TILE, SCORED), tl.float32)
+        for part in tl.static_range(0, RANK, PART):
             more = load_latents(source, plane, ok[:, None], part, rank, dtype, BITS, PART, ASSEMBLY)
             more = less_zero_points(more, shift, ASYMMETRIC)
             score = tl.dot(more, factors[part // PART], score, input_precision="ieee")
@@ -182,9 +206,8 @@ def _score_tile(
     else:
         block = tile_start // SPAN
         at_slow += (slow_step * block) * (WIDE * RANK)
-        slow = at_slow
-        if RANK <= 128:
-            slow = tl.load(at_slow + tl.arange(0, RANK)[:, None])
+        for part in tl.static_range(0, RANK if KEPT else 0, PART):
+            slow = slow + (tl.load(at_slow + part + tl.arange(0, PART)[:, None]),)
         slow_biases = tl.zeros((WIDE,), tl.float32)
         if HAS_BIAS:
             slow_biases = tl.load(at_slow_biases + slow_step * block * WIDE + tl.arange(0, WIDE))
@@ -196,13 +219,14 @@ def _score_tile(
         if MODE == "folded":
             score = _folded_tile(
                 x, factors, slow, turns, share, scale, shift, at_fast, at_slow, at_fast_biases, slow_biases, source,
-                plane, ok[:, None], rank, KV, FAST, COLUMNS, CHUNK, RANK, BITS, ASYMMETRIC, ASSEMBLY, HAS_BIAS, dtype,
+                plane, ok[:, None], rank, KV, FAST, COLUMNS, CHUNK, RANK, PART, KEPT, BITS, ASYMMETRIC, ASSEMBLY,
+                HAS_BIAS, dtype,
             )  # fmt: skip
         else:
             score = _shared_tile(
                 x, factors, queries, slow, gather[0], slow_biases, scale, shift, at_up, up_stride, bias, turns, share,
                 at_slow, source, plane, ok[:, None], rank, factor_rank, kv_left, HEAD_DIM, HEADS_PER_GROUP, KV, QUERIES,
-                QUERY_SLOTS, FAST, COLUMNS, CHUNK, RANK, BITS, ASYMMETRIC, ASSEMBLY, HAS_BIAS, dtype,
+                QUERY_SLOTS, FAST, COLUMNS, CHUNK, RANK, PART, KEPT, BITS, ASYMMETRIC, ASSEMBLY, HAS_BIAS, dtype,
             )  # fmt: skip
     seen, added = visible_tokens(mask, at_mask, token, mask_t, ok, MASK)
     store_scores(score, added, seen, token + stored_from, scores, out, stored, slot_ok, SLOTS, MASK)
@@ -222,8 +246,8 @@ def scores_kernel(
     HEADS_PER_GROUP: tl.constexpr, KV: tl.constexpr, QUERIES: tl.constexpr, QUERY_SLOTS: tl.constexpr,
     SLOTS: tl.constexpr, QUERY_ROWS: tl.constexpr, FAST: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
     SPAN: tl.constexpr, PIECE: tl.constexpr, TILE: tl.constexpr, RANK: tl.constexpr,
-    QUERY_STRIDE: tl.constexpr, BITS: tl.constexpr, ASYMMETRIC: tl.constexpr, MASK: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr,
+    PART: tl.constexpr, KEPT: tl.constexpr, QUERY_STRIDE: tl.constexpr, BITS: tl.constexpr, ASYMMETRIC: tl.constexpr,
+    MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr,
     DIVISOR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Scores of KV kv heads' queries for every block_step-th piece of the tokens.
@@ -258,8 +282,6 @@ def scores_kernel(
     out = (row * all_blocks + head_block).to(tl.int64)
     # Slots that a tile's scores have: products of several queries come padded to what the matrix units want.
     SCORED: tl.constexpr = KV if MODE == "folded" else SLOTS
-    PART: tl.constexpr = 128 if RANK > 128 else RANK
-    KEPT: tl.constexpr = RANK <= 128
     WIDE: tl.constexpr = KV * QUERY_SLOTS * COLUMNS
     slot = tl.arange(0, SCORED)
     slot_ok = slots_used(slot, QUERY_SLOTS, QUERIES, heads_left)
@@ -271,7 +293,8 @@ def scores_kernel(
     at_up = up + (first_kv * HEAD_DIM * up_stride + offset)
     if MODE == "folded":
         for chunk in tl.static_range(2 * FAST // CHUNK if KEPT else 0):
-            factors = factors + (tl.load(at_fast + chunk * KV * CHUNK * RANK + latent[:, None]),)
+            for part in tl.static_range(0, RANK, PART):
+                factors = factors + (tl.load(at_fast + chunk * KV * CHUNK * RANK + (part + latent)[:, None]),)
     if MODE == "shared":
         for chunk in tl.static_range(2 * FAST // CHUNK):
             first, second = paired_query(
@@ -279,10 +302,10 @@ def scores_kernel(
                 QUERY_SLOTS, SLOTS, CHUNK // 2,
             )  # fmt: skip
             queries = queries + (first.to(dtype), second.to(dtype))
-            if KEPT:
-                at_rows = at_up + paired_rows(chunk, kv_left, HEAD_DIM, KV, CHUNK)[None, :] * up_stride
-                factor = tl.load(at_rows + latent[:, None], mask=(latent < factor_rank)[:, None], other=0.0)
-                factors = factors + (factor.to(dtype),)
+            at_rows = at_up + paired_rows(chunk, kv_left, HEAD_DIM, KV, CHUNK)[None, :] * up_stride
+            for part in tl.static_range(0, RANK if KEPT else 0, PART):
+                columns = part + latent[:, None]
+                factors = factors + (tl.load(at_rows + columns, mask=columns < factor_rank, other=0.0).to(dtype),)
         gather = gather + (((tl.arange(0, WIDE) // COLUMNS)[:, None] == slot[None, :]).to(dtype),)
     if MODE == "absorbed":
         slot_head = slot // QUERY_SLOTS * QUERIES + slot % QUERY_SLOTS
@@ -327,7 +350,7 @@ def scores_kernel(
                     at_row * scales_b + group * (2 if ASYMMETRIC else 1), scales_t, at_row * table_b, table_t,
                     row * mask_b, mask_t, length, rank, factor_rank, kv_left, out, stored, stored_from, MODE, HEAD_DIM,
                     HEADS_PER_GROUP, KV, QUERIES, QUERY_SLOTS, SLOTS, SCORED, FAST, COLUMNS, CHUNK, SPAN, TILE, RANK,
-                    BITS, ASYMMETRIC, MASK, HAS_BIAS, dtype, ASSEMBLY, False,
+                    PART, KEPT, BITS, ASYMMETRIC, MASK, HAS_BIAS, dtype, ASSEMBLY, False,
                 )  # fmt: skip
             for tile in tl.range(unchecked, last, num_stages=1):
                 _score_tile(
@@ -337,5 +360,5 @@ def scores_kernel(
                     at_row * scales_b + group * (2 if ASYMMETRIC else 1), scales_t, at_row * table_b, table_t,
                     row * mask_b, mask_t, length, rank, factor_rank, kv_left, out, stored, stored_from, MODE, HEAD_DIM,
                     HEADS_PER_GROUP, KV, QUERIES, QUERY_SLOTS, SLOTS, SCORED, FAST, COLUMNS, CHUNK, SPAN, TILE, RANK,
-                    BITS, ASYMMETRIC, MASK, HAS_BIAS, dtype, ASSEMBLY, True,
+                    PART, KEPT, BITS, ASYMMETRIC, MASK, HAS_BIAS, dtype, ASSEMBLY, True,
                 )  # fmt: skip

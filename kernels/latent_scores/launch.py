@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from palu.kernels.latent_scores.factors import ordered_factor, ordered_query, padded_rank
+from palu.kernels.latent_scores.factors import PART, ordered_factor, ordered_query, padded_rank
 from palu.kernels.latent_scores.kernel import scores_kernel
 from palu.kernels.latent_scores.layout import (
     DTYPES,
@@ -51,15 +51,21 @@ class Config(NamedTuple):
     registers: int | None
 
 
-# Measured on one H200: numbers need much shared memory under way, codes many programs. Small blocks: see LARGE_BLOCK.
+# Measured on one H200: numbers need much shared memory under way, codes many programs. Those that keep all the columns
+# that latents are multiplied with need more for more than PART latents; small blocks: see LARGE_BLOCK.
 CONFIGS = {
     "numbers": Config(1, 128, 8, 3, None),
+    "wide numbers": Config(1, 64, 4, 2, None),
     "numbers, small blocks": Config(2, 64, 4, 2, None),
-    "wide numbers": Config(1, 64, 4, 1, None),
     "codes": Config(2, 64, 4, 3, None),
+    "wide codes": Config(1, 128, 8, 2, None),
+    "streamed columns": Config(2, 64, 4, 1, None),
+    "float32": Config(1, 64, 4, 1, None),
     "exact": Config(2, EXACT_TILE, 4, 1, None),
 }
-WEIGHT_PROGRAMS, WEIGHT_REGISTERS = 2, 128
+# Latents of which all columns can be kept in a large block's shared memory.
+MOST_KEPT = 256
+WEIGHT_PROGRAMS = 2
 
 
 class Scores(NamedTuple):
@@ -96,7 +102,6 @@ class Step(NamedTuple):
     rows_per_latent: int
     scaling: float
     programs: int
-    config: "Config"
 
 
 def launch_scores(
@@ -118,7 +123,9 @@ def launch_scores(
     if key.up is not None and key_norm is None:
         interpolation = rotation.interpolation(heads.queries, compute_dtype(query, parts))
     exact = interpolation is None and key.up is not None
-    config = config_for(parts, memory, exact)
+    rank = padded_rank(tuple(key.ranks))
+    configs = [config_for(part, rank, memory, exact) for part in parts]
+    config = max(configs, key=lambda config: config.tile)
     programs = max(1, config.programs * processors(query.device) // (heads.count * rows))
     piece = piece_length(config.tile, latents.shape[1], programs)
     pieces = [triton.cdiv(part.shape[1], piece) for part in parts]
@@ -126,26 +133,42 @@ def launch_scores(
     scores = query.new_empty(rows, heads.count, heads.slots, stored, dtype=torch.float32)
     found = Scores(scores, piece, heads)
     scaling *= LOG2_E * (1.0 if rotation is None else rotation.attention_scaling)
-    step = Step(query, key, key_norm, interpolation, rows_per_latent, scaling, programs, config)
+    step = Step(query, key, key_norm, interpolation, rows_per_latent, scaling, programs)
     start = 0
     for index, part in enumerate(parts):
         length = part.shape[1]
         visible = None if mask is None else mask.narrow(1, start, length)
         turn = None if rotation is None else rotation.narrow(start, length)
-        _launch_part(step, part, turn, visible, found, sum(pieces[:index]))
+        _launch_part(step, part, configs[index], turn, visible, found, sum(pieces[:index]))
         start += length
     return found
 
 
-def config_for(parts: Sequence[Stretch], memory: int, exact: bool) -> Config:
-    """The launch configuration for latents, on a device whose blocks have so many bytes of shared memory."""
+def config_for(part: Stretch, rank: int, memory: int, exact: bool) -> Config:
+    """The launch configuration for latents of some padded rank, on a device with so much shared memory per block.
+
+    exact: whether all pairs are rebuilt.
+    """
+    packed = isinstance(part, PackedLatents)
     if exact:
-        return CONFIGS["exact"]
-    if any(isinstance(part, PackedLatents) for part in parts):
-        return CONFIGS["codes"]
-    if any(part.itemsize > 2 for part in parts):
-        return CONFIGS["wide numbers"]
-    return CONFIGS["numbers" if memory >= LARGE_BLOCK else "numbers, small blocks"]
+        name = "exact"
+    elif not packed and part.itemsize > 2:
+        name = "float32"
+    elif not keeps(part, rank, memory):
+        name = "streamed columns"
+    elif packed:
+        name = "wide codes" if rank > PART else "codes"
+    elif memory < LARGE_BLOCK:
+        name = "numbers, small blocks"
+    else:
+        name = "wide numbers" if rank > PART else "numbers"
+    return CONFIGS[name]
+
+
+def keeps(part: Stretch, rank: int, memory: int) -> bool:
+    """Whether programs keep all the columns that latents are multiplied with, or read them again for every tile."""
+    halves = isinstance(part, PackedLatents) or part.itemsize <= 2
+    return rank <= (MOST_KEPT if memory >= LARGE_BLOCK and halves else PART)
 
 
 def compute_dtype(query: Tensor, parts: Sequence[Stretch]) -> torch.dtype:
@@ -163,10 +186,11 @@ def piece_length(tile: int, length: int, programs: int) -> int:
 
 
 def _launch_part(
-    step: Step, part: Stretch, rotation: Rotation | None, mask: Tensor | None, found: Scores, first_piece: int,
+    step: Step, part: Stretch, config: Config, rotation: Rotation | None, mask: Tensor | None, found: Scores,
+    first_piece: int,
 ) -> None:  # fmt: skip
     """Scores of one stretch of tokens."""
-    query, key, key_norm, interpolation, rows_per_latent, scaling, programs, config = step
+    query, key, key_norm, interpolation, rows_per_latent, scaling, programs = step
     rows, num_heads, width = query.shape
     tensors, strides, bits, asymmetric = layout(part)
     heads, length, device, groups = found.heads, part.shape[1], query.device, len(key.ranks)
@@ -205,10 +229,9 @@ def _launch_part(
         KV=heads.kv, QUERIES=heads.queries, QUERY_SLOTS=heads.query_slots, SLOTS=heads.slots,
         QUERY_ROWS=rows_per_latent, FAST=16 if interpolation is None else interpolation.fast,
         COLUMNS=16 if interpolation is None else interpolation.columns,
-        CHUNK=_chunk(interpolation, bits), SPAN=span,
-        PIECE=found.piece, TILE=config.tile, RANK=rank,
-        QUERY_STRIDE=query.shape[-1], BITS=bits, ASYMMETRIC=asymmetric, MASK=mask_kind(mask),
-        HAS_BIAS=key.bias is not None, HAS_NORM=key_norm is not None,
+        CHUNK=_chunk(interpolation, bits), SPAN=span, PIECE=found.piece, TILE=config.tile, RANK=rank,
+        PART=min(PART, rank), KEPT=keeps(part, rank, block_memory(device)), QUERY_STRIDE=query.shape[-1], BITS=bits,
+        ASYMMETRIC=asymmetric, MASK=mask_kind(mask), HAS_BIAS=key.bias is not None, HAS_NORM=key_norm is not None,
         DTYPE=DTYPES[dtype],
         ASSEMBLY=dtype == torch.float16 and query.is_cuda, DIVISOR=divisor(tuple(key.ranks)), STAGES=config.stages,
         num_warps=config.warps, **register_limit(config.registers),
@@ -263,7 +286,7 @@ def _launch_weights(
     found: Scores, first_piece: int,
 ) -> Weights:  # fmt: skip
     """The matrices of a stretch; scores of its blocks with gaps."""
-    query, key, _, interpolation, rows_per_latent, scaling, _, _ = step
+    query, key, _, interpolation, rows_per_latent, scaling, _ = step
     rows, num_heads, head_dim = query.shape
     (starts, turns), dtype = starts_turns, compute_dtype(query, (part,))
     tensors, strides, bits, asymmetric = layout(part)
@@ -294,7 +317,7 @@ def _launch_weights(
         ROWS=WEIGHT_ROWS, SLOTS=heads.slots, QUERY_ROWS=rows_per_latent, TILE=EXACT_TILE, BITS=bits,
         ASYMMETRIC=asymmetric, MASK=mask_kind(mask), HAS_BIAS=key.bias is not None,
         ASSEMBLY=dtype == torch.float16 and query.is_cuda, DIVISOR=divisor(tuple(key.ranks)), DTYPE=DTYPES[dtype],
-        **register_limit(WEIGHT_REGISTERS),
+       
     )  # fmt: skip
     return weights
 
