@@ -30,16 +30,16 @@ from palu.kernels.rotation import Rotation
 TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.bool: "*i1"}
 TYPES |= {torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
-LENGTH, HEAD_DIM, GROUP_SIZE, VALUE_RANK = 40960, 128, 4, 384
+LENGTH, HEAD_DIM, VALUE_RANK = 40960, 128, 384
 # Bytes of shared memory that one block may have: A100, RTX 4090 and L40, H100 and H200.
 MOST_SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 class Call(NamedTuple):
-    """A call of decode attention: 32 query heads of 128, one token unless there are more queries.
+    """A call of decode attention with heads of 128; queries: tokens.
 
-    beside: tokens kept exact beside the packed ones; key_rank: per group.
+    beside: tokens kept exact beside the packed ones; key_rank: per group of group_size.
     """
 
     kv_heads: int = 32
@@ -51,12 +51,15 @@ class Call(NamedTuple):
     bias: bool = False
     queries: int = 1
     key_rank: int = 128
+    group_size: int = 4
+    heads: int = 32
 
 
 CALLS = [Call(bits=bits) for bits in (16, 8, 4, 3, 2)] + [Call(8, bits) for bits in (16, 4)]
 CALLS += [Call(8, key_norm=True), Call(absorbed=True), Call(absorbed=True, bits=4), Call(dtype=torch.bfloat16)]
 CALLS += [Call(bits=4, dtype=torch.bfloat16, beside=256), Call(8, bias=True), Call(8, 4, bias=True), Call(queries=4)]
-CALLS += [Call(key_rank=272), Call(key_rank=256), Call(8, 4, key_rank=256)]
+CALLS += [Call(key_rank=272), Call(key_rank=256), Call(8, 4, key_rank=256), Call(8, 4, group_size=1)]
+CALLS += [Call(4, key_norm=True, heads=28)]
 
 
 class Launch(NamedTuple):
@@ -120,14 +123,14 @@ def record(calls, memory):
 
 def arguments(call):
     """Arguments of a call, with memory that nobody touches for latents."""
-    groups, width = call.kv_heads // GROUP_SIZE, GROUP_SIZE * HEAD_DIM
+    groups, width = call.kv_heads // call.group_size, call.group_size * HEAD_DIM
     ranks = ((call.key_rank,) * groups, (VALUE_RANK,) * groups)
     bias = torch.zeros(call.kv_heads * HEAD_DIM, dtype=call.dtype) if call.bias else None
     key, value = (LatentProjection(torch.zeros(width, sum(each), dtype=call.dtype), each, bias) for each in ranks)
     frequencies = (1e4 if call.kv_heads == 32 else 5e5) ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
     rotation = None if call.absorbed else Rotation(torch.arange(LENGTH)[None], frequencies)
     norm = SimpleNamespace(variance_epsilon=1e-6, weight=torch.ones(HEAD_DIM, dtype=call.dtype))
-    query = torch.zeros(1, 32, call.queries, HEAD_DIM, dtype=call.dtype)
+    query = torch.zeros(1, call.heads, call.queries, HEAD_DIM, dtype=call.dtype)
     latents = [latents_of(call, each) for each in ranks]
     mask = torch.ones(1, 1, call.queries, LENGTH, dtype=torch.bool)
     return query, *latents, key, value, rotation, mask, HEAD_DIM**-0.5, norm if call.key_norm else None
@@ -161,6 +164,8 @@ def compiled(function, launch, architecture, folder):
     binary.write_bytes(kernel.asm["cubin"])
     usage = subprocess.run([TOOL, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
     row |= {"shared": kernel.metadata.shared, "warpgroup": "wgmma" in kernel.asm["ptx"]}
+    # A product over fewer numbers than the matrix units add up, which Triton may make of a sum, is computed wrong.
+    row["narrow"] = bool(re.search(r"tt\.dot .*tensor<\d+x[248]xf\d+, #ttg\.dot_op<{opIdx = 0", kernel.asm["ttgir"]))
     row |= {"asynchronous": "cp.async" in kernel.asm["ptx"], "registers": int(re.search(r"REG:(\d+)", usage)[1])}
     row["spilled"] = max(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
     return row

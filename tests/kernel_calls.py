@@ -2,12 +2,14 @@
 
 import torch
 
-from palu.kernels.decode_attention.spec import TOLERANCE, Shape
+from palu.kernels.decode_attention.spec import REAL_SHAPES, SHAPES, TOLERANCE, Shape
 from palu.kernels.latents import LatentProjection, MixedLatents
 from palu.kernels.quantize import PackedLatents
 from palu.kernels.rotation import Rotation
 
 LATENTS = (MixedLatents, PackedLatents)
+# What the kernels are checked on: real models' shapes too where there is a GPU.
+KERNEL_SHAPES = SHAPES + (REAL_SHAPES if torch.cuda.is_available() else ())
 
 
 def name_of(shape):

@@ -8,7 +8,7 @@ from palu.kernels.decode_attention.op import decode_attention
 from palu.kernels.decode_attention.spec import SHAPES, TOLERANCE, Shape
 from palu.kernels.latents import LatentProjection
 from palu.kernels.quantize import Quantization, quantization_widths, quantize
-from tests.kernel_calls import RandomNorm, close, defined, name_of, on_device, random_call
+from tests.kernel_calls import KERNEL_SHAPES, RandomNorm, close, defined, name_of, on_device, random_call
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -74,7 +74,7 @@ def test_long_flat_attention_over_offset_latents_stays_in_the_range_of_16_bit_fl
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("shape", SHAPES, ids=name_of)
+@pytest.mark.parametrize("shape", KERNEL_SHAPES, ids=name_of)
 @pytest.mark.parametrize("variant", ["plain", "bias", "key norm"])
 @pytest.mark.parametrize("gapless", [True, False], ids=["gapless", "gaps"])
 def test_kernels_equal_the_definition(shape, dtype, variant, gapless):

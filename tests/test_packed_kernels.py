@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from palu.kernels.decode_attention import launch
-from palu.kernels.decode_attention.spec import SHAPES, Shape
+from palu.kernels.decode_attention.spec import Shape
 from palu.kernels.latent_scores.launch import LOG2_E, launch_scores
 from palu.kernels.latent_scores.op import absorbed
 from palu.kernels.latent_scores.reference import latent_scores
 from palu.kernels.latents import LatentProjection, MixedLatents, dense
 from palu.kernels.quantize import Quantization, quantize
 from palu.kernels.rotation import Rotation
-from tests.kernel_calls import RandomNorm, close, defined, name_of, on_device, random_call
+from tests.kernel_calls import KERNEL_SHAPES, RandomNorm, close, defined, name_of, on_device, random_call
 
 # Ranks beyond 128, uneven ones too; three query heads per kv head; one group of all heads (J-LRD).
 SCORE_SHAPES = (
@@ -37,7 +37,7 @@ def quantized(latents, bits, *sides, symmetric=False):
 
 @torch.no_grad()
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("shape", SHAPES, ids=name_of)
+@pytest.mark.parametrize("shape", KERNEL_SHAPES, ids=name_of)
 @pytest.mark.parametrize(("symmetric", "gapless"), [(True, False), (False, True)], ids=["symmetric", "gapless"])
 def test_kernels_read_packed_latents_beside_exact_ones(shape, bits, symmetric, gapless):
     query, *latents, key, value, rotation, mask = random_call(shape, torch.float32, True, gapless)

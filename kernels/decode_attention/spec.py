@@ -38,6 +38,13 @@ SHAPES = (
     Shape(1, 8, 8, 128, 2, 257, (112, 16, 32, 128), (256, 48)),
 )
 
+# The heads of Llama-2-7B, Llama-3-8B and Qwen2-7B, too large for an interpreter.
+REAL_SHAPES = (
+    Shape(1, 32, 32, 128, 1, 4097, (128,) * 8, (384,) * 8),
+    Shape(2, 32, 8, 128, 1, 3001, (112, 256), (384, 512)),
+    Shape(1, 28, 4, 128, 2, 1030, (272,), (512,)),
+)
+
 # Largest relative error ||out - ref|| / ||ref|| against float64: rounding of the inputs' dtype over sums of a few
 # hundred terms, with room for one further rounding of the probabilities.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2, "float16": 4e-3}

@@ -35,6 +35,8 @@ EXACT_TILE, WEIGHT_ROWS = 64, 64
 # Columns of fast pairs per head and product: of numbers, which are multiplied from shared memory, and of codes, which
 # are multiplied from registers, at least so many.
 NUMBERS_CHUNK, CODES_CHUNK = 32, 16
+# What the matrix units add up at least.
+LEAST_PRODUCT = 16
 
 
 class Config(NamedTuple):
@@ -229,7 +231,7 @@ def _launch_part(
         KV=heads.kv, QUERIES=heads.queries, QUERY_SLOTS=heads.query_slots, SLOTS=heads.slots,
         QUERY_ROWS=rows_per_latent, FAST=16 if interpolation is None else interpolation.fast,
         COLUMNS=16 if interpolation is None else interpolation.columns,
-        CHUNK=_chunk(interpolation, bits), SPAN=span, PIECE=found.piece, TILE=config.tile, RANK=rank,
+        CHUNK=_chunk(interpolation, bits, heads), SPAN=span, PIECE=found.piece, TILE=config.tile, RANK=rank,
         PART=min(PART, rank), KEPT=keeps(part, rank, block_memory(device)), QUERY_STRIDE=query.shape[-1], BITS=bits,
         ASYMMETRIC=asymmetric, MASK=mask_kind(mask), HAS_BIAS=key.bias is not None, HAS_NORM=key_norm is not None,
         DTYPE=DTYPES[dtype],
@@ -257,11 +259,11 @@ def _launch_turns(
     return starts, turns
 
 
-def _chunk(interpolation: Interpolation | None, bits: int) -> int:
-    """Columns of folded fast pairs per head and product."""
+def _chunk(interpolation: Interpolation | None, bits: int, heads: HeadBlocks) -> int:
+    """Columns of fast pairs per head and product; half of those of a block's heads meet queries in another product."""
     if interpolation is None or bits == 16:
         return NUMBERS_CHUNK
-    return max(CODES_CHUNK, interpolation.columns)
+    return max(CODES_CHUNK, interpolation.columns if heads.queries == 1 else LEAST_PRODUCT * 2 // heads.kv)
 
 
 class Weights(NamedTuple):
@@ -313,7 +315,7 @@ def _launch_weights(
         HEAD_DIM=head_dim, HEADS=num_heads, KV_HEADS=kv_heads, HEADS_PER_GROUP=kv_heads // len(key.ranks), KV=heads.kv,
         QUERIES=heads.queries, QUERY_SLOTS=heads.query_slots, FAST=interpolation.fast,
         SLOW=slow_pairs(head_dim // 2, interpolation), COLUMNS=interpolation.columns,
-        CHUNK=_chunk(interpolation, bits), SPAN=interpolation.span, RANK=rank,
+        CHUNK=_chunk(interpolation, bits, heads), SPAN=interpolation.span, RANK=rank,
         ROWS=WEIGHT_ROWS, SLOTS=heads.slots, QUERY_ROWS=rows_per_latent, TILE=EXACT_TILE, BITS=bits,
         ASYMMETRIC=asymmetric, MASK=mask_kind(mask), HAS_BIAS=key.bias is not None,
         ASSEMBLY=dtype == torch.float16 and query.is_cuda, DIVISOR=divisor(tuple(key.ranks)), DTYPE=DTYPES[dtype],

@@ -246,8 +246,12 @@ def _exact_tile(
         score = rotated_scores(score, first, second, cos, sin, q_first.to(dtype), q_second.to(dtype), dtype, KV)
     if HAS_NORM:
         inverse = tl.rsqrt(energy / HEAD_DIM + norm_epsilon)
-        of_slot = (tl.arange(0, KV)[:, None] == (tl.arange(0, SLOTS) // QUERY_SLOTS)[None, :]).to(tl.float32)
-        score *= tl.sum(inverse[:, :, None] * of_slot[None, :, :], 1)
+        # Not as one sum over products: Triton would make a matrix product of that, over KV numbers, which is wrong.
+        of_slot = tl.zeros((TILE, SLOTS), tl.float32)
+        for member in tl.static_range(KV):
+            of_member = tl.sum(tl.where((tl.arange(0, KV) == member)[None, :], inverse, 0.0), 1)
+            of_slot += tl.where((tl.arange(0, SLOTS) // QUERY_SLOTS == member)[None, :], of_member[:, None], 0.0)
+        score *= of_slot
     return score
 
 
