@@ -123,15 +123,15 @@ def measure(
     cost = full_score_cost(heads, batch, length) if full else score_cost(heads, ranks, bits, batch, length)
 
     def timed() -> tuple[latency.Timing, float | None]:
-        error = None
+        check = None
         if full:
             calls = latency.rotating_calls(lambda: full_keys_call(heads, batch, length, device), cost.bytes, device)
         else:
             scores = Scores(heads, ranks, bits, batch, length, args.rope_base, device)
             make = scores.kernel_call if provider == "kernel" else scores.rebuild_call
             calls = latency.rotating_calls(make, cost.bytes, device)
-            error = scores.error() if provider == "kernel" and args.check else None
-        return latency.time_calls(calls, args.repeats), error
+            check = scores.error if provider == "kernel" and args.check else None
+        return latency.time_calls(calls, args.repeats), check and check()
 
     found, note = latency.attempt(timed)
     return row_of(provider, heads, bits, length, batch, cost, peaks, found or (None, None), note)

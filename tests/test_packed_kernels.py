@@ -8,21 +8,13 @@ from palu.kernels.decode_attention.spec import Shape
 from palu.kernels.latent_scores.launch import LOG2_E, launch_scores
 from palu.kernels.latent_scores.op import absorbed
 from palu.kernels.latent_scores.reference import latent_scores
+from palu.kernels.latent_scores.spec import ABSORBED_SHAPES
+from palu.kernels.latent_scores.spec import SHAPES as SCORE_SHAPES
 from palu.kernels.latents import LatentProjection, MixedLatents, dense
 from palu.kernels.quantize import Quantization, quantize
 from palu.kernels.rotation import Rotation
 from tests.kernel_calls import KERNEL_SHAPES, RandomNorm, close, defined, name_of, on_device, random_call
 
-# Ranks beyond 128, uneven ones too; three query heads per kv head; one group of all heads (J-LRD).
-SCORE_SHAPES = (
-    Shape(2, 6, 2, 64, 1, 200, (160, 272), (32, 32)),
-    Shape(1, 4, 4, 128, 2, 150, (272,), (32,)),
-    Shape(1, 12, 4, 96, 1, 70, (48, 16), (32, 32)),
-)
-ABSORBED_SHAPES = (
-    Shape(2, 4, 4, 64, 1, 63, (96, 32), (160,)),
-    Shape(1, 6, 2, 128, 2, 140, (160,), (48,)),
-)
 LONG = Shape(2, 2, 2, 64, 1, 700, (32,), (32,))
 
 
@@ -155,3 +147,17 @@ def test_weights_read_no_scale_of_a_value_behind_the_last(num_heads, monkeypatch
     scores = launch_scores(rows, keys, key, rotation, None, 1, 1.0)
     parts = launch.launch_values(scores, packed, value, rows, 1, len(key.ranks))
     assert not torch.cat([part.flatten() for part in parts]).isnan().any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [16, 4])
+def test_values_of_a_stretch_that_is_hidden_are_not_read(bits):
+    query, *latents, key, value, rotation, mask = random_call(LONG, torch.float32, False, gapless=True)
+    mask[:] = True
+    mask[..., 128:512] = False
+    latents, held = quantized(latents, bits, key, value)
+    expected = defined(query, *held, key, value, rotation, mask, 0.1, LONG, None)
+    hidden = latents[1] if bits == 16 else latents[1].scales
+    hidden[:, 128:512] = float("nan")
+    call = on_device(query, *latents, key, value, rotation, mask)
+    assert close(launch.decode_attention(*call, 0.1), expected, "float32")

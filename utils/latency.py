@@ -2,6 +2,7 @@
 
 import gc
 import math
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -24,11 +25,15 @@ PEAK_MATMUL_SIZE = 8192
 
 
 class Timing(NamedTuple):
-    """Microseconds per call: the median and the 20th and 80th percentile over the repetitions."""
+    """Microseconds per call: the median and the 20th and 80th percentile over the repetitions.
+
+    first_call: seconds that the first call took, with all that had to be compiled.
+    """
 
     median: float
     p20: float
     p80: float
+    first_call: float | None = None
 
     @classmethod
     def of(cls, microseconds: Sequence[float]) -> "Timing":
@@ -98,6 +103,11 @@ def time_calls(calls: Sequence[Call], repeats: int, graph: bool = True, before: 
     import torch
 
     before = before or (lambda: None)
+    before()
+    started = time.perf_counter()
+    calls[0]()
+    torch.cuda.synchronize()
+    first_call = time.perf_counter() - started
     run = captured(calls, before) if graph else (lambda: [call() for call in calls])
     # Everything is queued behind a first run, so that the GPU never waits for the host between two events.
     before()
@@ -110,7 +120,8 @@ def time_calls(calls: Sequence[Call], repeats: int, graph: bool = True, before: 
         run()
         pairs[-1][1].record()
     torch.cuda.synchronize()
-    return Timing.of([start.elapsed_time(stop) * 1000 / len(calls) for start, stop in pairs])
+    timing = Timing.of([start.elapsed_time(stop) * 1000 / len(calls) for start, stop in pairs])
+    return timing._replace(first_call=first_call)
 
 
 def captured(calls: Sequence[Call], before: Call) -> Call:
@@ -207,8 +218,8 @@ def free_memory() -> None:
 
 def timing_columns(timing: Timing | None, note: str | None) -> dict[str, Any]:
     """The entries of a row that a clock gives; None where nothing could be measured, and why."""
-    median, p20, p80 = timing or (None, None, None)
-    return {"microseconds": median, "p20": p20, "p80": p80, "note": note}
+    median, p20, p80, first_call = timing or (None, None, None, None)
+    return {"microseconds": median, "p20": p20, "p80": p80, "first_call_seconds": first_call, "note": note}
 
 
 def cost_columns(timing: Timing | None, cost: Cost, peaks: Peaks) -> dict[str, Any]:

@@ -178,6 +178,12 @@ def _remarks(results: dict[str, Any]) -> list[str]:
         if row["note"] is not None:
             notes.setdefault(f"{_name(row)}: {row['note']}", []).append(where)
     remarks = [f"relative error to float64, {name}: {', '.join(parts)}" for name, parts in errors.items()]
+    slowest = max(latency_rows(results), key=lambda row: row["first_call_seconds"] or 0.0)
+    if slowest["first_call_seconds"] is not None:
+        where = f"{_name(slowest)}, {slowest['batch_size']} x {_length(slowest)}"
+        remarks.append(
+            f"longest first call, with what Triton had to compile: {slowest['first_call_seconds']:.1f} s ({where})"
+        )
     return remarks + [f"{note} ({', '.join(places)})" for note, places in notes.items()]
 
 

@@ -71,7 +71,8 @@ def softmax_kernel(
     if BITS < 16:
         at_scales = row // QUERY_ROWS * scales_b + token * scales_t + group * (2 if ASYMMETRIC else 1)
         scale, shift = load_scale_words(value_scales, at_scales, ok, BITS, ASYMMETRIC)
-        scaled = score + tl.log2(scale)[None, :]
+        # Scales of hidden tokens may be anything.
+        scaled = tl.where(score > float("-inf"), score + tl.log2(scale)[None, :], score)
     peak = tl.maximum(tl.max(scaled, 1) - HEADROOM, LOWEST)
     weight = tl.exp2(scaled - peak[:, None])
     rounded = weight.to(weights.dtype.element_ty)
@@ -80,12 +81,14 @@ def softmax_kernel(
     tl.store(peaks + out, peak, mask=there)
     tl.store(totals + out, tl.sum(weight if BITS == 16 else tl.exp2(score - peak[:, None]), 1), mask=there)
     if ASYMMETRIC:
-        tl.store(shifts + out, tl.sum(rounded.to(tl.float32) * shift[None, :], 1), mask=there)
+        tl.store(
+            shifts + out, tl.sum(tl.where(weight > 0, rounded.to(tl.float32) * shift[None, :], 0.0), 1), mask=there
+        )
 
 
 @triton.jit(do_not_specialize=["length", "first_tile", "part_tiles", "first_part", "rows_heads"])
 def values_kernel(
-    weights, latents, sums, shifts, rank_of, byte_of, plane_of, chunk_group, chunk_column,
+    weights, latents, sums, peaks, shifts, rank_of, byte_of, plane_of, chunk_group, chunk_column,
     length, latents_b, latents_t, stored, first_tile, part_tiles, first_part, rows_heads,
     HEADS: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, BLOCK_HEADS: tl.constexpr, QUERY_ROWS: tl.constexpr,
     RANK_STRIDE: tl.constexpr, BITS: tl.constexpr, ASYMMETRIC: tl.constexpr, DTYPE: tl.constexpr,
@@ -94,7 +97,7 @@ def values_kernel(
 ):  # fmt: skip
     """`sum_t w_t x_t` of one value group's heads over part_tiles * TILE tokens, BLOCK_RANK latents of the group.
 
-    weights, shifts: as `softmax_kernel` leaves them. sums: float32 [parts, rows, HEADS, RANK_STRIDE].
+    weights, peaks, shifts: as `softmax_kernel` leaves them. sums: float32 [parts, rows, HEADS, RANK_STRIDE].
     """
     chunk, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     dtype: tl.constexpr = DTYPE
@@ -105,7 +108,10 @@ def values_kernel(
     heads_ok = member < HEADS_PER_GROUP
     head = row * HEADS + group * HEADS_PER_GROUP + member
     first = part * part_tiles * TILE
-    here = tl.minimum(length - first, part_tiles * TILE)
+    at = (first_part + part) * rows_heads + head
+    # A part that is hidden from all heads is not read, such as what a cache of fixed capacity has not filled yet.
+    seen = tl.max(tl.load(peaks + at, mask=heads_ok, other=LOWEST), 0) > LOWEST
+    here = tl.where(seen, tl.minimum(length - first, part_tiles * TILE), 0)
     at_row = row // QUERY_ROWS
     start = at_row.to(tl.int64) * latents_b + first.to(tl.int64) * latents_t
     source, plane = latents + start + byte, latents + start + tl.load(plane_of + group)
@@ -129,7 +135,6 @@ def values_kernel(
             summed, weight, source + at_tile + within, plane + at_tile + within, ok[:, None], column, rank, BITS,
             BLOCK_RANK, ASSEMBLY, dtype,
         )  # fmt: skip
-    at = (first_part + part) * rows_heads + head
     latent = tl.arange(0, BLOCK_RANK)
     if BITS < 16:
         half: tl.constexpr = BLOCK_RANK // 2

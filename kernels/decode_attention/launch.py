@@ -142,8 +142,8 @@ def launch_values(
             AT_ONCE=at_once, num_warps=max(4, min(16, at_once * span // SOFTMAX_WARP)), **shared,
         )  # fmt: skip
         values_kernel[(len(plan.group), counts[index], rows)](
-            weights, tensors[0], sums, shifts, *_places(ranks, bits, device), plan.group, plan.column, part.shape[1],
-            *strides[:2], *numbers,
+            weights, tensors[0], sums, peaks, shifts, *_places(ranks, bits, device), plan.group, plan.column,
+            part.shape[1], *strides[:2], *numbers,
             BLOCK_HEADS=max(16, triton.next_power_of_2(per_group)), RANK_STRIDE=max(ranks), DTYPE=DTYPES[weights.dtype],
             ASSEMBLY=weights.dtype == torch.float16 and query.is_cuda, DIVISOR=divisor(ranks), BLOCK_RANK=plan.size,
             STAGES=config.stages, **shared,
