@@ -1,6 +1,6 @@
 """Records the launches of decode attention on the CPU and compiles them for a GPU that need not be here.
 
-    TRITON_INTERPRET=0 python -m tests.compile_launches ARCHITECTURE FOLDER
+    TRITON_INTERPRET=0 python -m tests.compile_launches ARCHITECTURE FOLDER [0 or 1: which half]
 
 prints a line of JSON for every kernel compiled: what it is, and the shared and local memory that it takes, or why it
 does not compile.
@@ -53,13 +53,14 @@ class Call(NamedTuple):
     key_rank: int = 128
     group_size: int = 4
     heads: int = 32
+    base: float | None = None
 
 
-CALLS = [Call(bits=bits) for bits in (16, 8, 4, 3, 2)] + [Call(8, bits) for bits in (16, 4)]
+CALLS = [Call(bits=bits) for bits in (16, 8, 4, 3)] + [Call(8, bits) for bits in (16, 4)]
 CALLS += [Call(8, key_norm=True), Call(absorbed=True), Call(absorbed=True, bits=4), Call(dtype=torch.bfloat16)]
-CALLS += [Call(bits=4, dtype=torch.bfloat16, beside=256), Call(8, bias=True), Call(8, 4, bias=True), Call(queries=4)]
-CALLS += [Call(key_rank=272), Call(key_rank=256), Call(8, 4, key_rank=256), Call(8, 4, group_size=1)]
-CALLS += [Call(4, key_norm=True, heads=28)]
+CALLS += [Call(bits=4, dtype=torch.bfloat16, beside=256), Call(8, 4, bias=True), Call(4, key_norm=True, heads=28)]
+CALLS += [Call(key_rank=272), Call(key_rank=256), Call(8, 4, key_rank=256), Call(16, 16, group_size=1, base=1e5)]
+CALLS += [Call(base=100.0), Call(key_rank=1024, absorbed=True)]
 
 
 class Launch(NamedTuple):
@@ -127,7 +128,8 @@ def arguments(call):
     ranks = ((call.key_rank,) * groups, (VALUE_RANK,) * groups)
     bias = torch.zeros(call.kv_heads * HEAD_DIM, dtype=call.dtype) if call.bias else None
     key, value = (LatentProjection(torch.zeros(width, sum(each), dtype=call.dtype), each, bias) for each in ranks)
-    frequencies = (1e4 if call.kv_heads == 32 else 5e5) ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+    base = call.base or (1e4 if call.kv_heads == 32 else 5e5)
+    frequencies = base ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
     rotation = None if call.absorbed else Rotation(torch.arange(LENGTH)[None], frequencies)
     norm = SimpleNamespace(variance_epsilon=1e-6, weight=torch.ones(HEAD_DIM, dtype=call.dtype))
     query = torch.zeros(1, call.heads, call.queries, HEAD_DIM, dtype=call.dtype)
@@ -172,5 +174,6 @@ def compiled(function, launch, architecture, folder):
 
 
 if __name__ == "__main__":
-    for launch, function in record(CALLS, MOST_SHARED[int(sys.argv[1])]).items():
+    half = slice(int(sys.argv[3]), None, 2) if len(sys.argv) > 3 else slice(None)
+    for launch, function in list(record(CALLS, MOST_SHARED[int(sys.argv[1])]).items())[half]:
         print(json.dumps(compiled(function, launch, int(sys.argv[1]), Path(sys.argv[2]))), flush=True)

@@ -29,6 +29,14 @@ def fresh_seed():
     torch.manual_seed(seed)
 
 
+@pytest.fixture
+def empty_memory_is_nan():
+    """Memory that nobody has written holds NaN, so that no result can come from it unnoticed."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="session")
 def demo_model():
     """The bundled checkpoint in float32."""

@@ -10,6 +10,8 @@ from palu.kernels.latents import LatentProjection
 from palu.kernels.quantize import Quantization, quantization_widths, quantize
 from tests.kernel_calls import KERNEL_SHAPES, RandomNorm, close, defined, name_of, on_device, random_call
 
+pytestmark = pytest.mark.usefixtures("empty_memory_is_nan")
+
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("shape", SHAPES, ids=name_of)

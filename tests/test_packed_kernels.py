@@ -15,6 +15,8 @@ from palu.kernels.quantize import Quantization, quantize
 from palu.kernels.rotation import Rotation
 from tests.kernel_calls import KERNEL_SHAPES, RandomNorm, close, defined, name_of, on_device, random_call
 
+pytestmark = pytest.mark.usefixtures("empty_memory_is_nan")
+
 LONG = Shape(2, 2, 2, 64, 1, 700, (32,), (32,))
 
 

@@ -158,7 +158,8 @@ def combine_kernel(
     sums, totals, peaks, up, bias, output, rank_of, offset_of, parts, rows_heads, up_stride,
     HEADS: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr,
     RANK_STRIDE: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_PARTS: tl.constexpr, PASSES: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, CHUNKS: tl.constexpr, HAS_UP: tl.constexpr, HAS_BIAS: tl.constexpr, DIVISOR: tl.constexpr,
+    AHEAD: tl.constexpr, BLOCK_OUT: tl.constexpr, CHUNKS: tl.constexpr, HAS_UP: tl.constexpr, HAS_BIAS: tl.constexpr,
+    DIVISOR: tl.constexpr,
 ):  # fmt: skip
     """One head's mean latents: the ranges' sums over their weights; with an up factor, BLOCK_OUT of its outputs.
 
@@ -172,18 +173,17 @@ def combine_kernel(
     part = tl.arange(0, BLOCK_PARTS)
     # All that the first pass needs is asked for before anything waits.
     found, factors = (), ()
-    for chunk in tl.static_range(CHUNKS if HAS_UP else 1):
+    for chunk in tl.static_range((CHUNKS if HAS_UP else 1) if AHEAD else 0):
         latent = (chunk if HAS_UP else piece) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
         found = found + (_part_sums(sums, part, parts, rows_heads, row_head, latent, rank, RANK_STRIDE),)
     if HAS_UP:
         out = piece * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         out_ok = out < HEAD_DIM
         dim = head // QUERIES % (HEADS_PER_GROUP // QUERIES) * HEAD_DIM + out
-        for chunk in tl.static_range(CHUNKS):
-            latent = chunk * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
-            both_ok = out_ok[:, None] & (latent < rank)[None, :]
-            factor = tl.load(up + (dim * up_stride)[:, None] + offset + latent[None, :], mask=both_ok, other=0.0)
-            factors = factors + (factor,)
+        at_up = up + (dim * up_stride)[:, None] + offset
+        for chunk in tl.static_range(CHUNKS if AHEAD else 0):
+            latent = chunk * BLOCK_RANK + tl.arange(0, BLOCK_RANK)[None, :]
+            factors = factors + (tl.load(at_up + latent, mask=out_ok[:, None] & (latent < rank), other=0.0),)
     peak = tl.full((), LOWEST, tl.float32)
     for begin in tl.static_range(0, PASSES * BLOCK_PARTS, BLOCK_PARTS):
         at = (begin + part) * rows_heads + row_head
@@ -205,13 +205,19 @@ def combine_kernel(
         for begin in tl.static_range(0, PASSES * BLOCK_PARTS, BLOCK_PARTS):
             at = (begin + part) * rows_heads + row_head
             share = tl.exp2(tl.load(peaks + at, mask=begin + part < parts, other=LOWEST) - peak)
-            several = found[chunk]
-            if begin > 0:
+            if AHEAD and begin == 0:
+                several = found[chunk]
+            else:
                 several = _part_sums(sums, begin + part, parts, rows_heads, row_head, latent, rank, RANK_STRIDE)
             total += several * share[:, None]
         mean = tl.sum(total, 0) * inverse
         if HAS_UP:
-            result += tl.sum(factors[chunk].to(tl.float32) * mean[None, :], 1)
+            if AHEAD:
+                factor = factors[chunk]
+            else:
+                both_ok = out_ok[:, None] & (latent < rank)[None, :]
+                factor = tl.load(at_up + latent[None, :], mask=both_ok, other=0.0)
+            result += tl.sum(factor.to(tl.float32) * mean[None, :], 1)
         else:
             at_out = output + row_head * RANK_STRIDE + latent
             tl.store(at_out, mean.to(output.dtype.element_ty), mask=latent < rank)

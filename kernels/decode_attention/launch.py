@@ -10,7 +10,7 @@ from torch import Tensor
 
 from palu.kernels.decode_attention.kernel import combine_kernel, softmax_kernel, values_kernel
 from palu.kernels.latent_scores.launch import Scores, compute_dtype, launch_scores
-from palu.kernels.latent_scores.layout import DTYPES, divisor, layout, processors, side_of
+from palu.kernels.latent_scores.layout import DTYPES, block_memory, divisor, layout, processors, side_of
 from palu.kernels.latent_scores.op import absorbed
 from palu.kernels.latents import LatentProjection, Latents, Stretch, stretches
 from palu.kernels.quantize import PackedLatents
@@ -18,11 +18,13 @@ from palu.kernels.rotation import Rotation
 
 HEAD_DIMS = (64, 96, 128)
 RANK_MULTIPLE = 16
+# Shared memory that a block needs for rotated keys in float32.
+FLOAT32_BLOCK = 160 << 10
 TILE = 64
 # Tokens of a part at most: one program makes weights of them.
 MOST_PART = 4096
 # Scores that a program makes weights of at most, and each of its warps.
-SOFTMAX_BLOCK, SOFTMAX_WARP = 32768, 1024
+SOFTMAX_BLOCK, SOFTMAX_WARP = 16384, 1024
 
 
 class Config(NamedTuple):
@@ -36,6 +38,8 @@ class Config(NamedTuple):
 CONFIGS = {"numbers": Config(6, 3), "codes": Config(3, 4), "many heads": Config(2, 3)}
 MANY_HEADS = 16
 COMBINE_RANK, COMBINE_PARTS, COMBINE_OUT = 128, 32, 32
+# Chunks of COMBINE_RANK latents that fit into registers all at once.
+MOST_AHEAD = 4
 
 
 def can_take(
@@ -46,6 +50,8 @@ def can_take(
     aligned = all(rank % RANK_MULTIPLE == 0 for rank in (*key.ranks, *value.ranks))
     shapes = query.shape[-1] in HEAD_DIMS if key.up is not None else True
     shapes = shapes and query.dtype in DTYPES and aligned
+    if query.dtype == torch.float32 and key.up is not None:
+        shapes = shapes and block_memory(query.device) >= FLOAT32_BLOCK
     no_gradient = not (torch.is_grad_enabled() and query.requires_grad)
     one_mask_per_row = mask is None or mask.shape[1] == 1
     known_norm = key_norm is None or (hasattr(key_norm, "variance_epsilon") and rotation is not None)
@@ -179,7 +185,8 @@ def _combine(parts: Parts, value: LatentProjection, query: Tensor, head_dim: int
         parts.sums.shape[0], rows * num_heads, up.stride(0),
         HEADS=num_heads, HEADS_PER_GROUP=per_group, QUERIES=num_heads // kv_heads, HEAD_DIM=head_dim,
         RANK_STRIDE=stride, BLOCK_RANK=COMBINE_RANK,
-        BLOCK_PARTS=block, PASSES=triton.cdiv(parts.sums.shape[0], block), BLOCK_OUT=COMBINE_OUT,
+        BLOCK_PARTS=block, PASSES=triton.next_power_of_2(triton.cdiv(parts.sums.shape[0], block)),
+        AHEAD=triton.cdiv(stride, COMBINE_RANK) <= MOST_AHEAD, BLOCK_OUT=COMBINE_OUT,
         CHUNKS=triton.cdiv(stride, COMBINE_RANK),
         HAS_UP=value.up is not None, HAS_BIAS=value.bias is not None, DIVISOR=divisor(ranks),
         num_warps=block // 8,

@@ -36,6 +36,7 @@ SHAPES = (
     Shape(2, 8, 4, 64, 1, 63, (96, 32), (160,)),
     Shape(2, 6, 2, 96, 2, 129, (48, 16), (80, 96)),
     Shape(1, 8, 8, 128, 2, 257, (112, 16, 32, 128), (256, 48)),
+    Shape(1, 12, 4, 64, 1, 70, (32, 48), (32, 64)),
 )
 
 # The heads of Llama-2-7B, Llama-3-8B and Qwen2-7B, too large for an interpreter.

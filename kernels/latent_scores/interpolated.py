@@ -118,16 +118,16 @@ def _shared_tile(
         ASSEMBLY,
         dtype,
     )
-    if (QUERIES != QUERY_SLOTS) or HEADS_PER_GROUP % KV > 0:
-        # Columns of no query head hold anything.
-        used = slots_used(tl.arange(0, WIDE) // COLUMNS, QUERY_SLOTS, QUERIES, kv_left * QUERIES)
-        product = tl.where(used[None, :], product, 0.0)
     along = tl.load(share).to(tl.float32)
     # Scales meet the small tables, or the products where a bias has to be added to them.
     if (BITS < 16) and not HAS_BIAS:
         along *= scale[:, None]
     if HAS_BIAS:
         product = product * scale[:, None] + slow_biases[None, :] if BITS < 16 else product + slow_biases[None, :]
+    if (QUERIES != QUERY_SLOTS) or HEADS_PER_GROUP % KV > 0:
+        # Columns of no query head, and their biases, may hold anything.
+        used = slots_used(tl.arange(0, WIDE) // COLUMNS, QUERY_SLOTS, QUERIES, kv_left * QUERIES)
+        product = tl.where(used[None, :], product, 0.0)
     product = tl.reshape(product, (TILE, KV * QUERY_SLOTS, COLUMNS)) * along[:, None, :]
     score = tl.dot(tl.reshape(product, (TILE, WIDE)).to(dtype), gather, input_precision="ieee")
     for chunk in tl.static_range(FAST // PAIRS):
@@ -155,14 +155,17 @@ def _shared_tile(
 def score_tile(
     tile_start, factors, queries, gather, at_fast, at_fast_biases, at_slow, slow_step, at_slow_biases, at_up, up_stride,
     bias, table, basis, starts, scales, mask, scores, source, plane, latents_t, at_scales, scales_t, at_table, table_t,
-    at_mask, mask_t, length, rank, factor_rank, kv_left, out, stored, stored_from,
+    at_mask, mask_t, length, rank, factor_rank, kv_left, out, stored, stored_from, scaling,
     MODE: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, KV: tl.constexpr,
     QUERIES: tl.constexpr, QUERY_SLOTS: tl.constexpr, SLOTS: tl.constexpr, SCORED: tl.constexpr, FAST: tl.constexpr,
     COLUMNS: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.constexpr, TILE: tl.constexpr, RANK: tl.constexpr,
     PART: tl.constexpr, KEPT: tl.constexpr, BITS: tl.constexpr, ASYMMETRIC: tl.constexpr, MASK: tl.constexpr, HAS_BIAS:
     tl.constexpr, dtype: tl.constexpr, ASSEMBLY: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
-    """Scores of TILE tokens of one block; if CHECKED, some may lie behind the last token, or the block have gaps."""
+    """Scores of TILE tokens of one block; if CHECKED, some may lie behind the last token, or the block have gaps.
+
+    at_up: pointers to the up factor of the block's first kv head, or to the absorbed queries [1, slots].
+    """
     WIDE: tl.constexpr = KV * QUERY_SLOTS * COLUMNS
     inside = tl.arange(0, TILE)
     token = tile_start + inside
@@ -183,12 +186,18 @@ def score_tile(
         for part in tl.static_range(0, RANK, PART):
             more = load_latents(source, plane, ok[:, None], part, rank, dtype, BITS, PART, ASSEMBLY)
             more = less_zero_points(more, shift, ASYMMETRIC)
-            score = tl.dot(more, factors[part // PART], score, input_precision="ieee")
+            if KEPT:
+                factor = factors[part // PART]
+            else:
+                latent = part + tl.arange(0, PART)[:, None]
+                both_ok = (latent < factor_rank) & slot_ok[None, :]
+                factor = (tl.load(at_up + latent, mask=both_ok, other=0.0).to(tl.float32) * scaling).to(dtype)
+            score = tl.dot(more, factor, score, input_precision="ieee")
         if BITS < 16:
             score *= scale[:, None]
     else:
         block = tile_start // SPAN
-        at_slow += (slow_step * block) * (WIDE * RANK)
+        at_slow += tl.cast(slow_step * block, tl.int64) * (WIDE * RANK)
         for part in tl.static_range(0, RANK if KEPT else 0, PART):
             slow = slow + (tl.load(at_slow + part + tl.arange(0, PART)[:, None]),)
         slow_biases = tl.zeros((WIDE,), tl.float32)

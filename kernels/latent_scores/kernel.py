@@ -98,10 +98,10 @@ def scores_kernel(
         gather = gather + (((tl.arange(0, WIDE) // COLUMNS)[:, None] == slot[None, :]).to(dtype),)
     if MODE == "absorbed":
         slot_head = slot // QUERY_SLOTS * QUERIES + slot % QUERY_SLOTS
-        at_query = query + ((row * HEADS + first_head + slot_head) * QUERY_STRIDE)[None, :]
-        for part in tl.static_range(0, RANK, PART):
+        at_up = query + ((row * HEADS + first_head + slot_head) * QUERY_STRIDE)[None, :]
+        for part in tl.static_range(0, RANK if KEPT else 0, PART):
             both_ok = (part + latent < factor_rank)[:, None] & slot_ok[None, :]
-            factor = tl.load(at_query + (part + latent)[:, None], mask=both_ok, other=0.0).to(tl.float32) * scaling
+            factor = tl.load(at_up + (part + latent)[:, None], mask=both_ok, other=0.0).to(tl.float32) * scaling
             factors = factors + (factor.to(dtype),)
 
     at_starts = starts + row // rows_per_start * blocks
@@ -137,9 +137,9 @@ def scores_kernel(
                     slow_biases + slow_row * WIDE, at_up, up_stride, bias + first_bias, table, basis, at_starts, scales,
                     mask, scores, first_source, first_plane, latents_t,
                     at_row * scales_b + group * (2 if ASYMMETRIC else 1), scales_t, at_row * table_b, table_t,
-                    row * mask_b, mask_t, length, rank, factor_rank, kv_left, out, stored, stored_from, MODE, HEAD_DIM,
-                    HEADS_PER_GROUP, KV, QUERIES, QUERY_SLOTS, SLOTS, SCORED, FAST, COLUMNS, CHUNK, SPAN, TILE, RANK,
-                    PART, KEPT, BITS, ASYMMETRIC, MASK, HAS_BIAS, dtype, ASSEMBLY, False,
+                    row * mask_b, mask_t, length, rank, factor_rank, kv_left, out, stored, stored_from, scaling, MODE,
+                    HEAD_DIM, HEADS_PER_GROUP, KV, QUERIES, QUERY_SLOTS, SLOTS, SCORED, FAST, COLUMNS, CHUNK, SPAN,
+                    TILE, RANK, PART, KEPT, BITS, ASYMMETRIC, MASK, HAS_BIAS, dtype, ASSEMBLY, False,
                 )  # fmt: skip
             for tile in tl.range(unchecked, last, num_stages=1):
                 score_tile(
@@ -147,7 +147,7 @@ def scores_kernel(
                     slow_biases + slow_row * WIDE, at_up, up_stride, bias + first_bias, table, basis, at_starts, scales,
                     mask, scores, first_source, first_plane, latents_t,
                     at_row * scales_b + group * (2 if ASYMMETRIC else 1), scales_t, at_row * table_b, table_t,
-                    row * mask_b, mask_t, length, rank, factor_rank, kv_left, out, stored, stored_from, MODE, HEAD_DIM,
-                    HEADS_PER_GROUP, KV, QUERIES, QUERY_SLOTS, SLOTS, SCORED, FAST, COLUMNS, CHUNK, SPAN, TILE, RANK,
-                    PART, KEPT, BITS, ASYMMETRIC, MASK, HAS_BIAS, dtype, ASSEMBLY, True,
+                    row * mask_b, mask_t, length, rank, factor_rank, kv_left, out, stored, stored_from, scaling, MODE,
+                    HEAD_DIM, HEADS_PER_GROUP, KV, QUERIES, QUERY_SLOTS, SLOTS, SCORED, FAST, COLUMNS, CHUNK, SPAN,
+                    TILE, RANK, PART, KEPT, BITS, ASYMMETRIC, MASK, HAS_BIAS, dtype, ASSEMBLY, True,
                 )  # fmt: skip

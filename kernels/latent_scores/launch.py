@@ -7,11 +7,11 @@ import torch
 import triton
 from torch import Tensor
 
+from palu.kernels.latent_scores.configs import EXACT_TILE, Config, config_for
 from palu.kernels.latent_scores.factors import PART, ordered_factor, ordered_query, padded_rank
 from palu.kernels.latent_scores.kernel import scores_kernel
 from palu.kernels.latent_scores.layout import (
     DTYPES,
-    LARGE_BLOCK,
     HeadBlocks,
     block_memory,
     divisor,
@@ -30,44 +30,13 @@ from palu.kernels.rotation import Interpolation, Rotation
 LOG2_E = 1.4426950408889634
 # Tokens that a program takes on at a time, and tokens per block where nothing is interpolated.
 MOST_PIECE, PLAIN_SPAN = 2048, 1024
-# Tokens of a tile where pairs are rebuilt, and rows of the matrix product, in `weight_kernel`.
-EXACT_TILE, WEIGHT_ROWS = 64, 64
+# Rows of the matrix product in `weight_kernel`, and its programs per multiprocessor.
+WEIGHT_ROWS, WEIGHT_PROGRAMS = 64, 2
 # Columns of fast pairs per head and product: of numbers, which are multiplied from shared memory, and of codes, which
 # are multiplied from registers, at least so many.
 NUMBERS_CHUNK, CODES_CHUNK = 32, 16
 # What the matrix units add up at least.
 LEAST_PRODUCT = 16
-
-
-class Config(NamedTuple):
-    """How the score kernel is launched.
-
-    programs: per multiprocessor; tile: tokens at a time; warps: per program; stages: tiles under way; registers: per
-    thread at most.
-    """
-
-    programs: int
-    tile: int
-    warps: int
-    stages: int
-    registers: int | None
-
-
-# Measured on one H200: numbers need much shared memory under way, codes many programs. Those that keep all the columns
-# that latents are multiplied with need more for more than PART latents; small blocks: see LARGE_BLOCK.
-CONFIGS = {
-    "numbers": Config(1, 128, 8, 3, None),
-    "wide numbers": Config(1, 64, 4, 2, None),
-    "numbers, small blocks": Config(2, 64, 4, 2, None),
-    "codes": Config(2, 64, 4, 3, None),
-    "wide codes": Config(1, 128, 8, 2, None),
-    "streamed columns": Config(2, 64, 4, 1, None),
-    "float32": Config(1, 64, 4, 1, None),
-    "exact": Config(2, EXACT_TILE, 4, 1, None),
-}
-# Latents of which all columns can be kept in a large block's shared memory.
-MOST_KEPT = 256
-WEIGHT_PROGRAMS = 2
 
 
 class Scores(NamedTuple):
@@ -124,10 +93,9 @@ def launch_scores(
     interpolation = None
     if key.up is not None and key_norm is None:
         interpolation = rotation.interpolation(heads.queries, compute_dtype(query, parts))
-    exact = interpolation is None and key.up is not None
     rank = padded_rank(tuple(key.ranks))
-    configs = [config_for(part, rank, memory, exact) for part in parts]
-    config = max(configs, key=lambda config: config.tile)
+    configs = [config_for(part, rank, heads, interpolation, key.up is None, memory) for part in parts]
+    config = max((config for config, _ in configs), key=lambda config: config.tile)
     programs = max(1, config.programs * processors(query.device) // (heads.count * rows))
     piece = piece_length(config.tile, latents.shape[1], programs)
     pieces = [triton.cdiv(part.shape[1], piece) for part in parts]
@@ -141,36 +109,9 @@ def launch_scores(
         length = part.shape[1]
         visible = None if mask is None else mask.narrow(1, start, length)
         turn = None if rotation is None else rotation.narrow(start, length)
-        _launch_part(step, part, configs[index], turn, visible, found, sum(pieces[:index]))
+        _launch_part(step, part, *configs[index], turn, visible, found, sum(pieces[:index]))
         start += length
     return found
-
-
-def config_for(part: Stretch, rank: int, memory: int, exact: bool) -> Config:
-    """The launch configuration for latents of some padded rank, on a device with so much shared memory per block.
-
-    exact: whether all pairs are rebuilt.
-    """
-    packed = isinstance(part, PackedLatents)
-    if exact:
-        name = "exact"
-    elif not packed and part.itemsize > 2:
-        name = "float32"
-    elif not keeps(part, rank, memory):
-        name = "streamed columns"
-    elif packed:
-        name = "wide codes" if rank > PART else "codes"
-    elif memory < LARGE_BLOCK:
-        name = "numbers, small blocks"
-    else:
-        name = "wide numbers" if rank > PART else "numbers"
-    return CONFIGS[name]
-
-
-def keeps(part: Stretch, rank: int, memory: int) -> bool:
-    """Whether programs keep all the columns that latents are multiplied with, or read them again for every tile."""
-    halves = isinstance(part, PackedLatents) or part.itemsize <= 2
-    return rank <= (MOST_KEPT if memory >= LARGE_BLOCK and halves else PART)
 
 
 def compute_dtype(query: Tensor, parts: Sequence[Stretch]) -> torch.dtype:
@@ -188,8 +129,8 @@ def piece_length(tile: int, length: int, programs: int) -> int:
 
 
 def _launch_part(
-    step: Step, part: Stretch, config: Config, rotation: Rotation | None, mask: Tensor | None, found: Scores,
-    first_piece: int,
+    step: Step, part: Stretch, config: Config, keeps: bool, rotation: Rotation | None, mask: Tensor | None,
+    found: Scores, first_piece: int,
 ) -> None:  # fmt: skip
     """Scores of one stretch of tokens."""
     query, key, key_norm, interpolation, rows_per_latent, scaling, programs = step
@@ -232,7 +173,7 @@ def _launch_part(
         QUERY_ROWS=rows_per_latent, FAST=16 if interpolation is None else interpolation.fast,
         COLUMNS=16 if interpolation is None else interpolation.columns,
         CHUNK=_chunk(interpolation, bits, heads), SPAN=span, PIECE=found.piece, TILE=config.tile, RANK=rank,
-        PART=min(PART, rank), KEPT=keeps(part, rank, block_memory(device)), QUERY_STRIDE=query.shape[-1], BITS=bits,
+        PART=min(PART, rank), KEPT=keeps, QUERY_STRIDE=query.shape[-1], BITS=bits,
         ASYMMETRIC=asymmetric, MASK=mask_kind(mask), HAS_BIAS=key.bias is not None, HAS_NORM=key_norm is not None,
         DTYPE=DTYPES[dtype],
         ASSEMBLY=dtype == torch.float16 and query.is_cuda, DIVISOR=divisor(tuple(key.ranks)), STAGES=config.stages,

@@ -13,9 +13,10 @@ from palu.kernels.quantize import PackedLatents
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 # kv heads, with one query head each or with several, and query heads, whose scores one program computes at most; of
-# blocks of at least so many bytes of shared memory (H100, H200), and of smaller ones.
+# blocks of at least so many bytes of shared memory (H100, H200), and of smaller ones; and slots of several queries at
+# least, so that with the fewest columns no product is narrower than the matrix units take.
 MOST_KV, MOST_SLOTS = {False: 4, True: 2}, 32
-SMALL_KV, LARGE_BLOCK = 2, 200 << 10
+SMALL_KV, LARGE_BLOCK, LEAST_SLOTS = 2, 200 << 10, 4
 
 
 class HeadBlocks(NamedTuple):
@@ -46,6 +47,8 @@ def head_blocks(heads_per_group: int, groups: int, queries: int, memory: int) ->
     most = MOST_KV[queries > 1] if memory >= LARGE_BLOCK else SMALL_KV
     query_slots = triton.next_power_of_2(queries)
     kv = max(1, min(most, triton.next_power_of_2(heads_per_group), MOST_SLOTS // query_slots))
+    if queries > 1 and kv * query_slots < LEAST_SLOTS:
+        query_slots = LEAST_SLOTS
     count = triton.cdiv(heads_per_group, kv) * groups
     return HeadBlocks(heads_per_group, kv, queries, query_slots, max(8, kv * query_slots), count)
 

@@ -5,6 +5,7 @@ from palu.kernels.decode_attention.spec import Shape
 # Ranks beyond 128, uneven ones too; three query heads per kv head; one group of all heads (J-LRD).
 SHAPES = (
     Shape(2, 6, 2, 64, 1, 200, (160, 272), (32, 32)),
+    Shape(1, 4, 2, 128, 1, 70, (32, 16), (32, 32)),
     Shape(1, 4, 4, 128, 2, 150, (272,), (32,)),
     Shape(1, 12, 4, 96, 1, 70, (48, 16), (32, 32)),
 )

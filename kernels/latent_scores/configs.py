@@ -1,0 +1,80 @@
+"""How the score kernel is launched on a device, by what its blocks can hold."""
+
+from typing import NamedTuple
+
+from palu.kernels.latent_scores.factors import PART
+from palu.kernels.latent_scores.layout import LARGE_BLOCK, HeadBlocks
+from palu.kernels.latents import Stretch
+from palu.kernels.quantize import PackedLatents
+from palu.kernels.rotation import Interpolation
+
+# Tokens of a tile where all pairs are rebuilt.
+EXACT_TILE = 64
+
+
+class Config(NamedTuple):
+    """How the score kernel is launched.
+
+    programs: per multiprocessor; tile: tokens at a time; warps: per program; stages: tiles under way; registers: per
+    thread at most.
+    """
+
+    programs: int
+    tile: int
+    warps: int
+    stages: int
+    registers: int | None
+
+
+# In the order of preference, of which the first that fits into a block's shared memory is taken; measured on one H200.
+# Numbers need much shared memory under way, codes many programs; of latents wider than PART both need more. Small
+# blocks: see LARGE_BLOCK.
+CONFIGS = {
+    "numbers": (Config(1, 128, 8, 3, None), Config(1, 128, 8, 2, None), Config(1, 64, 4, 2, None)),
+    "numbers, small blocks": (Config(2, 64, 4, 2, None),),
+    "codes": (Config(2, 64, 4, 3, None), Config(2, 64, 4, 2, None)),
+    "wide codes": (Config(1, 128, 8, 2, None), Config(1, 64, 4, 2, None)),
+}
+ONE_STAGE = Config(1, 64, 4, 1, None)
+# Where columns are read again for every tile, and where all pairs are rebuilt.
+STREAMED, EXACT = Config(2, 64, 4, 1, None), Config(2, EXACT_TILE, 4, 1, None)
+# What programs keep in shared memory for the compiler, and latents of which all columns are kept at most.
+RESERVED, MOST_KEPT = 8 << 10, 256
+
+
+def config_for(
+    part: Stretch, rank: int, heads: HeadBlocks, interpolation: Interpolation | None, absorbed: bool, memory: int
+) -> tuple[Config, bool]:
+    """The launch configuration for latents of some padded rank, and whether programs keep all columns.
+
+    Columns are what latents are multiplied with; otherwise they are read again for every tile. memory: shared memory
+    that a block may have.
+    """
+    if interpolation is None and not absorbed:
+        return EXACT, False
+    packed = isinstance(part, PackedLatents)
+    itemsize = 2 if packed else part.itemsize
+    if itemsize > 2:
+        candidates: tuple[Config, ...] = ()
+    elif packed:
+        candidates = CONFIGS["wide codes" if rank > PART else "codes"]
+    else:
+        candidates = CONFIGS["numbers" if memory >= LARGE_BLOCK else "numbers, small blocks"]
+    bits = part.quantization.bits if packed else 8 * itemsize
+    if rank <= MOST_KEPT or absorbed:
+        for config in (*candidates, ONE_STAGE):
+            if _shared_memory(config, rank, bits, itemsize, heads, interpolation) <= memory - RESERVED:
+                return config, True
+    return STREAMED, False
+
+
+def _shared_memory(
+    config: Config, rank: int, bits: int, itemsize: int, heads: HeadBlocks, interpolation: Interpolation | None
+) -> int:
+    """Bytes of shared memory, about: columns of fast pairs, and for every tile under way latents, columns, tables."""
+    if interpolation is None:
+        return heads.slots * rank * itemsize + config.stages * config.tile * rank * bits // 8
+    slow = heads.kv * heads.query_slots * interpolation.columns
+    tables = config.tile * (2 * interpolation.fast + interpolation.columns) * itemsize
+    tile = config.tile * rank * bits // 8 + slow * rank * itemsize + tables
+    return heads.kv * 2 * interpolation.fast * rank * itemsize + config.stages * tile
