@@ -61,20 +61,23 @@ def config_for(
     else:
         candidates = CONFIGS["numbers" if memory >= LARGE_BLOCK else "numbers, small blocks"]
     bits = part.quantization.bits if packed else 8 * itemsize
-    if rank <= MOST_KEPT or absorbed:
+    if rank <= (MOST_KEPT if memory >= LARGE_BLOCK else PART) or absorbed:
         for config in (*candidates, ONE_STAGE):
-            if _shared_memory(config, rank, bits, itemsize, heads, interpolation) <= memory - RESERVED:
+            if _shared_memory(config, rank, bits, itemsize, heads, interpolation, memory) <= memory - RESERVED:
                 return config, True
     return STREAMED, False
 
 
 def _shared_memory(
-    config: Config, rank: int, bits: int, itemsize: int, heads: HeadBlocks, interpolation: Interpolation | None
-) -> int:
+    config: Config, rank: int, bits: int, itemsize: int, heads: HeadBlocks, interpolation: Interpolation | None,
+    memory: int,
+) -> int:  # fmt: skip
     """Bytes of shared memory, about: columns of fast pairs, and for every tile under way latents, columns, tables."""
     if interpolation is None:
         return heads.slots * rank * itemsize + config.stages * config.tile * rank * bits // 8
     slow = heads.kv * heads.query_slots * interpolation.columns
     tables = config.tile * (2 * interpolation.fast + interpolation.columns) * itemsize
     tile = config.tile * rank * bits // 8 + slow * rank * itemsize + tables
-    return heads.kv * 2 * interpolation.fast * rank * itemsize + config.stages * tile
+    # Matrix units of small blocks' devices take both sides from registers, where the compiler leaves what is kept.
+    kept = heads.kv * 2 * interpolation.fast * rank * itemsize if memory >= LARGE_BLOCK else 0
+    return kept + config.stages * tile
