@@ -29,7 +29,7 @@ from palu.kernels.rotation import Rotation
 
 TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.bool: "*i1"}
 TYPES |= {torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
-OPTIONS = ("num_warps", "num_stages", "maxnreg")
+OPTIONS = ("num_warps", "num_stages")
 LENGTH, HEAD_DIM, VALUE_RANK = 40960, 128, 384
 # Bytes of shared memory that one block may have: A100, RTX 4090 and L40, H100 and H200.
 MOST_SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}

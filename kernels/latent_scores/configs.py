@@ -13,31 +13,26 @@ EXACT_TILE = 64
 
 
 class Config(NamedTuple):
-    """How the score kernel is launched.
-
-    programs: per multiprocessor; tile: tokens at a time; warps: per program; stages: tiles under way; registers: per
-    thread at most.
-    """
+    """Programs per multiprocessor, tokens of a tile, warps per program, tiles under way."""
 
     programs: int
     tile: int
     warps: int
     stages: int
-    registers: int | None
 
 
 # In the order of preference, of which the first that fits into a block's shared memory is taken; measured on one H200.
 # Numbers need much shared memory under way, codes many programs; of latents wider than PART both need more. Small
 # blocks: see LARGE_BLOCK.
 CONFIGS = {
-    "numbers": (Config(1, 128, 8, 3, None), Config(1, 128, 8, 2, None), Config(1, 64, 4, 2, None)),
-    "numbers, small blocks": (Config(2, 64, 4, 2, None),),
-    "codes": (Config(2, 64, 4, 3, None), Config(2, 64, 4, 2, None)),
-    "wide codes": (Config(1, 128, 8, 2, None), Config(1, 64, 4, 2, None)),
+    "numbers": (Config(1, 128, 8, 3), Config(1, 128, 8, 2), Config(1, 64, 4, 2)),
+    "numbers, small blocks": (Config(2, 64, 4, 2),),
+    "codes": (Config(2, 64, 4, 3), Config(2, 64, 4, 2)),
+    "wide codes": (Config(1, 128, 8, 2), Config(1, 64, 4, 2)),
 }
-ONE_STAGE = Config(1, 64, 4, 1, None)
+ONE_STAGE = Config(1, 64, 4, 1)
 # Where columns are read again for every tile, and where all pairs are rebuilt.
-STREAMED, EXACT = Config(2, 64, 4, 1, None), Config(2, EXACT_TILE, 4, 1, None)
+STREAMED, EXACT = Config(2, 64, 4, 1), Config(2, EXACT_TILE, 4, 1)
 # What programs keep in shared memory for the compiler, and latents of which all columns are kept at most.
 RESERVED, MOST_KEPT = 8 << 10, 256
 

@@ -100,24 +100,9 @@ def _shared_tile(
     WIDE: tl.constexpr = KV * QUERY_SLOTS * COLUMNS
     PAIRS: tl.constexpr = CHUNK // 2
     product = _product(
-        x,
-        slow,
-        0,
-        slow_weights,
-        RANK,
-        source,
-        plane,
-        ok,
-        shift,
-        rank,
-        RANK,
-        PART,
-        KEPT,
-        BITS,
-        ASYMMETRIC,
-        ASSEMBLY,
+        x, slow, 0, slow_weights, RANK, source, plane, ok, shift, rank, RANK, PART, KEPT, BITS, ASYMMETRIC, ASSEMBLY,
         dtype,
-    )
+    )  # fmt: skip
     along = tl.load(share).to(tl.float32)
     # Scales meet the small tables, or the products where a bias has to be added to them.
     if (BITS < 16) and not HAS_BIAS:
@@ -159,8 +144,8 @@ def score_tile(
     MODE: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, KV: tl.constexpr,
     QUERIES: tl.constexpr, QUERY_SLOTS: tl.constexpr, SLOTS: tl.constexpr, SCORED: tl.constexpr, FAST: tl.constexpr,
     COLUMNS: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.constexpr, TILE: tl.constexpr, RANK: tl.constexpr,
-    PART: tl.constexpr, KEPT: tl.constexpr, BITS: tl.constexpr, ASYMMETRIC: tl.constexpr, MASK: tl.constexpr, HAS_BIAS:
-    tl.constexpr, dtype: tl.constexpr, ASSEMBLY: tl.constexpr, CHECKED: tl.constexpr,
+    PART: tl.constexpr, KEPT: tl.constexpr, BITS: tl.constexpr, ASYMMETRIC: tl.constexpr, MASK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, dtype: tl.constexpr, ASSEMBLY: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
     """Scores of TILE tokens of one block; if CHECKED, some may lie behind the last token, or the block have gaps.
 
@@ -177,13 +162,14 @@ def score_tile(
     if BITS < 16:
         scale, shift = load_scales(scales, at_scales + token * scales_t, ok, BITS, ASYMMETRIC)
     x, slow = (), ()
-    for part in tl.static_range(0, RANK if KEPT else 0, PART):
+    for part in tl.static_range(0, RANK if KEPT and MODE != "absorbed" else 0, PART):
         more = load_latents(source, plane, ok[:, None], part, rank, dtype, BITS, PART, ASSEMBLY)
         x = x + (less_zero_points(more, shift, ASYMMETRIC),)
     slot_ok = slots_used(tl.arange(0, SCORED), QUERY_SLOTS, QUERIES, kv_left * QUERIES)
     if MODE == "absorbed":
         score = tl.zeros((TILE, SCORED), tl.float32)
         for part in tl.static_range(0, RANK, PART):
+            # One part after the other: all of a wide group's do not fit into registers.
             more = load_latents(source, plane, ok[:, None], part, rank, dtype, BITS, PART, ASSEMBLY)
             more = less_zero_points(more, shift, ASYMMETRIC)
             if KEPT:

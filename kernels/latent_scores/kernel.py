@@ -131,23 +131,17 @@ def scores_kernel(
             tl.store(scores + at, hidden, mask=slot_ok[:, None] & (token < length)[None, :])
         else:
             unchecked = tl.where(highest == GAPS, 0, here // TILE)
-            for tile in tl.range(0, unchecked, num_stages=STAGES):
-                score_tile(
-                    first_token + tile * TILE, factors, queries, gather, at_fast, at_fast_biases, at_slow, all_blocks,
-                    slow_biases + slow_row * WIDE, at_up, up_stride, bias + first_bias, table, basis, at_starts, scales,
-                    mask, scores, first_source, first_plane, latents_t,
-                    at_row * scales_b + group * (2 if ASYMMETRIC else 1), scales_t, at_row * table_b, table_t,
-                    row * mask_b, mask_t, length, rank, factor_rank, kv_left, out, stored, stored_from, scaling, MODE,
-                    HEAD_DIM, HEADS_PER_GROUP, KV, QUERIES, QUERY_SLOTS, SLOTS, SCORED, FAST, COLUMNS, CHUNK, SPAN,
-                    TILE, RANK, PART, KEPT, BITS, ASYMMETRIC, MASK, HAS_BIAS, dtype, ASSEMBLY, False,
-                )  # fmt: skip
-            for tile in tl.range(unchecked, last, num_stages=1):
-                score_tile(
-                    first_token + tile * TILE, factors, queries, gather, at_fast, at_fast_biases, at_slow, all_blocks,
-                    slow_biases + slow_row * WIDE, at_up, up_stride, bias + first_bias, table, basis, at_starts, scales,
-                    mask, scores, first_source, first_plane, latents_t,
-                    at_row * scales_b + group * (2 if ASYMMETRIC else 1), scales_t, at_row * table_b, table_t,
-                    row * mask_b, mask_t, length, rank, factor_rank, kv_left, out, stored, stored_from, scaling, MODE,
-                    HEAD_DIM, HEADS_PER_GROUP, KV, QUERIES, QUERY_SLOTS, SLOTS, SCORED, FAST, COLUMNS, CHUNK, SPAN,
-                    TILE, RANK, PART, KEPT, BITS, ASYMMETRIC, MASK, HAS_BIAS, dtype, ASSEMBLY, True,
-                )  # fmt: skip
+            # Tiles in full and without gaps, then those that have to be looked at.
+            for checked in tl.static_range(2):
+                for tile in tl.range(
+                    unchecked if checked else 0, last if checked else unchecked, num_stages=1 if checked else STAGES
+                ):
+                    score_tile(
+                        first_token + tile * TILE, factors, queries, gather, at_fast, at_fast_biases, at_slow,
+                        all_blocks, slow_biases + slow_row * WIDE, at_up, up_stride, bias + first_bias, table, basis,
+                        at_starts, scales, mask, scores, first_source, first_plane, latents_t, at_row * scales_b + group
+                        * (2 if ASYMMETRIC else 1), scales_t, at_row * table_b, table_t, row * mask_b, mask_t, length,
+                        rank, factor_rank, kv_left, out, stored, stored_from, scaling, MODE, HEAD_DIM, HEADS_PER_GROUP,
+                        KV, QUERIES, QUERY_SLOTS, SLOTS, SCORED, FAST, COLUMNS, CHUNK, SPAN, TILE, RANK, PART, KEPT,
+                        BITS, ASYMMETRIC, MASK, HAS_BIAS, dtype, ASSEMBLY, checked == 1,
+                    )  # fmt: skip

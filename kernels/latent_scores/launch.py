@@ -19,7 +19,6 @@ from palu.kernels.latent_scores.layout import (
     layout,
     mask_kind,
     processors,
-    register_limit,
     side_of,
 )
 from palu.kernels.latent_scores.weights import turn_kernel, weight_kernel
@@ -177,7 +176,7 @@ def _launch_part(
         ASYMMETRIC=asymmetric, MASK=mask_kind(mask), HAS_BIAS=key.bias is not None, HAS_NORM=key_norm is not None,
         DTYPE=DTYPES[dtype],
         ASSEMBLY=dtype == torch.float16 and query.is_cuda, DIVISOR=divisor(tuple(key.ranks)), STAGES=config.stages,
-        num_warps=config.warps, **register_limit(config.registers),
+        num_warps=config.warps,
     )  # fmt: skip
 
 
@@ -260,7 +259,6 @@ def _launch_weights(
         ROWS=WEIGHT_ROWS, SLOTS=heads.slots, QUERY_ROWS=rows_per_latent, TILE=EXACT_TILE, BITS=bits,
         ASYMMETRIC=asymmetric, MASK=mask_kind(mask), HAS_BIAS=key.bias is not None,
         ASSEMBLY=dtype == torch.float16 and query.is_cuda, DIVISOR=divisor(tuple(key.ranks)), DTYPE=DTYPES[dtype],
-       
     )  # fmt: skip
     return weights
 

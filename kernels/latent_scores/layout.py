@@ -93,11 +93,6 @@ def layout(part: Stretch) -> tuple[tuple[Tensor, Tensor], tuple[int, int, int, i
     return (part.codes, part.scales), strides, part.quantization.bits, part.zeros is not None
 
 
-def register_limit(registers: int | None) -> dict[str, int]:
-    """The launch option that bounds a kernel's registers per thread."""
-    return {} if registers is None else {"maxnreg": registers}
-
-
 def mask_kind(mask: Tensor | None) -> str:
     """What the kernels call a mask."""
     return "none" if mask is None else "bool" if mask.dtype == torch.bool else "additive"
