@@ -122,11 +122,12 @@ def weight_kernel(
                 column = 2 * (first_pair + tl.arange(0, CHUNK_PAIRS))
                 at = out_head * (KV * 2 * FAST) + (column // CHUNK * KV + place) * CHUNK + column % CHUNK
                 at_fast = fast_weights + at[:, None] * RANK + latent[None, :]
-                tl.store(at_fast, fast_a.to(DTYPE))
-                tl.store(at_fast + RANK, fast_b.to(DTYPE))
+                there = column < 2 * FAST
+                tl.store(at_fast, fast_a.to(DTYPE), mask=there[:, None])
+                tl.store(at_fast + RANK, fast_b.to(DTYPE), mask=there[:, None])
                 if HAS_BIAS and part == 0:
-                    tl.store(fast_biases + at, fast_bias_a)
-                    tl.store(fast_biases + at + 1, fast_bias_b)
+                    tl.store(fast_biases + at, fast_bias_a, mask=there)
+                    tl.store(fast_biases + at + 1, fast_bias_b, mask=there)
         a, b, bias_a, bias_b = _fold(
             at_query, up, up_stride, bias, FAST, HEAD_DIM // 2, scaling, member, kv_head, offset, latent, rank,
             HEAD_DIM, SLOW, HAS_BIAS,
