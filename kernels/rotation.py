@@ -157,6 +157,19 @@ class Rotation:
             self._tables[key] = (torch.stack(self._turn(pairs), dim=-1).flatten(-2).to(dtype),)
         return self._tables[key][0]
 
+    def lane_table(self, dtype: torch.dtype) -> Tensor:
+        """cos and sin of every pair, not scaled, in the order in which four lanes hold a row of a matrix product.
+
+        [batch or 1, length, columns]: head_dim padded to a power of two, the numbers of pairs 0, 4, 8, .. first.
+        """
+        key = ("lanes", dtype)
+        if key not in self._tables:
+            pairs = self.frequencies.shape[0]
+            table = torch.stack(self._turn(pairs), dim=-1).to(dtype)
+            table = torch.nn.functional.pad(table, (0, 0, 0, (1 << (pairs - 1).bit_length()) - pairs))
+            self._tables[key] = (table.unflatten(2, (-1, 4)).transpose(2, 3).flatten(2),)
+        return self._tables[key][0]
+
     def turns(
         self, mask: Tensor | None, length: int, interpolation: Interpolation, dtype: torch.dtype, make: Callable
     ) -> tuple[Tensor, Tensor]:

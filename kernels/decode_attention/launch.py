@@ -8,9 +8,10 @@ import torch
 import triton
 from torch import Tensor
 
-from palu.kernels.decode_attention.kernel import combine_kernel, softmax_kernel, values_kernel
+from palu.kernels.decode_attention.kernel import softmax_kernel, values_kernel
+from palu.kernels.decode_attention.parts import Parts, combine
 from palu.kernels.latent_scores.launch import Scores, compute_dtype, launch_scores
-from palu.kernels.latent_scores.layout import DTYPES, block_memory, divisor, layout, processors, side_of
+from palu.kernels.latent_scores.layout import DTYPES, block_memory, divisor, is_hopper, layout, processors, side_of
 from palu.kernels.latent_scores.op import absorbed
 from palu.kernels.latents import LatentProjection, Latents, Stretch, stretches
 from palu.kernels.quantize import PackedLatents
@@ -37,9 +38,6 @@ class Config(NamedTuple):
 # Measured on one H200. Partial sums of many heads cost more, so fewer of them are made.
 CONFIGS = {"numbers": Config(6, 3), "codes": Config(3, 4), "many heads": Config(2, 3)}
 MANY_HEADS = 16
-COMBINE_RANK, COMBINE_PARTS, COMBINE_OUT = 128, 32, 32
-# Chunks of COMBINE_RANK latents that fit into registers all at once.
-MOST_AHEAD = 4
 
 
 def can_take(
@@ -99,18 +97,18 @@ def decode_attention(
     if mask is not None:
         visible = mask[:, 0] if mask.shape[0] == 1 and queries == 1 else mask[:, 0].expand(batch, -1, -1)
         visible = visible.reshape(-1, mask.shape[-1])
-    scores = launch_scores(rows, key_latents, key, rotation, visible, queries, scaling, key_norm)
-    parts = launch_values(scores, value_latents, value, rows, queries, len(key.ranks))
-    output = _combine(parts, value, rows, head_dim or width)
+    parts = None
+    if is_hopper(query.device):
+        # Here, so that other GPUs need no Gluon.
+        from palu.kernels.decode_attention.hopper import launch as hopper
+
+        if hopper.can_take(query, key_latents, value_latents, key, value, key_norm):
+            parts = hopper.launch(rows, key_latents, value_latents, key, value, rotation, visible, queries, scaling)
+    if parts is None:
+        scores = launch_scores(rows, key_latents, key, rotation, visible, queries, scaling, key_norm)
+        parts = launch_values(scores, value_latents, value, rows, queries, len(key.ranks))
+    output = combine(parts, value, rows, head_dim or width)
     return output.view(batch, queries, -1)
-
-
-class Parts(NamedTuple):
-    """Sums over ranges of tokens, float32 [parts, rows, heads, rank], their weights and peaks [parts, rows, heads]."""
-
-    sums: Tensor
-    totals: Tensor
-    peaks: Tensor
 
 
 def launch_values(
@@ -166,35 +164,6 @@ def _part_tokens(length: int, programs: int) -> int:
 def _places(ranks: tuple[int, ...], bits: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     side = side_of(ranks, bits, device)
     return side.rank, side.byte, side.plane
-
-
-def _combine(parts: Parts, value: LatentProjection, query: Tensor, head_dim: int) -> Tensor:
-    """The heads' outputs, [rows, num_heads * head_dim]; without an up factor their mean latents side by side."""
-    rows, num_heads, _ = query.shape
-    ranks = tuple(value.ranks)
-    side = side_of(ranks, 16, query.device)
-    per_group, stride = num_heads // len(ranks), max(ranks)
-    up = query if value.up is None else value.up
-    kv_heads = num_heads if value.up is None else up.shape[0] * len(ranks) // head_dim
-    width = stride if value.up is None else head_dim
-    output = query.new_empty(rows, num_heads, width)
-    block = COMBINE_PARTS if parts.sums.shape[0] <= COMBINE_PARTS else 2 * COMBINE_PARTS
-    pieces = triton.cdiv(stride, COMBINE_RANK) if value.up is None else triton.cdiv(head_dim, COMBINE_OUT)
-    combine_kernel[(rows * num_heads, pieces)](
-        *parts, up, up if value.bias is None else value.bias, output, side.rank, side.offset,
-        parts.sums.shape[0], rows * num_heads, up.stride(0),
-        HEADS=num_heads, HEADS_PER_GROUP=per_group, QUERIES=num_heads // kv_heads, HEAD_DIM=head_dim,
-        RANK_STRIDE=stride, BLOCK_RANK=COMBINE_RANK,
-        BLOCK_PARTS=block, PASSES=triton.next_power_of_2(triton.cdiv(parts.sums.shape[0], block)),
-        AHEAD=triton.cdiv(stride, COMBINE_RANK) <= MOST_AHEAD, BLOCK_OUT=COMBINE_OUT,
-        CHUNKS=triton.cdiv(stride, COMBINE_RANK),
-        HAS_UP=value.up is not None, HAS_BIAS=value.bias is not None, DIVISOR=divisor(ranks),
-        num_warps=block // 8,
-    )  # fmt: skip
-    if value.up is not None or len(set(ranks)) == 1:
-        return output.view(rows, -1)
-    by_group = zip(output.unflatten(1, (len(ranks), per_group)).unbind(1), ranks, strict=True)
-    return torch.cat([means[..., :rank].reshape(rows, -1) for means, rank in by_group], dim=-1)
 
 
 class Chunks(NamedTuple):

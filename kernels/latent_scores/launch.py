@@ -19,6 +19,7 @@ from palu.kernels.latent_scores.layout import (
     layout,
     mask_kind,
     processors,
+    row_strides,
     side_of,
 )
 from palu.kernels.latent_scores.weights import turn_kernel, weight_kernel
@@ -163,8 +164,8 @@ def _launch_part(
         positions, up if rotation is None else rotation.frequencies.to(device, torch.float32), basis,
         up if mask is None else mask, starts, *weights, found.scores, *side,
         min(pieces, programs), length, blocks, *strides, 0 if absorbed else up.stride(0),
-        *((0, 0) if interpolation is None else _strides(table)), *((0, 0) if rotation is None else _strides(positions)),
-        *((0, 0) if mask is None else _strides(mask)),
+        *((0, 0) if interpolation is None else row_strides(table)), *((0, 0) if rotation is None else row_strides(positions)),
+        *((0, 0) if mask is None else row_strides(mask)),
         1 if interpolation is None else rows // starts.shape[0], found.scores.shape[3],
         first_piece * found.piece, 0.0 if key_norm is None else key_norm.variance_epsilon, scaling,
         MODE=mode, HEAD_DIM=width, HEADS=num_heads, KV_HEADS=kv_heads, HEADS_PER_GROUP=kv_heads // groups,
@@ -191,8 +192,8 @@ def _launch_turns(
     turns = torch.empty(rows, blocks, interpolation.columns, 2, slow, dtype=dtype, device=device)
     turn_kernel[(blocks, rows)](
         positions, rotation.frequencies.to(device, torch.float32), interpolation.cos_basis, interpolation.sin_basis,
-        positions if mask is None else mask, starts, turns, length, blocks, *_strides(positions),
-        *((0, 0) if mask is None else _strides(mask)), PAIRS=pairs,
+        positions if mask is None else mask, starts, turns, length, blocks, *row_strides(positions),
+        *((0, 0) if mask is None else row_strides(mask)), PAIRS=pairs,
         ROWS_PER_POSITIONS=rows // positions.shape[0], FAST=interpolation.fast, SLOW=slow,
         COLUMNS=interpolation.columns, SPAN=interpolation.span, MASK=mask_kind(mask),
     )  # fmt: skip
@@ -248,8 +249,8 @@ def _launch_weights(
     weight_kernel[(triton.cdiv(tiles, together), num_heads, rows)](
         query, *tensors, up, up if key.bias is None else key.bias, rotation.positions,
         rotation.frequencies.to(query.device, torch.float32), up if mask is None else mask, starts, turns,
-        *weights, found.scores, *side, part.shape[1], blocks, *strides, up.stride(0), *_strides(rotation.positions),
-        *((0, 0) if mask is None else _strides(mask)), turns.stride(0), rows // turns.shape[0], together,
+        *weights, found.scores, *side, part.shape[1], blocks, *strides, up.stride(0), *row_strides(rotation.positions),
+        *((0, 0) if mask is None else row_strides(mask)), turns.stride(0), rows // turns.shape[0], together,
         found.scores.shape[3],
         first_piece * found.piece, scaling,
         HEAD_DIM=head_dim, HEADS=num_heads, KV_HEADS=kv_heads, HEADS_PER_GROUP=kv_heads // len(key.ranks), KV=heads.kv,
@@ -261,8 +262,3 @@ def _launch_weights(
         ASSEMBLY=dtype == torch.float16 and query.is_cuda, DIVISOR=divisor(tuple(key.ranks)), DTYPE=DTYPES[dtype],
     )  # fmt: skip
     return weights
-
-
-def _strides(table: Tensor) -> tuple[int, int]:
-    """Strides per row and token of [rows or 1, length, ...]."""
-    return (table.stride(0) if table.shape[0] > 1 else 0, table.stride(1))

@@ -85,6 +85,12 @@ def block_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether the device has the matrix units of compute capability 9, which take both sides from shared memory."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def layout(part: Stretch) -> tuple[tuple[Tensor, Tensor], tuple[int, int, int, int], int, bool]:
     """Latents or codes, and scales; strides per row and token of both; bits; whether there are zero points."""
     if not isinstance(part, PackedLatents):
@@ -96,3 +102,8 @@ def layout(part: Stretch) -> tuple[tuple[Tensor, Tensor], tuple[int, int, int, i
 def mask_kind(mask: Tensor | None) -> str:
     """What the kernels call a mask."""
     return "none" if mask is None else "bool" if mask.dtype == torch.bool else "additive"
+
+
+def row_strides(table: Tensor) -> tuple[int, int]:
+    """Strides per row and token of [rows or 1, length, ...]."""
+    return (table.stride(0) if table.shape[0] > 1 else 0, table.stride(1))

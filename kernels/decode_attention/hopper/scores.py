@@ -1,9 +1,4 @@
-"""The half of the kernel that scores: folded queries times latents, tile after tile.
-
-All columns of a block of heads, of fast pairs and of slow ones, are one matrix, of which the latents are multiplied
-with one half at a time: while one half is multiplied, the products of the other are weighed. Columns stand in groups
-of eight, as the matrix units' results lie in registers: [groups, heads, 8].
-"""
+"""The half of the kernel that scores: tile after tile, handed on in two buffers by turns."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -15,26 +10,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from palu.kernels.decode_attention.hopper.common import (
-    TILE,
-    WARPS,
-    bits_of,
-    copied_layout,
-    copy_rows,
-    load_words,
-    synchronize,
-    unpacked,
-    words_layout,
-)
+from palu.kernels.decode_attention.hopper.common import TILE, WARPS, bits_of, copy_rows, load_seen, synchronize
 
-HIDDEN: gl.constexpr = gl.constexpr(-(1 << 30))
-GAPS: gl.constexpr = gl.constexpr(1 << 30)
-HIDING: gl.constexpr = gl.constexpr(-30000.0)
 LOG2_E: gl.constexpr = gl.constexpr(1.4426950408889634)
+# Columns of scores that the matrix units compute at least.
+LEAST: gl.constexpr = gl.constexpr(8)
 
 
 @gluon.constexpr_function
-def rows_layout(columns):
+def rows_layout(columns: int) -> gl.DistributedLinearLayout:
     """Rows of a tile as the matrix units' results have them, `columns` of each row shared out among four lanes."""
     each = columns // 4
     return gl.DistributedLinearLayout(
@@ -47,190 +31,173 @@ def rows_layout(columns):
 
 
 @gluon.jit
-def _load_table(table, tile, table_t, length, HALF: gl.constexpr, PLACES: gl.constexpr):
-    """What the products of one half are weighed with, [tile, PLACES // 2], four lanes' numbers one after the other."""
-    layout: gl.constexpr = rows_layout(PLACES // 2)
-    # Behind the last token any numbers do.
-    token = gl.minimum(tile * TILE + gl.arange(0, TILE, gl.SliceLayout(1, layout)), length - 1)
-    place = HALF * (PLACES // 2) + gl.arange(0, PLACES // 2, gl.SliceLayout(0, layout))
-    return gl.load(table + (token * table_t)[:, None] + place[None, :])
+def _hand_on(found, full, empty, index, scores, seen, MASK: gl.constexpr):
+    """Store a tile's scores [tile, columns], a buffer's columns one after the other, with hidden ones at minus infinity.
 
-
-@gluon.jit
-def _weighed(product, numbers, KV: gl.constexpr, PLACES: gl.constexpr):
-    """A half's products [tile, columns] times numbers [tile, PLACES // 2], added up to [tile, KV, 8]."""
-    GROUPS: gl.constexpr = PLACES // 16
-    product = product.reshape([TILE, GROUPS, KV, 8])
-    numbers = numbers.reshape([TILE, 4, GROUPS, 2]).permute([0, 2, 1, 3]).reshape([TILE, GROUPS, 8])
-    numbers = gl.convert_layout(numbers, gl.SliceLayout(2, product.type.layout), assert_trivial=True)
-    return gl.sum(product * numbers.to(gl.float32)[:, :, None, :], 1)
-
-
-@gluon.jit
-def _columns_at(source, ROWS: gl.constexpr, RANK: gl.constexpr):
-    """Pointers to ROWS columns of RANK numbers each."""
-    layout: gl.constexpr = copied_layout(RANK)
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    latent = gl.arange(0, RANK, gl.SliceLayout(0, layout))
-    return source + (row * RANK)[:, None] + latent[None, :]
-
-
-@gluon.jit
-def _masked(score, mask, row_mask, mask_t, token, length, MASK: gl.constexpr):
-    """Scores [tile, KV] with hidden tokens at minus infinity, and with what an additive mask adds."""
-    ok = token < length
-    if MASK == "bool":
-        ok = ok & (gl.load(mask + row_mask + token * mask_t, mask=ok, other=0) != 0)
-    elif MASK == "additive":
-        added = gl.load(mask + row_mask + token * mask_t, mask=ok, other=0.0).to(gl.float32)
-        ok = ok & (added > HIDING)
-        score += (gl.maximum(added, HIDING) * LOG2_E)[:, None]
-    return gl.where(ok[:, None], score, float("-inf"))
-
-
-@gluon.jit
-def _scale_words(scales, first, scales_t, length, layout: gl.constexpr, ASYMMETRIC: gl.constexpr):
-    """Scales and zero points of a tile's tokens, each pair as one word."""
-    token = gl.minimum(first + gl.arange(0, TILE, layout), length - 1)
-    at = scales + token * scales_t
-    if ASYMMETRIC:
-        word = gl.load(at.to(gl.pointer_type(gl.int32), bitcast=True))
-    else:
-        word = gl.load(at).to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
-    return word
-
-
-@gluon.jit
-def zero_of(word, BITS: gl.constexpr):
-    """Zero points less the middle code."""
-    return ((word >> 16) & 0xFFFF).to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32) - (1 << (BITS - 1))
-
-
-@gluon.jit
-def _zeros_twice(word, BITS: gl.constexpr):
-    """Zero points less the middle code, as fp16 and twice in a word."""
-    half = zero_of(word, BITS).to(gl.float16).to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
-    return half | (half << 16)
-
-
-@gluon.jit
-def scale_of(word):
-    """Scales."""
-    return (word & 0xFFFF).to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
-
-
-@gluon.jit
-def score_partition(
-    found, full, empty, ring, first_half, second_half,
-    latents, scales, table, starts, slow_weights, fast_weights, scores, mask,
-    first, last, length, blocks, rank, latents_t, scales_t, table_t, row_mask, mask_t, block_step, members,
-    at_scores, stored,
-    KV: gl.constexpr, PLACES: gl.constexpr, SPAN: gl.constexpr, RANK: gl.constexpr, STAGES: gl.constexpr,
-    BITS: gl.constexpr, ASYMMETRIC: gl.constexpr, MASK: gl.constexpr,
-):  # fmt: skip
-    """Hands scores [tile, KV] of the tiles first .. last on, tile after tile, in two buffers by turns.
-
-    latents, scales, table, starts, slow_weights, fast_weights, scores: from where the row and block of heads begin.
-    found: shared memory [2, TILE, 8]; members: heads that there are. `scores` has those of blocks with gaps.
+    seen: what is added to every token's scores.
     """
-    PER_BLOCK: gl.constexpr = SPAN // TILE
-    HALF: gl.constexpr = KV * PLACES // 2
-    SLOW: gl.constexpr = KV * 8
-    PACKED: gl.constexpr = BITS < 16
-    copied: gl.constexpr = copied_layout(RANK)
-    block = first // PER_BLOCK
-    async_copy.async_copy_global_to_shared(first_half, _columns_at(fast_weights, HALF, RANK))
-    place = gl.arange(0, HALF, gl.SliceLayout(1, copied))
-    at_fast = _columns_at(fast_weights + HALF * RANK, HALF, RANK)
-    async_copy.async_copy_global_to_shared(second_half, at_fast, mask=(place < HALF - SLOW)[:, None])
-    slow_half = second_half.slice(HALF - SLOW, SLOW)
-    at_slow = _columns_at(slow_weights, SLOW, RANK)
-    words_of: gl.constexpr = gl.SliceLayout(1, words_layout(RANK * BITS // 32))
-    rows: gl.constexpr = gl.SliceLayout(1, rows_layout(PLACES // 2))
-    words = 0
-    later_words = 0
-    pairs = 0
-    scale = 0
-    if PACKED:
-        async_copy.commit_group()
-        words = load_words(latents, first * TILE, latents_t, length, 0, rank, TILE, RANK, BITS)
-        later_words = load_words(latents, (first + 1) * TILE, latents_t, length, 0, rank, TILE, RANK, BITS)
-        pairs = _scale_words(scales, first * TILE, scales_t, length, words_of, ASYMMETRIC)
-        scale = _scale_words(scales, first * TILE, scales_t, length, rows, ASYMMETRIC)
-        ring.index(0).store(unpacked(words, _zeros_twice(pairs, BITS), BITS, ASYMMETRIC))
-        pairs = _scale_words(scales, (first + 1) * TILE, scales_t, length, words_of, ASYMMETRIC)
-        words = later_words
-    else:
-        for ahead in gl.static_range(STAGES - 1):
-            copy_rows(ring.index(ahead), latents, (first + ahead) * TILE, latents_t, length, 0, rank, TILE, RANK)
-            async_copy.commit_group()
-    start = gl.load(starts + block)
-    numbers = _load_table(table, first, table_t, length, 0, PLACES)
-    more_numbers = _load_table(table, first, table_t, length, 1, PLACES)
-    columns = gl.load(at_slow + gl.cast(block, gl.int64) * block_step)
-    async_copy.wait_group(0 if PACKED else STAGES - 2)
-    slow_half.store(columns)
-    fence_async_shared()
+    columns: gl.constexpr = scores[0].shape[1]
+    mbarrier.wait(empty.index(index % 2), ((index // 2) & 1) ^ 1)
+    for part in gl.static_range(len(scores)):
+        score = scores[part]
+        added = gl.convert_layout(seen, gl.SliceLayout(1, score.type.layout), assert_trivial=True)
+        score += (added * LOG2_E if MASK == "additive" else added)[:, None]
+        found.index(index % 2).slice(part * columns, columns, dim=1).store(score)
     synchronize()
+    mbarrier.arrive(full.index(index % 2), count=1)
 
-    result: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HALF, 16])
-    product = gl.zeros([TILE, HALF], gl.float32, result)
-    second_product = gl.zeros([TILE, HALF], gl.float32, result)
-    product = warpgroup_mma(ring.index(0), first_half.permute((1, 0)), product, use_acc=False, is_async=True)
-    product = warpgroup_mma_wait(0, deps=[product])
-    for tile in range(first, last):
-        index = tile - first
-        now, then = tile // PER_BLOCK, gl.minimum((tile + 1) // PER_BLOCK, blocks - 1)
-        second_product = warpgroup_mma(
-            ring.index(index % STAGES), second_half.permute((1, 0)), second_product, use_acc=False, is_async=True
-        )
-        changes = then > now
-        next_start = gl.load(starts + then)
-        columns = gl.load(
-            at_slow + gl.cast(then, gl.int64) * block_step, mask=gl.full([SLOW, RANK], 1, gl.int1, copied) & changes
-        )
-        next_numbers = _load_table(table, tile + 1, table_t, length, 0, PLACES)
-        next_more = _load_table(table, tile + 1, table_t, length, 1, PLACES)
-        total = _weighed(product, numbers, KV, PLACES)
-        product, total = warpgroup_mma_wait(1, deps=[product, total])
-        if PACKED:
-            ring.index((index + 1) % STAGES).store(unpacked(words, _zeros_twice(pairs, BITS), BITS, ASYMMETRIC))
-            words = load_words(latents, (tile + 2) * TILE, latents_t, length, 0, rank, TILE, RANK, BITS)
-            pairs = _scale_words(scales, (tile + 2) * TILE, scales_t, length, words_of, ASYMMETRIC)
-            fence_async_shared()
-            synchronize()
-        else:
-            # The next tile is in shared memory now, and nothing reads the last one any more.
-            async_copy.wait_group(STAGES - 3)
-            fence_async_shared()
-        product = warpgroup_mma(
-            ring.index((index + 1) % STAGES), first_half.permute((1, 0)), product, use_acc=False, is_async=True
-        )
-        if not PACKED:
-            copy_rows(
-                ring.index((index + STAGES - 1) % STAGES), latents, (tile + STAGES - 1) * TILE, latents_t, length, 0,
-                rank, TILE, RANK,
+
+@gluon.jit
+def _load_turns(table, first, table_t, length, PAIRS: gl.constexpr):
+    """Cosines and sines of a tile's tokens as words [tile, PAIRS], as `Rotation.lane_table` has them."""
+    layout: gl.constexpr = rows_layout(PAIRS)
+    # Behind the last token any numbers do.
+    token = gl.minimum(first + gl.arange(0, TILE, gl.SliceLayout(1, layout)), length - 1)
+    place = gl.arange(0, PAIRS, gl.SliceLayout(0, layout))
+    at = table + gl.cast(token, gl.int64)[:, None] * table_t
+    return gl.load(at.to(gl.pointer_type(gl.int32), bitcast=True) + place[None, :])
+
+
+@gluon.constexpr_function
+def _halves(dtype: gl.dtype) -> str:
+    """Assembly that makes two float32 numbers of a word."""
+    if dtype == gl.bfloat16:
+        return "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
+    return "{ .reg .b16 low, high; mov.b32 {low, high}, $2; cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; }"
+
+
+@gluon.jit
+def _rotated(product, turns, DTYPE: gl.constexpr):
+    """Rebuilt keys [tile, WIDE], both numbers of a pair side by side, turned, as the next product wants them."""
+    WIDE: gl.constexpr = product.shape[1]
+    first, second = gl.split(product.reshape([TILE, WIDE // 2, 2]))
+    by_pair = turns.reshape([TILE, 4, WIDE // 8]).permute([0, 2, 1]).reshape([TILE, WIDE // 2])
+    by_pair = gl.convert_layout(by_pair, first.type.layout, assert_trivial=True)
+    # Not pure, so that the numbers of all pairs are not kept in registers.
+    cos, sin = gl.inline_asm_elementwise(
+        _halves(DTYPE), "=f,=f,r", [by_pair], dtype=(gl.float32, gl.float32), is_pure=False, pack=1
+    )
+    turned = gl.join(first * cos - second * sin, second * cos + first * sin)
+    result: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, LEAST, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, result, 2)
+    return gl.convert_layout(turned.reshape([TILE, WIDE]).to(DTYPE), operand, assert_trivial=True)
+
+
+@gluon.jit
+def _waited(scores):
+    """Scores of which all products are done."""
+    result = ()
+    for part in gl.static_range(len(scores)):
+        result = result + (warpgroup_mma_wait(0, deps=[scores[part]]),)
+    return result
+
+
+@gluon.jit
+def copy_tile(to, latents, first, step, index, end, latents_t, length, rank):
+    """Start copying a tile's latents; nothing is read from tile `end` on."""
+    ROWS: gl.constexpr = to.shape[0]
+    until = gl.where(index < end, length, 0)
+    copy_rows(to, latents, (first + index * step) * TILE, latents_t, until, 0, rank, ROWS, to.shape[1])
+    async_copy.commit_group()
+
+
+@gluon.jit
+def score_rotated(
+    found, full, empty, ring, factors, queries, latents, table, mask,
+    first, step, begin, end, length, rank, latents_t, table_t, row_mask, mask_t,
+    KV: gl.constexpr, TOGETHER: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr,
+):  # fmt: skip
+    """Scores of the tiles first + index * step, begin <= index < end: keys are rebuilt, turned, multiplied.
+
+    factors: shared memory [KV, WIDE, RANK], rows of every kv head, a pair's side by side; queries: [KV, LEAST, WIDE], in
+    the same order, zero but where TOGETHER kv heads that share columns have their own. found: [2, TILE, slots].
+    """
+    WIDE: gl.constexpr = factors.shape[1]
+    RANK: gl.constexpr = factors.shape[2]
+    dtype: gl.constexpr = factors.dtype
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WIDE, 16])
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, LEAST, 16])
+    rows: gl.constexpr = gl.SliceLayout(1, narrow)
+    products = ()
+    for part in gl.static_range(2):
+        products = products + (gl.zeros([TILE, WIDE], gl.float32, wide),)
+    scores = ()
+    for part in gl.static_range(KV // TOGETHER):
+        scores = scores + (gl.zeros([TILE, LEAST], gl.float32, narrow),)
+    seen = gl.full([TILE], 0.0, gl.float32, rows)
+    for stage in gl.static_range(STAGES):
+        copy_tile(ring.index(stage), latents, first, step, begin + stage, end, latents_t, length, rank)
+    turns = _load_turns(table, (first + begin * step) * TILE, table_t, length, WIDE // 2)
+    # What the kernel copied has come as well.
+    async_copy.wait_group(STAGES - 1)
+    fence_async_shared()
+    product = warpgroup_mma(ring.index(0), factors.index(0).permute((1, 0)), products[0], use_acc=False, is_async=True)
+    products = (warpgroup_mma_wait(0, deps=[product]), products[1])
+    for index in range(begin, end):
+        done = index - begin
+        token = (first + index * step) * TILE
+        inside = token + gl.arange(0, TILE, rows)
+        next_seen = load_seen(mask, row_mask, mask_t, inside, inside < length, MASK)
+        operand = ()
+        # Zero, but the compiler must not know: it would keep the addresses of all factors in registers.
+        none = index >> 30
+        for head in gl.static_range(KV):
+            if head == KV - 1:
+                async_copy.wait_group(STAGES - 2)
+                fence_async_shared()
+            here = ring.index((done + (head + 1) // KV) % STAGES)
+            ahead = warpgroup_mma(
+                here, factors.index((head + 1) % KV + none).permute((1, 0)), products[(head + 1) % 2], use_acc=False,
+                is_async=True,
             )  # fmt: skip
-            async_copy.commit_group()
-        second_product = warpgroup_mma_wait(1, deps=[second_product])
-        total += _weighed(second_product, more_numbers, KV, PLACES)
-        score = gl.sum(total, 2)
-        token = tile * TILE + gl.arange(0, TILE, gl.SliceLayout(1, score.type.layout))
-        member = gl.arange(0, KV, gl.SliceLayout(0, score.type.layout))
-        if PACKED:
-            score *= gl.convert_layout(scale_of(scale), token.type.layout, assert_trivial=True)[:, None]
-            scale = _scale_words(scales, (tile + 1) * TILE, scales_t, length, rows, ASYMMETRIC)
-        if start == GAPS:
-            at = (at_scores + member[None, :]).to(gl.int64) * stored + token[:, None]
-            score = gl.load(scores + at, mask=(token < length)[:, None] & (member < members)[None, :], other=0.0)
-        score = _masked(score, mask, row_mask, mask_t, token, gl.where(start == HIDDEN, 0, length), MASK)
-        if changes:
-            synchronize()
-            slow_half.store(columns)
-            fence_async_shared()
-        mbarrier.wait(empty.index(index % 2), ((index // 2) & 1) ^ 1)
-        found.index(index % 2).slice(0, KV, dim=1).store(score)
-        synchronize()
-        mbarrier.arrive(full.index(index % 2), count=1)
-        product, second_product, score = warpgroup_mma_wait(0, deps=[product, second_product, score])
-        start, numbers, more_numbers = next_start, next_numbers, next_more
+            if head == 0 and index > begin:
+                _hand_on(found, full, empty, done - 1, scores, seen, MASK)
+            # The last head's scores are there as well, so nothing reads its operand any more.
+            current = products[head % 2]
+            if head == 0:
+                current = warpgroup_mma_wait(1, deps=[current])
+            else:
+                current, operand = warpgroup_mma_wait(1, deps=[current, operand])
+            operand = _rotated(current, turns, dtype)
+            if head == KV - 1:
+                turns = _load_turns(table, token + step * TILE, table_t, length, WIDE // 2)
+            score = warpgroup_mma(
+                operand, queries.index(head + none).permute((1, 0)), scores[head // TOGETHER], use_acc=head % TOGETHER > 0,
+                is_async=True,
+            )  # fmt: skip
+            scores = scores[: head // TOGETHER] + (score,) + scores[head // TOGETHER + 1 :]
+            products = (ahead, current) if head % 2 == 1 else (current, ahead)
+        # Nothing may be under way at the end of a loop's body.
+        first_product, second_product, operand = warpgroup_mma_wait(0, deps=[products[0], products[1], operand])
+        scores = _waited(scores)
+        products = (first_product, second_product) if KV % 2 == 0 else (second_product, first_product)
+        copy_tile(ring.index(done % STAGES), latents, first, step, index + STAGES, end, latents_t, length, rank)
+        seen = next_seen
+    if end > begin:
+        _hand_on(found, full, empty, end - begin - 1, scores, seen, MASK)
+
+
+@gluon.jit
+def score_absorbed(
+    found, full, empty, ring, queries, latents, mask,
+    first, step, begin, end, length, rank, latents_t, row_mask, mask_t,
+    STAGES: gl.constexpr, MASK: gl.constexpr,
+):  # fmt: skip
+    """As `score_rotated`, of queries that the up factor is multiplied into: shared memory [slots, RANK]."""
+    slots: gl.constexpr = queries.shape[0]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, slots, 16])
+    rows: gl.constexpr = gl.SliceLayout(1, layout)
+    for stage in gl.static_range(STAGES - 1):
+        copy_tile(ring.index(stage), latents, first, step, begin + stage, end, latents_t, length, rank)
+    zeros = gl.zeros([TILE, slots], gl.float32, layout)
+    for index in range(begin, end):
+        done = index - begin
+        token = (first + index * step) * TILE + gl.arange(0, TILE, rows)
+        seen = load_seen(mask, row_mask, mask_t, token, token < length, MASK)
+        async_copy.wait_group(STAGES - 2)
+        fence_async_shared()
+        score = warpgroup_mma(ring.index(done % STAGES), queries.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        ahead = index + STAGES - 1
+        copy_tile(ring.index((done + STAGES - 1) % STAGES), latents, first, step, ahead, end, latents_t, length, rank)
+        score = warpgroup_mma_wait(0, deps=[score])
+        _hand_on(found, full, empty, done, (score,), seen, MASK)

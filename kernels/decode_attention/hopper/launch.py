@@ -1,0 +1,143 @@
+"""Which calls Hopper's kernel takes, and its launch."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from palu.kernels.decode_attention.hopper import common, scores, values
+from palu.kernels.decode_attention.hopper.kernel import hopper_kernel
+from palu.kernels.decode_attention.parts import Parts
+from palu.kernels.latent_scores.launch import LOG2_E
+from palu.kernels.latent_scores.layout import DTYPES, block_memory, divisor, mask_kind, processors, row_strides, side_of
+from palu.kernels.latents import LatentProjection, Latents
+from palu.kernels.rotation import Rotation
+
+TILE, CHUNK, LEAST = common.TILE.value, values.CHUNK.value, scores.LEAST.value
+# Query heads per group, and latents of a group's keys at least, for the matrix units.
+MOST_SLOTS, LEAST_RANK = 32, 32
+# What the compiler keeps in shared memory.
+RESERVED = 1024
+# What a program costs beside its tiles, in tiles.
+START = 3
+VALUE_REGISTERS = 240
+
+
+class Plan(NamedTuple):
+    """Tiles of keys under way, tokens per step of the values, steps under way."""
+
+    key_stages: int
+    step: int
+    value_stages: int
+
+
+# In the order of preference, of which the first that fits is taken.
+PLANS = (Plan(4, 32, 4), Plan(3, 32, 4), Plan(3, 32, 3), Plan(2, 32, 3), Plan(2, 32, 2), Plan(2, 16, 3), Plan(2, 16, 2))
+
+
+class Heads(NamedTuple):
+    """How a group's query heads lie: `kv` kv heads with `query_slots` places for `queries` each, `slots` in all."""
+
+    kv: int
+    queries: int
+    query_slots: int
+    slots: int
+
+
+def heads_of(num_heads: int, groups: int, kv_per_group: int) -> Heads:
+    """The heads of one group."""
+    queries = num_heads // groups // kv_per_group
+    query_slots = triton.next_power_of_2(queries)
+    return Heads(kv_per_group, queries, query_slots, max(LEAST, triton.next_power_of_2(kv_per_group * query_slots)))
+
+
+def padded_rank(ranks: Sequence[int]) -> int:
+    """Latents that a program reads of each group of keys."""
+    return max(LEAST_RANK, triton.next_power_of_2(max(ranks)))
+
+
+def can_take(
+    query: Tensor, key_latents: Latents, value_latents: Latents, key: LatentProjection, value: LatentProjection,
+    key_norm: object,
+) -> bool:  # fmt: skip
+    """Whether the kernel takes this call, which `launch.can_take` does: numbers of 16 bits, the same groups."""
+    numbers = all(
+        isinstance(latents, Tensor) and latents.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in latents.stride()[:2])
+        for latents in (key_latents, value_latents)
+    )
+    plain = key.bias is None and key_norm is None and query.dtype != torch.float32
+    if not (numbers and plain and len(key.ranks) == len(value.ranks)):
+        return False
+    return _plan_for(query, key, value) is not None
+
+
+def _plan_for(query: Tensor, key: LatentProjection, value: LatentProjection) -> Plan | None:
+    _, num_heads, _, width = query.shape
+    groups = len(key.ranks)
+    kv_per_group = 1 if key.up is None else key.up.shape[0] // width
+    heads = heads_of(num_heads, groups, kv_per_group)
+    return plan(heads, width, tuple(key.ranks), tuple(value.ranks), key.up is None, block_memory(query.device))
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(
+    heads: Heads, head_dim: int, key_ranks: tuple[int, ...], value_ranks: tuple[int, ...], absorbed: bool, memory: int
+) -> Plan | None:
+    """How much is under way at a time, by what fits into a block's shared memory; None if nothing fits."""
+    rank, wide = padded_rank(key_ranks), triton.next_power_of_2(head_dim)
+    if heads.slots > MOST_SLOTS or (heads.query_slots > LEAST and not absorbed):
+        return None
+    kept = heads.slots * rank if absorbed else heads.kv * wide * (rank + LEAST)
+    value_width = triton.cdiv(max(value_ranks), CHUNK) * CHUNK
+    for candidate in PLANS:
+        numbers = kept + candidate.key_stages * TILE * rank + candidate.value_stages * candidate.step * value_width
+        numbers += 2 * heads.slots * candidate.step
+        if 2 * numbers + 8 * TILE * heads.slots + RESERVED <= memory:
+            return candidate
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def parts_of(tiles: int, others: int, processors: int) -> int:
+    """Programs that share the tiles, where there are so many others at a time: those that end first, if in waves."""
+    most = max(1, min(tiles, triton.cdiv(4 * processors, others)))
+    times = {n: triton.cdiv(n * others, processors) * (triton.cdiv(tiles, n) + START) for n in range(1, most + 1)}
+    return min(times, key=lambda parts: (times[parts], parts))
+
+
+def launch(
+    query: Tensor, key_latents: Tensor, value_latents: Tensor, key: LatentProjection, value: LatentProjection,
+    rotation: Rotation | None, mask: Tensor | None, rows_per_latent: int, scaling: float,
+) -> Parts:  # fmt: skip
+    """Sums over parts of the tokens of queries [rows, num_heads, head_dim or, absorbed, width].
+
+    mask: [rows or 1, length] or None; rows_per_latent: rows that read the same row of latents.
+    """
+    rows, num_heads, width = query.shape
+    absorbed, groups, length, device = key.up is None, len(key.ranks), key_latents.shape[1], query.device
+    ranks, value_ranks = tuple(key.ranks), tuple(value.ranks)
+    heads = heads_of(num_heads, groups, 1 if absorbed else key.up.shape[0] // width)
+    chosen = plan(heads, width, ranks, value_ranks, absorbed, block_memory(device))
+    parts = parts_of(triton.cdiv(length, TILE), groups * rows, processors(device))
+    sums = query.new_empty(parts, rows, num_heads, max(value_ranks), dtype=torch.float32)
+    totals, peaks = query.new_empty(2, parts, rows, num_heads, dtype=torch.float32)
+    table = key_latents if absorbed else rotation.lane_table(query.dtype)
+    scaling *= LOG2_E * (1.0 if rotation is None else rotation.attention_scaling)
+    side, value_side = side_of(ranks, 16, device), side_of(value_ranks, 16, device)
+    hopper_kernel[(parts, groups, rows)](
+        query, key_latents, value_latents, query if absorbed else key.up, table, query if mask is None else mask,
+        sums, totals, peaks, side.rank, side.offset, value_side.rank, value_side.offset,
+        length, *key_latents.stride()[:2], *value_latents.stride()[:2], 0 if absorbed else key.up.stride(0),
+        *((0, 0) if absorbed else row_strides(table)), *((0, 0) if mask is None else row_strides(mask)), query.stride(1),
+        rows * num_heads, scaling,
+        ABSORBED=absorbed, GROUPS=groups, KV=heads.kv, QUERIES=heads.queries, QUERY_SLOTS=heads.query_slots,
+        SLOTS=heads.slots, QUERY_ROWS=rows_per_latent, WIDTH=width, WIDE=triton.next_power_of_2(width),
+        RANK=padded_rank(ranks), KEY_STAGES=chosen.key_stages, KEY_DIVISOR=divisor(ranks),
+        CHUNKS=triton.cdiv(max(value_ranks), CHUNK), STEP=chosen.step, VALUE_STAGES=chosen.value_stages,
+        VALUE_DIVISOR=divisor(value_ranks), RANK_STRIDE=max(value_ranks), MASK=mask_kind(mask),
+        DTYPE=DTYPES[query.dtype], VALUE_REGISTERS=VALUE_REGISTERS, num_warps=4,
+    )  # fmt: skip
+    return Parts(sums, totals, peaks)
