@@ -10,7 +10,7 @@ from torch import Tensor
 
 from palu.kernels.decode_attention.hopper import common, scores, values
 from palu.kernels.decode_attention.hopper.kernel import hopper_kernel
-from palu.kernels.decode_attention.parts import Parts
+from palu.kernels.decode_attention.parts import COMBINE_PARTS, Parts
 from palu.kernels.latent_scores.launch import LOG2_E
 from palu.kernels.latent_scores.layout import DTYPES, block_memory, divisor, mask_kind, processors, row_strides, side_of
 from palu.kernels.latents import LatentProjection, Latents
@@ -21,6 +21,8 @@ TILE, CHUNK, LEAST = common.TILE.value, values.CHUNK.value, scores.LEAST.value
 MOST_SLOTS, LEAST_RANK = 32, 32
 # What the compiler keeps in shared memory.
 RESERVED = 1024
+# Parts that are added up at once.
+MOST_PARTS = 2 * COMBINE_PARTS
 # What a program costs beside its tiles, in tiles.
 START = 3
 VALUE_REGISTERS = 240
@@ -35,23 +37,40 @@ class Plan(NamedTuple):
 
 
 # In the order of preference, of which the first that fits is taken.
-PLANS = (Plan(4, 32, 4), Plan(3, 32, 4), Plan(3, 32, 3), Plan(2, 32, 3), Plan(2, 32, 2), Plan(2, 16, 3), Plan(2, 16, 2))
+PLANS = (
+    Plan(4, 32, 4), Plan(3, 32, 4), Plan(3, 32, 3), Plan(2, 16, 5), Plan(2, 16, 4), Plan(2, 16, 3), Plan(2, 16, 2),
+)  # fmt: skip
 
 
 class Heads(NamedTuple):
-    """How a group's query heads lie: `kv` kv heads with `query_slots` places for `queries` each, `slots` in all."""
+    """How a group's query heads lie, and how they are scored.
 
+    kv: kv heads; queries: heads of each, with room for `query_slots`; together: kv heads that share `columns` columns of
+    scores; slots: columns in all.
+    """
+
+    mode: str
     kv: int
     queries: int
     query_slots: int
+    together: int
+    columns: int
     slots: int
 
 
-def heads_of(num_heads: int, groups: int, kv_per_group: int) -> Heads:
-    """The heads of one group."""
-    queries = num_heads // groups // kv_per_group
+def heads_of(num_heads: int, groups: int, kv: int, absorbed: bool) -> Heads:
+    """The heads of one group of so many kv heads; where keys are absorbed, all queries have the group for a kv head."""
+    queries = num_heads // groups // kv
+    if absorbed:
+        slots = max(LEAST, triton.next_power_of_2(queries))
+        return Heads("absorbed", kv, queries, slots, 1, slots, slots)
+    if queries == 1:
+        slots = max(LEAST, triton.next_power_of_2(kv))
+        return Heads("folded", kv, 1, 1, kv, slots, slots)
     query_slots = triton.next_power_of_2(queries)
-    return Heads(kv_per_group, queries, query_slots, max(LEAST, triton.next_power_of_2(kv_per_group * query_slots)))
+    together = max(1, min(LEAST // query_slots, kv))
+    slots = triton.next_power_of_2(LEAST * triton.cdiv(kv, together))
+    return Heads("rotated", kv, queries, query_slots, together, LEAST, slots)
 
 
 def padded_rank(ranks: Sequence[int]) -> int:
@@ -78,23 +97,25 @@ def _plan_for(query: Tensor, key: LatentProjection, value: LatentProjection) -> 
     _, num_heads, _, width = query.shape
     groups = len(key.ranks)
     kv_per_group = 1 if key.up is None else key.up.shape[0] // width
-    heads = heads_of(num_heads, groups, kv_per_group)
-    return plan(heads, width, tuple(key.ranks), tuple(value.ranks), key.up is None, block_memory(query.device))
+    heads = heads_of(num_heads, groups, kv_per_group, key.up is None)
+    return plan(heads, width, tuple(key.ranks), tuple(value.ranks), block_memory(query.device))
 
 
 @functools.lru_cache(maxsize=4096)
 def plan(
-    heads: Heads, head_dim: int, key_ranks: tuple[int, ...], value_ranks: tuple[int, ...], absorbed: bool, memory: int
+    heads: Heads, head_dim: int, key_ranks: tuple[int, ...], value_ranks: tuple[int, ...], memory: int
 ) -> Plan | None:
     """How much is under way at a time, by what fits into a block's shared memory; None if nothing fits."""
     rank, wide = padded_rank(key_ranks), triton.next_power_of_2(head_dim)
-    if heads.slots > MOST_SLOTS or (heads.query_slots > LEAST and not absorbed):
+    if heads.slots > MOST_SLOTS or (heads.mode == "rotated" and heads.query_slots > LEAST):
         return None
-    kept = heads.slots * rank if absorbed else heads.kv * wide * (rank + LEAST)
+    kept = heads.slots * rank if heads.mode == "absorbed" else heads.kv * wide * rank
+    if heads.mode == "rotated":
+        kept += heads.kv * wide * LEAST
     value_width = triton.cdiv(max(value_ranks), CHUNK) * CHUNK
     for candidate in PLANS:
         numbers = kept + candidate.key_stages * TILE * rank + candidate.value_stages * candidate.step * value_width
-        numbers += 2 * heads.slots * candidate.step
+        numbers += heads.slots * TILE
         if 2 * numbers + 8 * TILE * heads.slots + RESERVED <= memory:
             return candidate
     return None
@@ -103,7 +124,7 @@ def plan(
 @functools.lru_cache(maxsize=4096)
 def parts_of(tiles: int, others: int, processors: int) -> int:
     """Programs that share the tiles, where there are so many others at a time: those that end first, if in waves."""
-    most = max(1, min(tiles, triton.cdiv(4 * processors, others)))
+    most = max(1, min(tiles, MOST_PARTS, triton.cdiv(4 * processors, others)))
     times = {n: triton.cdiv(n * others, processors) * (triton.cdiv(tiles, n) + START) for n in range(1, most + 1)}
     return min(times, key=lambda parts: (times[parts], parts))
 
@@ -119,8 +140,8 @@ def launch(
     rows, num_heads, width = query.shape
     absorbed, groups, length, device = key.up is None, len(key.ranks), key_latents.shape[1], query.device
     ranks, value_ranks = tuple(key.ranks), tuple(value.ranks)
-    heads = heads_of(num_heads, groups, 1 if absorbed else key.up.shape[0] // width)
-    chosen = plan(heads, width, ranks, value_ranks, absorbed, block_memory(device))
+    heads = heads_of(num_heads, groups, 1 if absorbed else key.up.shape[0] // width, absorbed)
+    chosen = plan(heads, width, ranks, value_ranks, block_memory(device))
     parts = parts_of(triton.cdiv(length, TILE), groups * rows, processors(device))
     sums = query.new_empty(parts, rows, num_heads, max(value_ranks), dtype=torch.float32)
     totals, peaks = query.new_empty(2, parts, rows, num_heads, dtype=torch.float32)
@@ -133,11 +154,12 @@ def launch(
         length, *key_latents.stride()[:2], *value_latents.stride()[:2], 0 if absorbed else key.up.stride(0),
         *((0, 0) if absorbed else row_strides(table)), *((0, 0) if mask is None else row_strides(mask)), query.stride(1),
         rows * num_heads, scaling,
-        ABSORBED=absorbed, GROUPS=groups, KV=heads.kv, QUERIES=heads.queries, QUERY_SLOTS=heads.query_slots,
+        MODE=heads.mode, GROUPS=groups, KV=heads.kv, QUERIES=heads.queries, QUERY_SLOTS=heads.query_slots,
         SLOTS=heads.slots, QUERY_ROWS=rows_per_latent, WIDTH=width, WIDE=triton.next_power_of_2(width),
         RANK=padded_rank(ranks), KEY_STAGES=chosen.key_stages, KEY_DIVISOR=divisor(ranks),
         CHUNKS=triton.cdiv(max(value_ranks), CHUNK), STEP=chosen.step, VALUE_STAGES=chosen.value_stages,
         VALUE_DIVISOR=divisor(value_ranks), RANK_STRIDE=max(value_ranks), MASK=mask_kind(mask),
-        DTYPE=DTYPES[query.dtype], VALUE_REGISTERS=VALUE_REGISTERS, num_warps=4,
+        DTYPE=DTYPES[query.dtype], TOGETHER=heads.together, COLUMNS=heads.columns, VALUE_REGISTERS=VALUE_REGISTERS,
+        num_warps=4,
     )  # fmt: skip
     return Parts(sums, totals, peaks)

@@ -41,6 +41,17 @@ def _rescaled(sums, factor):
 
 
 @gluon.jit
+def _head_of(
+    slot, KV: gl.constexpr, QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, TOGETHER: gl.constexpr,
+    COLUMNS: gl.constexpr,
+):  # fmt: skip
+    """Which of the group's query heads has a slot, and whether any has: COLUMNS slots have TOGETHER kv heads."""
+    inside = slot % COLUMNS
+    kv_head, query = slot // COLUMNS * TOGETHER + inside // QUERY_SLOTS, inside % QUERY_SLOTS
+    return kv_head * QUERIES + query, (inside // QUERY_SLOTS < TOGETHER) & (kv_head < KV) & (query < QUERIES)
+
+
+@gluon.jit
 def _copy_step(rings, stage, latents, first, step, begin, end, number, latents_t, length, rank):
     """Start copying step `number` of the tiles begin .. end; nothing is read behind them."""
     ROWS: gl.constexpr = rings[0].shape[1]
@@ -54,24 +65,57 @@ def _copy_step(rings, stage, latents, first, step, begin, end, number, latents_t
 
 
 @gluon.jit
-def value_partition(
+def _softmax(found, weights, there, reference, total, summed):
+    """Stores the weights of a tile's scores [tile, slots], relative to references [slots].
+
+    References rise where scores are far above them; returns them, the weights added up, and the sums of values, both
+    relative to the new ones.
+    """
+    STEPS: gl.constexpr = weights.shape[0]
+    STEP: gl.constexpr = weights.shape[2]
+    layout: gl.constexpr = weights_layout(weights.shape[1], STEP)
+    scores = ()
+    for part in gl.static_range(STEPS):
+        score = gl.where(
+            there[:, None], found.slice(part * STEP, STEP, dim=0).permute((1, 0)).load(layout), float("-inf")
+        )
+        scores = scores + (score,)
+    highest = scores[0]
+    for part in gl.static_range(1, STEPS):
+        highest = gl.maximum(highest, scores[part])
+    peak = gl.max(highest, 1)
+    if gl.max(peak - reference, 0) > MOST:
+        higher = gl.where(peak - reference > MOST, peak - HEADROOM, reference)
+        factor = gl.exp2(reference - higher)
+        summed = _rescaled(summed, factor)
+        total *= factor[:, None]
+        reference = higher
+    for part in gl.static_range(STEPS):
+        weight = gl.exp2(scores[part] - reference[:, None])
+        total += weight
+        weights.index(part).store(weight.to(weights.dtype))
+    return reference, total, summed
+
+
+@gluon.jit
+def weigh_values(
     found, full, empty, rings, weights, latents, sums, totals, peaks,
     first, step, begin, end, length, rank, latents_t, out,
-    KV: gl.constexpr, QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, STAGES: gl.constexpr, RANK_STRIDE: gl.constexpr,
+    KV: gl.constexpr, QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr,
+    STAGES: gl.constexpr, RANK_STRIDE: gl.constexpr,
 ):  # fmt: skip
     """Sums of the value latents of the tiles first + index * step, weighed with the scores' exponentials.
 
-    rings: shared memory [STAGES, tokens of a step, CHUNK] of every chunk; weights: [2, slots, tokens of a step]; out: the
-    group's first head in the part's totals and peaks.
+    rings: shared memory [STAGES, tokens of a step, CHUNK] of every chunk; weights: [steps, slots, tokens of a step]; out:
+    the group's first head in the part's totals and peaks.
     """
+    STEPS: gl.constexpr = weights.shape[0]
     SLOTS: gl.constexpr = weights.shape[1]
     STEP: gl.constexpr = weights.shape[2]
     CHUNKS: gl.constexpr = len(rings)
-    STEPS: gl.constexpr = TILE // STEP
-    dtype: gl.constexpr = weights.dtype
     layout: gl.constexpr = weights_layout(SLOTS, STEP)
     slot = gl.arange(0, SLOTS, gl.SliceLayout(1, layout))
-    there = (slot // QUERY_SLOTS < KV) & (slot % QUERY_SLOTS < QUERIES)
+    head, there = _head_of(slot, KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS)
     result: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, SLOTS, 16])
     reference = gl.full([SLOTS], LOWEST, gl.float32, gl.SliceLayout(1, layout))
     total = gl.zeros([SLOTS, STEP], gl.float32, layout)
@@ -83,42 +127,37 @@ def value_partition(
     for index in range(begin, end):
         done = index - begin
         mbarrier.wait(full.index(done % 2), (done // 2) & 1)
+        reference, total, summed = _softmax(found.index(done % 2), weights, there, reference, total, summed)
         for part in gl.static_range(STEPS):
-            buffer = found.index(done % 2).slice(part * STEP, STEP, dim=0).permute((1, 0))
-            score = gl.where(there[:, None], buffer.load(layout), float("-inf"))
-            peak = gl.max(score, 1)
-            if gl.max(peak - reference, 0) > MOST:
-                higher = gl.where(peak - reference > MOST, peak - HEADROOM, reference)
-                factor = gl.exp2(reference - higher)
-                summed = _rescaled(summed, factor)
-                total *= factor[:, None]
-                reference = higher
-            weight = gl.exp2(score - reference[:, None])
-            total += weight
-            weights.index(part % 2).store(weight.to(dtype))
             number = done * STEPS + part
             async_copy.wait_group(STAGES - 2)
             fence_async_shared()
+            if part > 0:
+                waited = ()
+                for chunk in gl.static_range(CHUNKS):
+                    waited = waited + (warpgroup_mma_wait(0, deps=[summed[chunk]]),)
+                summed = waited
             synchronize()
+            if part == 0:
+                # All have read the scores.
+                mbarrier.arrive(empty.index(done % 2), count=1)
             started = ()
             for chunk in gl.static_range(CHUNKS):
                 here = rings[chunk].index(number % STAGES).permute((1, 0))
-                product = warpgroup_mma(here, weights.index(part % 2).permute((1, 0)), summed[chunk], is_async=True)
+                product = warpgroup_mma(here, weights.index(part).permute((1, 0)), summed[chunk], is_async=True)
                 started = started + (product,)
+            summed = started
             ahead = number + STAGES - 1
             _copy_step(rings, ahead % STAGES, latents, first, step, begin, end, ahead, latents_t, length, rank)
-            summed = ()
-            for chunk in gl.static_range(CHUNKS):
-                summed = summed + (warpgroup_mma_wait(0, deps=[started[chunk]]),)
-            if part == STEPS - 1:
-                mbarrier.arrive(empty.index(done % 2), count=1)
-    head = out + slot // QUERY_SLOTS * QUERIES + slot % QUERY_SLOTS
-    gl.store(totals + head, gl.sum(total, 1), mask=there)
-    gl.store(peaks + head, reference, mask=there)
+        waited = ()
+        for chunk in gl.static_range(CHUNKS):
+            waited = waited + (warpgroup_mma_wait(0, deps=[summed[chunk]]),)
+        summed = waited
+    gl.store(totals + out + head, gl.sum(total, 1), mask=there)
+    gl.store(peaks + out + head, reference, mask=there)
+    column = gl.arange(0, SLOTS, gl.SliceLayout(0, result))
+    head, there = _head_of(column, KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS)
+    at_head = sums + (out + head).to(gl.int64) * RANK_STRIDE
     for chunk in gl.static_range(CHUNKS):
         latent = chunk * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(1, result))
-        column = gl.arange(0, SLOTS, gl.SliceLayout(0, result))
-        ok = (column // QUERY_SLOTS < KV) & (column % QUERY_SLOTS < QUERIES)
-        at_head = (out + column // QUERY_SLOTS * QUERIES + column % QUERY_SLOTS).to(gl.int64) * RANK_STRIDE
-        at = sums + at_head[None, :] + latent[:, None]
-        gl.store(at, summed[chunk], mask=(latent < rank)[:, None] & ok[None, :])
+        gl.store(at_head[None, :] + latent[:, None], summed[chunk], mask=(latent < rank)[:, None] & there[None, :])

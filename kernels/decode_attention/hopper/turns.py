@@ -1,0 +1,49 @@
+"""Cosines and sines of a tile's tokens, as the matrix units' results want them."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from palu.kernels.decode_attention.hopper.common import TILE, WARPS, bits_of
+
+
+@gluon.constexpr_function
+def rows_layout(columns: int) -> gl.DistributedLinearLayout:
+    """Rows of a tile as the matrix units' results have them, `columns` of each row shared out among four lanes."""
+    each = columns // 4
+    return gl.DistributedLinearLayout(
+        [[0, 1 << bit] for bit in range(bits_of(each))] + [[8, 0]],
+        [[0, each], [0, 2 * each], [1, 0], [2, 0], [4, 0]],
+        [[16 << bit, 0] for bit in range(bits_of(WARPS.value))],
+        [],
+        [TILE.value, columns],
+    )
+
+
+@gluon.constexpr_function
+def _halves(dtype: gl.dtype) -> str:
+    """Assembly that makes two float32 numbers of a word."""
+    if dtype == gl.bfloat16:
+        return "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
+    return "{ .reg .b16 low, high; mov.b32 {low, high}, $2; cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; }"
+
+
+@gluon.jit
+def load_turns(table, first, table_t, length, PAIRS: gl.constexpr):
+    """Cosines and sines of a tile's tokens as words [tile, PAIRS], as `Rotation.lane_table` has them."""
+    layout: gl.constexpr = rows_layout(PAIRS)
+    # Behind the last token any numbers do.
+    token = gl.minimum(first + gl.arange(0, TILE, gl.SliceLayout(1, layout)), length - 1)
+    place = gl.arange(0, PAIRS, gl.SliceLayout(0, layout))
+    at = table + gl.cast(token, gl.int64)[:, None] * table_t
+    return gl.load(at.to(gl.pointer_type(gl.int32), bitcast=True) + place[None, :])
+
+
+@gluon.jit
+def unpacked(turns, layout: gl.constexpr, DTYPE: gl.constexpr):
+    """Cosines and sines, float32 [tile, PAIRS], of the pairs that stand side by side in products of a layout."""
+    PAIRS: gl.constexpr = turns.shape[1]
+    by_pair = turns.reshape([TILE, 4, PAIRS // 4]).permute([0, 2, 1]).reshape([TILE, PAIRS])
+    by_pair = gl.convert_layout(by_pair, layout, assert_trivial=True)
+    return gl.inline_asm_elementwise(
+        _halves(DTYPE), "=f,=f,r", [by_pair], dtype=(gl.float32, gl.float32), is_pure=True, pack=1
+    )
