@@ -19,8 +19,11 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompilationError
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from palu.kernels.decode_attention import launch as attention
+from palu.kernels.decode_attention import parts
+from palu.kernels.decode_attention.hopper import launch as hopper
 from palu.kernels.latent_scores import launch as scores
 from palu.kernels.latents import LatentProjection, MixedLatents
 from palu.kernels.packing import packed_width
@@ -32,8 +35,9 @@ TYPES |= {torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
 OPTIONS = ("num_warps", "num_stages")
 LENGTH, HEAD_DIM, VALUE_RANK = 40960, 128, 384
 # Bytes of shared memory that one block may have: A100, RTX 4090 and L40, H100 and H200.
+WRITTEN, KEPT = r"\b(?:fma\.rn|mul|fma)\.f32\b", r"\bF(?:FMA|MUL)\b"
 MOST_SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
-TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class Call(NamedTuple):
@@ -54,6 +58,7 @@ class Call(NamedTuple):
     group_size: int = 4
     heads: int = 32
     base: float | None = None
+    mask: str | None = "bool"
 
 
 CALLS = [Call(bits=bits) for bits in (16, 8, 4, 3)] + [Call(8, bits) for bits in (16, 4)]
@@ -61,6 +66,12 @@ CALLS += [Call(8, key_norm=True), Call(absorbed=True), Call(absorbed=True, bits=
 CALLS += [Call(bits=4, dtype=torch.bfloat16, beside=256), Call(8, 4, bias=True), Call(4, key_norm=True, heads=28)]
 CALLS += [Call(key_rank=272), Call(key_rank=256), Call(8, 4, key_rank=256), Call(16, 16, group_size=1, base=1e5)]
 CALLS += [Call(base=100.0), Call(key_rank=1024, absorbed=True)]
+# For Hopper's kernel.
+HOPPER_CALLS = [Call(kv, mask=mask) for kv in (32, 8) for mask in (None, "bool", "additive")]
+HOPPER_CALLS += [
+    Call(kv, dtype=torch.bfloat16, absorbed=absorbed) for kv, absorbed in ((32, False), (8, False), (8, True))
+]
+HOPPER_CALLS += [Call(absorbed=True), Call(8, group_size=2), Call(4, group_size=2, heads=28), Call(group_size=1)]
 
 
 class Launch(NamedTuple):
@@ -108,17 +119,24 @@ class Recorder:
         self.launches.setdefault(launch, self.function)
 
 
-def record(calls, memory):
-    """The launches of some calls on a GPU with so much shared memory per block, each once, with their functions."""
+def record(architecture):
+    """The launches of all calls on a GPU of an architecture, each once, with their functions."""
     launches = {}
-    scores.block_memory = lambda device: memory
-    for module in (attention, scores):
+    modules = (attention, scores, parts, hopper)
+    for module in modules:
+        module.block_memory = lambda device: MOST_SHARED[architecture]
         module.processors = lambda device: 132
         for name, value in list(vars(module).items()):
             if name.endswith("_kernel") and hasattr(value, "params"):
                 setattr(module, name, Recorder(value, launches))
-    for call in calls:
+    # Also where there is a Hopper kernel, others take what it does not.
+    attention.runs_hopper_kernel = lambda device: False
+    for call in CALLS:
         attention.decode_attention(*arguments(call))
+    if architecture == 90:
+        attention.runs_hopper_kernel = lambda device: True
+        for call in HOPPER_CALLS:
+            attention.decode_attention(*arguments(call))
     return launches
 
 
@@ -134,7 +152,8 @@ def arguments(call):
     norm = SimpleNamespace(variance_epsilon=1e-6, weight=torch.ones(HEAD_DIM, dtype=call.dtype))
     query = torch.zeros(1, call.heads, call.queries, HEAD_DIM, dtype=call.dtype)
     latents = [latents_of(call, each) for each in ranks]
-    mask = torch.ones(1, 1, call.queries, LENGTH, dtype=torch.bool)
+    mask = torch.ones(1, 1, call.queries, LENGTH, dtype=torch.bool if call.mask == "bool" else call.dtype)
+    mask = mask if call.mask else None
     return query, *latents, key, value, rotation, mask, HEAD_DIM**-0.5, norm if call.key_norm else None
 
 
@@ -157,23 +176,30 @@ def compiled(function, launch, architecture, folder):
     names += ("DTYPE",)
     row = {"kernel": launch.name} | {name.lower(): str(constants[name]) for name in names if name in constants}
     attributes = {(index,): [["tt.divisibility", 16]] for index in launch.aligned}
-    source = ASTSource(function, signature=dict(launch.signature), constexprs=constants, attrs=attributes)
+    language = GluonASTSource if function.is_gluon() else ASTSource
+    source = language(function, signature=dict(launch.signature), constexprs=constants, attrs=attributes)
     try:
         kernel = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(launch.options))
     except CompilationError as error:
         return row | {"error": str(error)[-300:]}
     binary = folder / "kernel.cubin"
     binary.write_bytes(kernel.asm["cubin"])
-    usage = subprocess.run([TOOL, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
+    usage = subprocess.run(
+        [TOOLS / "cuobjdump", "-res-usage", binary], capture_output=True, text=True, check=True
+    ).stdout
     row |= {"shared": kernel.metadata.shared, "warpgroup": "wgmma" in kernel.asm["ptx"]}
     # A product over fewer numbers than the matrix units add up, which Triton may make of a sum, is computed wrong.
     row["narrow"] = bool(re.search(r"tt\.dot .*tensor<\d+x[248]xf\d+, #ttg\.dot_op<{opIdx = 0", kernel.asm["ttgir"]))
     row |= {"asynchronous": "cp.async" in kernel.asm["ptx"], "registers": int(re.search(r"REG:(\d+)", usage)[1])}
+    # Multiply-adds that the assembler drops because it takes results of different products for the same.
+    code = subprocess.run([TOOLS / "nvdisasm", "-c", binary], capture_output=True, text=True, check=True).stdout
+    written, kept = (len(re.findall(what, text)) for what, text in ((WRITTEN, kernel.asm["ptx"]), (KEPT, code)))
+    row["dropped"] = 1 - kept / max(1, written)
     row["spilled"] = max(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
     return row
 
 
 if __name__ == "__main__":
     half = slice(int(sys.argv[3]), None, 2) if len(sys.argv) > 3 else slice(None)
-    for launch, function in list(record(CALLS, MOST_SHARED[int(sys.argv[1])]).items())[half]:
+    for launch, function in list(record(int(sys.argv[1])).items())[half]:
         print(json.dumps(compiled(function, launch, int(sys.argv[1]), Path(sys.argv[2]))), flush=True)

@@ -11,13 +11,15 @@ from torch import Tensor
 from palu.kernels.decode_attention.kernel import softmax_kernel, values_kernel
 from palu.kernels.decode_attention.parts import Parts, combine
 from palu.kernels.latent_scores.launch import Scores, compute_dtype, launch_scores
-from palu.kernels.latent_scores.layout import DTYPES, block_memory, divisor, is_hopper, layout, processors, side_of
+from palu.kernels.latent_scores.layout import DTYPES, block_memory, divisor, layout, processors, side_of
 from palu.kernels.latent_scores.op import absorbed
 from palu.kernels.latents import LatentProjection, Latents, Stretch, stretches
 from palu.kernels.quantize import PackedLatents
 from palu.kernels.rotation import Rotation
 
 HEAD_DIMS = (64, 96, 128)
+# Versions of Triton, first and last, whose Gluon compiles the kernel for Hopper.
+GLUON = ((3, 6), (3, 9))
 RANK_MULTIPLE = 16
 # Shared memory that a block needs for rotated keys in float32.
 FLOAT32_BLOCK = 160 << 10
@@ -74,6 +76,14 @@ def side_by_side(scales: Tensor, zeros: Tensor) -> bool:
     return even and scales.stride() == zeros.stride() and zeros.data_ptr() - scales.data_ptr() == scales.itemsize
 
 
+@functools.cache
+def runs_hopper_kernel(device: torch.device) -> bool:
+    """Whether the device has the matrix units of compute capability 9, and Triton the language to use them."""
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    known = GLUON[0] <= version <= GLUON[1]
+    return known and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 # Compiled models call it as it is: the launches have nothing that a compiler could improve.
 @torch.compiler.disable
 def decode_attention(
@@ -98,8 +108,8 @@ def decode_attention(
         visible = mask[:, 0] if mask.shape[0] == 1 and queries == 1 else mask[:, 0].expand(batch, -1, -1)
         visible = visible.reshape(-1, mask.shape[-1])
     parts = None
-    if is_hopper(query.device):
-        # Here, so that other GPUs need no Gluon.
+    if runs_hopper_kernel(query.device):
+        # Here, so that other GPUs and other versions need no Gluon.
         from palu.kernels.decode_attention.hopper import launch as hopper
 
         if hopper.can_take(query, key_latents, value_latents, key, value, key_norm):

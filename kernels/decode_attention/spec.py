@@ -46,6 +46,20 @@ REAL_SHAPES = (
     Shape(1, 28, 4, 128, 2, 1030, (272,), (512,)),
 )
 
+# What the kernel for Hopper takes: one and several queries per kv head, all counts of kv heads, ragged in all else.
+HOPPER_SHAPES = (
+    Shape(2, 32, 8, 128, 1, 1001, (128, 128), (384, 256)),
+    Shape(2, 16, 8, 128, 2, 517, (112, 64), (384, 272)),
+    Shape(1, 8, 8, 64, 1, 200, (128, 32), (96, 128)),
+    Shape(2, 8, 8, 96, 1, 333, (64, 128), (128, 96)),
+    Shape(1, 12, 4, 128, 1, 300, (128,), (256,)),
+    Shape(1, 12, 6, 128, 1, 700, (32, 96), (512, 128)),
+    Shape(3, 4, 2, 64, 1, 131, (128, 16), (32, 128)),
+    Shape(1, 6, 6, 128, 1, 210, (64, 96), (96, 192)),
+    Shape(1, 28, 4, 128, 1, 390, (96,), (256,)),
+    Shape(1, 2, 2, 128, 1, 1, (128,) * 2, (128,) * 2),
+)
+
 # Largest relative error ||out - ref|| / ||ref|| against float64: rounding of the inputs' dtype over sums of a few
 # hundred terms, with room for one further rounding of the probabilities.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2, "float16": 4e-3}

@@ -85,12 +85,6 @@ def block_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
-@functools.cache
-def is_hopper(device: torch.device) -> bool:
-    """Whether the device has the matrix units of compute capability 9, which take both sides from shared memory."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-
-
 def layout(part: Stretch) -> tuple[tuple[Tensor, Tensor], tuple[int, int, int, int], int, bool]:
     """Latents or codes, and scales; strides per row and token of both; bits; whether there are zero points."""
     if not isinstance(part, PackedLatents):

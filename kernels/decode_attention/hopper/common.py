@@ -4,8 +4,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
-# Its name changed between versions of Triton.
+# Their names changed between versions of Triton.
 synchronize = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+copy_to_shared = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 WARPS: gl.constexpr = gl.constexpr(4)
 TILE: gl.constexpr = gl.constexpr(64)
 # Tiles whose masks are looked at together.
@@ -35,7 +36,7 @@ def copy_rows(to, source, first, step, end, column, rank, ROWS: gl.constexpr, CO
     latent = column + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
     at = source + gl.cast(first, gl.int64) * step + ((token * step)[:, None] + latent[None, :])
     ok = (token < end - first)[:, None] & (latent < rank)[None, :]
-    async_copy.async_copy_global_to_shared(to, at, mask=ok)
+    copy_to_shared(to, at, mask=ok)
 
 
 @gluon.jit

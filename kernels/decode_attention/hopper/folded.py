@@ -1,13 +1,14 @@
 """One query per kv head, which is folded into the up factor: a score is one multiply-add per product.
 
-    q . RoPE_t(B x) = sum_i cos(t w_i) (a_i . x) + sin(t w_i) (b_i . x),
-    a_i = q_i B_i + q_{i+D/2} B_{i+D/2},   b_i = q_{i+D/2} B_i - q_i B_{i+D/2}.
+q . RoPE_t(B x) = sum_i cos(t w_i) (a_i . x) + sin(t w_i) (b_i . x),
+a_i = q_i B_i + q_{i+D/2} B_{i+D/2},   b_i = q_{i+D/2} B_i - q_i B_{i+D/2}.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from palu.kernels.decode_attention.hopper.common import TILE, WARPS
+from palu.kernels.decode_attention.hopper.turns import unpacked
 
 # Rows of a factor that are folded at a time.
 ROWS: gl.constexpr = gl.constexpr(32)
@@ -32,7 +33,9 @@ def _fold(factor, q_first, q_second):
 
 
 @gluon.jit
-def load_pairs(query, head_step, scaling, KV: gl.constexpr, WIDE: gl.constexpr, RANK: gl.constexpr, WIDTH: gl.constexpr):
+def load_pairs(
+    query, head_step, scaling, KV: gl.constexpr, WIDE: gl.constexpr, RANK: gl.constexpr, WIDTH: gl.constexpr
+):
     """Both numbers of every pair of the kv heads' queries, in pieces as `fold` needs them."""
     across: gl.constexpr = RANK // 8
     layout: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 8], [32 // across, across], [WARPS, 1], [1, 0]))
@@ -61,10 +64,12 @@ def fold(factors, q_first, q_second):
 
 
 @gluon.jit
-def weighed(product, cos, sin):
+def weighed(product, turns, DTYPE: gl.constexpr):
     """Products [tile, WIDE] with a and b of every pair, times cosines and sines, added up to [tile]."""
     WIDE: gl.constexpr = product.shape[1]
     layout: gl.constexpr = product.type.layout
     along_a, along_b = gl.split(product.reshape([TILE, WIDE // 2, 2]))
+    of_pairs: gl.constexpr = along_a.type.layout
+    cos, sin = unpacked(turns, of_pairs, DTYPE)
     total = gl.sum(along_a * cos + along_b * sin, 1)
     return gl.convert_layout(total, gl.SliceLayout(1, layout), assert_trivial=True)

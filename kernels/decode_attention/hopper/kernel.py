@@ -25,7 +25,7 @@ def hopper_kernel(
     KEY_STAGES: gl.constexpr, KEY_DIVISOR: gl.constexpr, CHUNKS: gl.constexpr, STEP: gl.constexpr,
     VALUE_STAGES: gl.constexpr, VALUE_DIVISOR: gl.constexpr, RANK_STRIDE: gl.constexpr, MASK: gl.constexpr,
     DTYPE: gl.constexpr, TOGETHER: gl.constexpr,
-    COLUMNS: gl.constexpr, VALUE_REGISTERS: gl.constexpr, num_warps: gl.constexpr,
+    COLUMNS: gl.constexpr, VALUE_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Sums of value latents of a group's heads over every part-th tile of tokens, relative to their peaks.
 
@@ -79,6 +79,7 @@ def hopper_kernel(
         ], [4], [VALUE_REGISTERS])  # fmt: skip
     else:
         factors = gl.allocate_shared_memory(dtype, [KV, WIDE, RANK], swizzled)
+        at_table = table + gl.multiple_of(at_row.to(gl.int64) * table_b, 8)
         # Folded queries need no place of their own.
         queries = factors
         if MODE == "rotated":
@@ -86,8 +87,7 @@ def hopper_kernel(
         synchronize()
         gl.warp_specialize([
             (score_rebuilt, (
-                found, full, empty, key_ring, factors, queries, at_keys, table + gl.multiple_of(at_row * table_b, 8), mask,
-                up + key_offset, at_query,
+                found, full, empty, key_ring, factors, queries, at_keys, at_table, mask, up + key_offset, at_query,
                 part, parts, begin, end, length, rank, keys_t, table_t, row * mask_b, mask_t, up_stride, query_stride,
                 scaling,
                 MODE == "folded", TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, KEY_STAGES, MASK,

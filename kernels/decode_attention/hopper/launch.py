@@ -19,6 +19,8 @@ from palu.kernels.rotation import Rotation
 TILE, CHUNK, LEAST = common.TILE.value, values.CHUNK.value, scores.LEAST.value
 # Query heads per group, and latents of a group's keys at least, for the matrix units.
 MOST_SLOTS, LEAST_RANK = 32, 32
+# Latents of a group, keys' and values' together, at least: of less a program reads too little per tile.
+LEAST_WIDTH = 256
 # What the compiler keeps in shared memory.
 RESERVED = 1024
 # Parts that are added up at once.
@@ -45,8 +47,8 @@ PLANS = (
 class Heads(NamedTuple):
     """How a group's query heads lie, and how they are scored.
 
-    kv: kv heads; queries: heads of each, with room for `query_slots`; together: kv heads that share `columns` columns of
-    scores; slots: columns in all.
+    kv: kv heads; queries: heads of each, with room for `query_slots`; together: kv heads that share `columns` columns
+    of scores; slots: columns in all.
     """
 
     mode: str
@@ -58,12 +60,12 @@ class Heads(NamedTuple):
     slots: int
 
 
-def heads_of(num_heads: int, groups: int, kv: int, absorbed: bool) -> Heads:
-    """The heads of one group of so many kv heads; where keys are absorbed, all queries have the group for a kv head."""
-    queries = num_heads // groups // kv
-    if absorbed:
+def heads_of(num_heads: int, groups: int, kv: int | None) -> Heads:
+    """The heads of one group of so many kv heads; None: keys are absorbed, all queries have the group for a kv head."""
+    queries = num_heads // groups // (kv or 1)
+    if kv is None:
         slots = max(LEAST, triton.next_power_of_2(queries))
-        return Heads("absorbed", kv, queries, slots, 1, slots, slots)
+        return Heads("absorbed", 1, queries, slots, 1, slots, slots)
     if queries == 1:
         slots = max(LEAST, triton.next_power_of_2(kv))
         return Heads("folded", kv, 1, 1, kv, slots, slots)
@@ -83,22 +85,17 @@ def can_take(
     key_norm: object,
 ) -> bool:  # fmt: skip
     """Whether the kernel takes this call, which `launch.can_take` does: numbers of 16 bits, the same groups."""
-    numbers = all(
-        isinstance(latents, Tensor) and latents.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in latents.stride()[:2])
-        for latents in (key_latents, value_latents)
-    )
-    plain = key.bias is None and key_norm is None and query.dtype != torch.float32
-    if not (numbers and plain and len(key.ranks) == len(value.ranks)):
+    numbers = [latents for latents in (key_latents, value_latents) if isinstance(latents, Tensor)]
+    plain = key.bias is None and key_norm is None and query.dtype != torch.float32 and len(numbers) == 2
+    # Copies to shared memory are 16 bytes wide.
+    read = numbers if key.up is None else [*numbers, key.up]
+    aligned = all(part.data_ptr() % 16 == 0 and part.stride(-1) == 1 for part in read)
+    aligned = aligned and all(stride % 8 == 0 for part in read for stride in part.stride()[:-1])
+    if not (plain and aligned and len(key.ranks) == len(value.ranks)):
         return False
-    return _plan_for(query, key, value) is not None
-
-
-def _plan_for(query: Tensor, key: LatentProjection, value: LatentProjection) -> Plan | None:
     _, num_heads, _, width = query.shape
-    groups = len(key.ranks)
-    kv_per_group = 1 if key.up is None else key.up.shape[0] // width
-    heads = heads_of(num_heads, groups, kv_per_group, key.up is None)
-    return plan(heads, width, tuple(key.ranks), tuple(value.ranks), block_memory(query.device))
+    heads = heads_of(num_heads, len(key.ranks), None if key.up is None else key.up.shape[0] // width)
+    return plan(heads, width, tuple(key.ranks), tuple(value.ranks), block_memory(query.device)) is not None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -108,6 +105,8 @@ def plan(
     """How much is under way at a time, by what fits into a block's shared memory; None if nothing fits."""
     rank, wide = padded_rank(key_ranks), triton.next_power_of_2(head_dim)
     if heads.slots > MOST_SLOTS or (heads.mode == "rotated" and heads.query_slots > LEAST):
+        return None
+    if max(key_ranks) + max(value_ranks) < LEAST_WIDTH:
         return None
     kept = heads.slots * rank if heads.mode == "absorbed" else heads.kv * wide * rank
     if heads.mode == "rotated":
@@ -140,7 +139,7 @@ def launch(
     rows, num_heads, width = query.shape
     absorbed, groups, length, device = key.up is None, len(key.ranks), key_latents.shape[1], query.device
     ranks, value_ranks = tuple(key.ranks), tuple(value.ranks)
-    heads = heads_of(num_heads, groups, 1 if absorbed else key.up.shape[0] // width, absorbed)
+    heads = heads_of(num_heads, groups, None if absorbed else key.up.shape[0] // width)
     chosen = plan(heads, width, ranks, value_ranks, block_memory(device))
     parts = parts_of(triton.cdiv(length, TILE), groups * rows, processors(device))
     sums = query.new_empty(parts, rows, num_heads, max(value_ranks), dtype=torch.float32)
@@ -152,8 +151,8 @@ def launch(
         query, key_latents, value_latents, query if absorbed else key.up, table, query if mask is None else mask,
         sums, totals, peaks, side.rank, side.offset, value_side.rank, value_side.offset,
         length, *key_latents.stride()[:2], *value_latents.stride()[:2], 0 if absorbed else key.up.stride(0),
-        *((0, 0) if absorbed else row_strides(table)), *((0, 0) if mask is None else row_strides(mask)), query.stride(1),
-        rows * num_heads, scaling,
+        *((0, 0) if absorbed else row_strides(table)), *((0, 0) if mask is None else row_strides(mask)),
+        query.stride(1), rows * num_heads, scaling,
         MODE=heads.mode, GROUPS=groups, KV=heads.kv, QUERIES=heads.queries, QUERY_SLOTS=heads.query_slots,
         SLOTS=heads.slots, QUERY_ROWS=rows_per_latent, WIDTH=width, WIDE=triton.next_power_of_2(width),
         RANK=padded_rank(ranks), KEY_STAGES=chosen.key_stages, KEY_DIVISOR=divisor(ranks),

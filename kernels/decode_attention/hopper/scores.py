@@ -10,16 +10,24 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from palu.kernels.decode_attention.hopper.common import TILE, WARPS, copied_layout, copy_rows, load_seen, synchronize
+from palu.kernels.decode_attention.hopper.common import (
+    TILE,
+    WARPS,
+    copied_layout,
+    copy_rows,
+    copy_to_shared,
+    load_seen,
+    synchronize,
+)
 from palu.kernels.decode_attention.hopper.folded import fold, load_pairs, weighed
 from palu.kernels.decode_attention.hopper.rotated import LEAST, load_queries, rotated, store_queries
-from palu.kernels.decode_attention.hopper.turns import load_turns, unpacked
+from palu.kernels.decode_attention.hopper.turns import load_turns
 
 LOG2_E: gl.constexpr = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit
-def _hand_on(found, full, empty, index, scores, seen, MASK: gl.constexpr):
+def _hand_on(found, full, empty, index, scores, seen):
     """Store a tile's scores, each [tile, columns], one after the other, with hidden ones at minus infinity.
 
     seen: what is added to every token's scores.
@@ -29,7 +37,8 @@ def _hand_on(found, full, empty, index, scores, seen, MASK: gl.constexpr):
     for part in gl.static_range(len(scores)):
         score = scores[part]
         added = gl.convert_layout(seen, gl.SliceLayout(1, score.type.layout), assert_trivial=True)
-        score += (added * LOG2_E if MASK == "additive" else added)[:, None]
+        # Scores of hidden tokens may be anything.
+        score = gl.where((added > float("-inf"))[:, None], score + (added * LOG2_E)[:, None], float("-inf"))
         found.index(index % 2).slice(part * columns, columns, dim=1).store(score)
     synchronize()
     mbarrier.arrive(full.index(index % 2), count=1)
@@ -56,7 +65,7 @@ def _copy_factors(factors, up, up_stride, rank, WIDTH: gl.constexpr):
     ok = (row < WIDTH)[:, None] & (latent < rank)[None, :]
     at = up + ((row // 2 + row % 2 * (WIDTH // 2)) * up_stride)[:, None] + latent[None, :]
     for head in gl.static_range(KV):
-        async_copy.async_copy_global_to_shared(factors.index(head), at + head * WIDTH * up_stride, mask=ok)
+        copy_to_shared(factors.index(head), at + head * WIDTH * up_stride, mask=ok)
     async_copy.commit_group()
 
 
@@ -79,9 +88,9 @@ def score_rebuilt(
 ):  # fmt: skip
     """Scores of the tiles first + index * step, begin <= index < end, of keys that are rebuilt head after head.
 
-    factors: shared memory [KV, WIDE, RANK], rows of every kv head, a pair's side by side; queries: [KV, LEAST, WIDE], in
-    the same order, where they are not folded into the factors. While a head's products are weighed or turned, those of
-    the next are under way.
+    factors: shared memory [KV, WIDE, RANK], rows of every kv head, a pair's side by side; queries: [KV, LEAST, WIDE],
+    in the same order, where they are not folded into the factors. While a head's products are weighed or turned, those
+    of the next are under way.
     """
     KV: gl.constexpr = factors.shape[0]
     WIDE: gl.constexpr = factors.shape[1]
@@ -110,10 +119,8 @@ def score_rebuilt(
         begun = warpgroup_mma(ring.index(0), factors.index(head).permute((1, 0)), zeros, use_acc=False, is_async=True)
         products = products + (warpgroup_mma_wait(0, deps=[begun]),)
     if not FOLDED:
-        for head in gl.static_range(0, KV, TOGETHER):
+        for _place in gl.static_range(0, KV, TOGETHER):
             scores = scores + (gl.zeros([TILE, LEAST], gl.float32, narrow),)
-    first_of_pair, _second = gl.split(products[0].reshape([TILE, WIDE // 2, 2]))
-    of_pairs: gl.constexpr = first_of_pair.type.layout
     for index in range(begin, end):
         done = index - begin
         token = (first + index * step) * TILE
@@ -122,21 +129,24 @@ def score_rebuilt(
         # Zero, but the compiler must not know: it would keep the addresses of all factors in registers.
         none = index >> 30
         if FOLDED:
-            cos, sin = unpacked(turns, of_pairs, dtype)
             next_turns = load_turns(table, token + step * TILE, table_t, length, WIDE // 2)
         handed = ()
         for head in gl.static_range(KV):
             if head == KV - AHEAD:
                 async_copy.wait_group(STAGES - 2)
                 fence_async_shared()
+                synchronize()
             product = products[head % AHEAD]
+            # Numbers of a head's own: the assembler would keep them for all heads, and where the same numbers meet the
+            # same registers before and after a product, it takes the second result to be the first (CUDA 12.8).
+            own_turns = turns ^ (index >> (30 - head))
             if FOLDED:
-                score = weighed(product, cos, sin)
+                score = weighed(product, own_turns, dtype)
                 # Nothing that reads the product may be moved behind this point.
                 product, score = warpgroup_mma_wait(AHEAD - 1, deps=[product, score])
                 handed = handed + (score[:, None],)
             else:
-                operand = rotated(product, turns ^ (index >> (30 - head)), dtype)
+                operand = rotated(product, own_turns, dtype)
                 score = warpgroup_mma(
                     operand, queries.index(head + none).permute((1, 0)), scores[head // TOGETHER],
                     use_acc=head % TOGETHER > 0, is_async=True,
@@ -162,7 +172,7 @@ def score_rebuilt(
         if not FOLDED:
             scores = _there(scores, operand)
             handed = scores
-        _hand_on(found, full, empty, done, handed, seen, MASK)
+        _hand_on(found, full, empty, done, handed, seen)
         # Nothing may be under way at the end of a loop's body.
         finished = ()
         for head in gl.static_range(AHEAD):
@@ -192,8 +202,9 @@ def score_absorbed(
         seen = load_seen(mask, row_mask, mask_t, token, token < length, MASK)
         async_copy.wait_group(STAGES - 2)
         fence_async_shared()
+        synchronize()
         score = warpgroup_mma(ring.index(done % STAGES), queries.permute((1, 0)), zeros, use_acc=False, is_async=True)
         ahead = index + STAGES - 1
         _copy_tile(ring.index((done + STAGES - 1) % STAGES), latents, first, step, ahead, end, latents_t, length, rank)
         score = warpgroup_mma_wait(0, deps=[score])
-        _hand_on(found, full, empty, done, (score,), seen, MASK)
+        _hand_on(found, full, empty, done, (score,), seen)

@@ -106,8 +106,8 @@ def weigh_values(
 ):  # fmt: skip
     """Sums of the value latents of the tiles first + index * step, weighed with the scores' exponentials.
 
-    rings: shared memory [STAGES, tokens of a step, CHUNK] of every chunk; weights: [steps, slots, tokens of a step]; out:
-    the group's first head in the part's totals and peaks.
+    rings: shared memory [STAGES, tokens of a step, CHUNK] of every chunk; weights: [steps, slots, tokens of a step];
+    out: the group's first head in the part's totals and peaks.
     """
     STEPS: gl.constexpr = weights.shape[0]
     SLOTS: gl.constexpr = weights.shape[1]
@@ -120,13 +120,15 @@ def weigh_values(
     reference = gl.full([SLOTS], LOWEST, gl.float32, gl.SliceLayout(1, layout))
     total = gl.zeros([SLOTS, STEP], gl.float32, layout)
     summed = ()
-    for chunk in gl.static_range(CHUNKS):
+    for _chunk in gl.static_range(CHUNKS):
         summed = summed + (gl.zeros([CHUNK, SLOTS], gl.float32, result),)
     for stage in gl.static_range(STAGES - 1):
         _copy_step(rings, stage, latents, first, step, begin, end, stage, latents_t, length, rank)
     for index in range(begin, end):
         done = index - begin
         mbarrier.wait(full.index(done % 2), (done // 2) & 1)
+        # Products of the last tile are done in all warps, and its weights may be written over.
+        synchronize()
         reference, total, summed = _softmax(found.index(done % 2), weights, there, reference, total, summed)
         for part in gl.static_range(STEPS):
             number = done * STEPS + part

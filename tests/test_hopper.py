@@ -1,0 +1,112 @@
+"""The decode kernel for GPUs of compute capability 9: what it takes, how it is laid out, what it computes there."""
+
+import itertools
+
+import pytest
+import torch
+
+from palu.kernels.decode_attention import launch
+from palu.kernels.decode_attention.hopper import launch as hopper
+from palu.kernels.decode_attention.spec import HOPPER_SHAPES, Shape
+from palu.kernels.latents import LatentProjection
+from palu.kernels.rotation import Rotation
+from tests.kernel_calls import close, defined, name_of, on_device, random_call
+
+MEMORY = 227 << 10
+LLAMA_2, LLAMA_3 = hopper.heads_of(32, 8, 4), hopper.heads_of(32, 2, 4)
+RANKS = (128,) * 8, (384,) * 8
+needs_hopper = pytest.mark.skipif(
+    not (torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9), reason="needs compute capability 9"
+)
+
+
+def test_every_query_head_of_a_group_has_one_slot():
+    for kv, queries in itertools.product((1, 2, 3, 4, 6), (1, 2, 3, 4, 7, 8)):
+        heads = hopper.heads_of(kv * queries, 1, kv)
+        taken = set()
+        for slot in range(heads.slots):
+            inside = slot % heads.columns
+            kv_head = slot // heads.columns * heads.together + inside // heads.query_slots
+            if inside // heads.query_slots < heads.together and kv_head < kv and inside % heads.query_slots < queries:
+                taken.add((kv_head, inside % heads.query_slots))
+        assert len(taken) == kv * queries, (kv, queries)
+
+
+def test_real_models_fit_and_more_latents_do_not():
+    for heads in (LLAMA_2, LLAMA_3):
+        assert hopper.plan(heads, 128, (128,), (384,), MEMORY).value_stages >= 4
+        assert hopper.plan(heads, 128, (128,), (384,), 99 << 10) is None
+        assert hopper.plan(heads, 128, (256,), (384,), MEMORY) is None
+    absorbed = hopper.heads_of(32, 8, None)
+    assert hopper.plan(absorbed, 128, (256,), (384,), MEMORY) is not None
+    # Sixteen query heads per kv head are more than the columns of a product, and narrow groups are left to others.
+    assert hopper.plan(hopper.heads_of(16, 1, 1), 128, (128,), (384,), MEMORY) is None
+    assert hopper.plan(LLAMA_2, 128, (32,), (96,), MEMORY) is None
+
+
+@pytest.mark.parametrize(("tiles", "others"), [(1, 1), (64, 2), (1024, 2), (1024, 8), (256, 64), (1024, 200)])
+def test_no_other_number_of_parts_would_end_sooner(tiles, others):
+    def cost(parts):
+        return -(-parts * others // 132) * (-(-tiles // parts) + hopper.START)
+
+    parts = hopper.parts_of(tiles, others, 132)
+    assert 1 <= parts <= min(tiles, hopper.MOST_PARTS)
+    assert all(cost(parts) <= cost(other) for other in range(1, min(tiles, hopper.MOST_PARTS, 528 // others + 1) + 1))
+
+
+def test_what_the_kernel_cannot_take_is_left_to_the_others():
+    query, keys, values, key, value, _, _ = random_call(HOPPER_SHAPES[0], torch.float16, False)
+    assert hopper.can_take(query, keys, values, key, value, None)
+    assert not hopper.can_take(query.float(), keys, values, key, value, None)
+    assert not hopper.can_take(query, keys, values, key, value, object())
+    biased = LatentProjection(key.up, key.ranks, torch.zeros(1))
+    assert not hopper.can_take(query, keys, values, biased, value, None)
+    joint = LatentProjection(value.up, (sum(value.ranks),))
+    assert not hopper.can_take(query, keys, values, key, joint, None)
+    wider = torch.zeros(*keys.shape[:2], keys.shape[2] + 4, dtype=keys.dtype)[..., : keys.shape[2]]
+    assert not hopper.can_take(query, wider, values, key, value, None)
+
+
+@pytest.mark.parametrize("pairs", [32, 48, 64])
+def test_tables_hold_what_each_of_four_lanes_needs_side_by_side(pairs):
+    rotation = Rotation(torch.randint(0, 1000, (2, 5)), 1e4 ** (-torch.arange(pairs) / pairs))
+    cos, sin = (table[..., :pairs] for table in rotation.tables(torch.float32))
+    table = rotation.lane_table(torch.float32)
+    padded = 1 << (pairs - 1).bit_length()
+    assert table.shape == (2, 5, 2 * padded)
+    for pair in range(pairs):
+        # Pair 4 i + c lies in lane c, the i-th there.
+        at = 2 * (pair % 4 * (padded // 4) + pair // 4)
+        assert torch.equal(table[..., at], cos[..., pair])
+        assert torch.equal(table[..., at + 1], sin[..., pair])
+
+
+@needs_hopper
+@torch.no_grad()
+@pytest.mark.usefixtures("empty_memory_is_nan")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("shape", HOPPER_SHAPES, ids=name_of)
+@pytest.mark.parametrize("rope", [True, False], ids=["rope", "absorbed"])
+@pytest.mark.parametrize("masked", ["boolean", "additive", "none"])
+def test_the_kernel_equals_the_definition(shape, dtype, rope, masked, monkeypatch):
+    *call, rotation, mask = random_call(shape, getattr(torch, dtype), False)
+    rotation = rotation if rope else None
+    expected = defined(*call, rotation, mask if masked != "none" else mask | True, shape.head_dim**-0.5, shape, None)
+    additive = torch.zeros(mask.shape).masked_fill(~mask, float("-inf")).to(call[0].dtype)
+    given = {"boolean": mask, "additive": additive, "none": None}[masked]
+    launches = []
+    launched = hopper.launch
+    monkeypatch.setattr(hopper, "launch", lambda *args: launches.append(1) or launched(*args))
+    moved = on_device(*call, rotation, given)
+    output = launch.decode_attention(*moved, shape.head_dim**-0.5, None, shape.head_dim)
+    assert launches
+    assert close(output, expected, dtype)
+
+
+@needs_hopper
+@torch.no_grad()
+def test_the_same_call_gives_the_same_numbers_every_time():
+    shape = Shape(1, 32, 8, 128, 1, 20000, (128, 128), (384, 384))
+    moved = on_device(*random_call(shape, torch.float16, False)[:-1], None)
+    outputs = [launch.decode_attention(*moved, shape.head_dim**-0.5) for _ in range(20)]
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
