@@ -14,7 +14,6 @@ from tests.kernel_calls import close, defined, name_of, on_device, random_call
 
 MEMORY = 227 << 10
 LLAMA_2, LLAMA_3 = hopper.heads_of(32, 8, 4), hopper.heads_of(32, 2, 4)
-RANKS = (128,) * 8, (384,) * 8
 needs_hopper = pytest.mark.skipif(
     not (torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9), reason="needs compute capability 9"
 )
@@ -32,16 +31,21 @@ def test_every_query_head_of_a_group_has_one_slot():
         assert len(taken) == kv * queries, (kv, queries)
 
 
+def fitting(heads, key_rank, value_rank, memory=MEMORY, all_of_them=False):
+    return hopper.plans_for(heads, 128, (key_rank,), (value_rank,), memory, all_of_them)
+
+
 def test_real_models_fit_and_more_latents_do_not():
     for heads in (LLAMA_2, LLAMA_3):
-        assert hopper.plan(heads, 128, (128,), (384,), MEMORY).value_stages >= 4
-        assert hopper.plan(heads, 128, (128,), (384,), 99 << 10) is None
-        assert hopper.plan(heads, 128, (256,), (384,), MEMORY) is None
-    absorbed = hopper.heads_of(32, 8, None)
-    assert hopper.plan(absorbed, 128, (256,), (384,), MEMORY) is not None
+        assert fitting(heads, 128, 384)[0].value_stages >= 4
+        assert not fitting(heads, 128, 384, 99 << 10)
+        assert not fitting(heads, 256, 384)
+        assert fitting(heads, 128, 384, all_of_them=True)[:1] == fitting(heads, 128, 384)
+        assert len(fitting(heads, 128, 384, all_of_them=True)) > 4
+    assert fitting(hopper.heads_of(32, 8, None), 256, 384)
     # Sixteen query heads per kv head are more than the columns of a product, and narrow groups are left to others.
-    assert hopper.plan(hopper.heads_of(16, 1, 1), 128, (128,), (384,), MEMORY) is None
-    assert hopper.plan(LLAMA_2, 128, (32,), (96,), MEMORY) is None
+    assert not fitting(hopper.heads_of(16, 1, 1), 128, 384)
+    assert not fitting(LLAMA_2, 32, 96)
 
 
 @pytest.mark.parametrize(("tiles", "others"), [(1, 1), (64, 2), (1024, 2), (1024, 8), (256, 64), (1024, 200)])

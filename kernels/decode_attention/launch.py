@@ -1,6 +1,7 @@
 """Launches the kernels of decode attention: what they can take, their grids, their buffers."""
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from palu.kernels import tuning
 from palu.kernels.decode_attention.kernel import softmax_kernel, values_kernel
 from palu.kernels.decode_attention.parts import Parts, combine
 from palu.kernels.latent_scores.launch import Scores, compute_dtype, launch_scores
@@ -40,6 +42,8 @@ class Config(NamedTuple):
 # Measured on one H200. Partial sums of many heads cost more, so fewer of them are made.
 CONFIGS = {"numbers": Config(6, 3), "codes": Config(3, 4), "many heads": Config(2, 3)}
 MANY_HEADS = 16
+# What the full search tries.
+GRID = tuple(Config(*each) for each in itertools.product((1, 2, 3, 4, 6, 8), (2, 3, 4, 5)))
 
 
 def can_take(
@@ -125,14 +129,29 @@ def launch_values(
     scores: Scores, latents: Latents, value: LatentProjection, query: Tensor, rows_per_latent: int, key_groups: int
 ) -> Parts:
     """Weighted sums of the value latents over ranges of tokens."""
+    per_group = query.shape[1] // len(value.ranks)
+    packed = any(isinstance(part, PackedLatents) for part in stretches(latents))
+    first = CONFIGS["many heads" if per_group >= MANY_HEADS else "codes" if packed else "numbers"]
+    candidates = [first, *(config for config in GRID if tuning.searches() and config != first)]
+    kinds = tuple(layout(part)[2:] for part in stretches(latents))
+    call = (scores, latents, value, query, rows_per_latent, key_groups)
+    config = tuning.pick(
+        ("values", query.shape, tuple(value.ranks), kinds, query.dtype, tuning.length_class(latents.shape[1])),
+        candidates, lambda config: _launch_values(config, *call), query.device,
+    )  # fmt: skip
+    return _launch_values(config, *call)
+
+
+def _launch_values(
+    config: Config, scores: Scores, latents: Latents, value: LatentProjection, query: Tensor, rows_per_latent: int,
+    key_groups: int,
+) -> Parts:  # fmt: skip
     rows, num_heads, _ = query.shape
     heads, device = scores.heads, query.device
     stretches_ = stretches(latents)
     ranks = tuple(value.ranks)
     plan = _chunks(ranks, device)
     per_group = num_heads // len(ranks)
-    packed = any(isinstance(part, PackedLatents) for part in stretches_)
-    config = CONFIGS["many heads" if per_group >= MANY_HEADS else "codes" if packed else "numbers"]
     programs = max(1, config.programs * processors(device) // (rows * len(stretches_) * len(plan.group)))
     tokens = [_part_tokens(part.shape[1], programs) for part in stretches_]
     counts = [triton.cdiv(part.shape[1], most) for part, most in zip(stretches_, tokens, strict=True)]

@@ -1,7 +1,9 @@
 """How the score kernel is launched on a device, by what its blocks can hold."""
 
+import itertools
 from typing import NamedTuple
 
+from palu.kernels import tuning
 from palu.kernels.latent_scores.factors import PART
 from palu.kernels.latent_scores.layout import LARGE_BLOCK, HeadBlocks
 from palu.kernels.latents import Stretch
@@ -30,6 +32,8 @@ CONFIGS = {
     "codes": (Config(2, 64, 4, 3), Config(2, 64, 4, 2)),
     "wide codes": (Config(1, 128, 8, 2), Config(1, 64, 4, 2)),
 }
+# What the full search tries beside them.
+GRID = tuple(Config(*each) for each in itertools.product((1, 2, 3), (64, 128), (4, 8), (1, 2, 3, 4)))
 ONE_STAGE = Config(1, 64, 4, 1)
 # Where columns are read again for every tile, and where all pairs are rebuilt.
 STREAMED, EXACT = Config(2, 64, 4, 1), Config(2, EXACT_TILE, 4, 1)
@@ -37,16 +41,17 @@ STREAMED, EXACT = Config(2, 64, 4, 1), Config(2, EXACT_TILE, 4, 1)
 RESERVED, MOST_KEPT = 8 << 10, 256
 
 
-def config_for(
+def configs_for(
     part: Stretch, rank: int, heads: HeadBlocks, interpolation: Interpolation | None, absorbed: bool, memory: int
-) -> tuple[Config, bool]:
-    """The launch configuration for latents of some padded rank, and whether programs keep all columns.
+) -> list[tuple[Config, bool]]:
+    """Launch configurations for latents of some padded rank, the best first, and whether programs keep all columns.
 
     Columns are what latents are multiplied with; otherwise they are read again for every tile. memory: shared memory
-    that a block may have.
+    that a block may have. One configuration, unless the environment asks for the full search.
     """
     if interpolation is None and not absorbed:
-        return EXACT, False
+        others = [config for config in GRID if config.tile == EXACT_TILE and config.stages == 1]
+        return [(config, False) for config in (EXACT, *(others if tuning.searches() else ()))]
     packed = isinstance(part, PackedLatents)
     itemsize = 2 if packed else part.itemsize
     if itemsize > 2:
@@ -55,12 +60,15 @@ def config_for(
         candidates = CONFIGS["wide codes" if rank > PART else "codes"]
     else:
         candidates = CONFIGS["numbers" if memory >= LARGE_BLOCK else "numbers, small blocks"]
+    candidates = (*candidates, ONE_STAGE, *(GRID if tuning.searches() else ()))
     bits = part.quantization.bits if packed else 8 * itemsize
+    fitting = []
     if rank <= (MOST_KEPT if memory >= LARGE_BLOCK else PART) or absorbed:
-        for config in (*candidates, ONE_STAGE):
+        for config in dict.fromkeys(candidates):
             if _shared_memory(config, rank, bits, itemsize, heads, interpolation, memory) <= memory - RESERVED:
-                return config, True
-    return STREAMED, False
+                fitting.append((config, True))
+    fitting.append((STREAMED, False))
+    return fitting if tuning.searches() else fitting[:1]
 
 
 def _shared_memory(

@@ -7,7 +7,8 @@ import torch
 import triton
 from torch import Tensor
 
-from palu.kernels.latent_scores.configs import EXACT_TILE, Config, config_for
+from palu.kernels import tuning
+from palu.kernels.latent_scores.configs import EXACT_TILE, Config, configs_for
 from palu.kernels.latent_scores.factors import PART, ordered_factor, ordered_query, padded_rank
 from palu.kernels.latent_scores.kernel import scores_kernel
 from palu.kernels.latent_scores.layout import (
@@ -72,7 +73,7 @@ class Step(NamedTuple):
     interpolation: Interpolation | None
     rows_per_latent: int
     scaling: float
-    programs: int
+    heads: HeadBlocks
 
 
 def launch_scores(
@@ -93,23 +94,44 @@ def launch_scores(
     interpolation = None
     if key.up is not None and key_norm is None:
         interpolation = rotation.interpolation(heads.queries, compute_dtype(query, parts))
+    scaling *= LOG2_E * (1.0 if rotation is None else rotation.attention_scaling)
+    step = Step(query, key, key_norm, interpolation, rows_per_latent, scaling, heads)
     rank = padded_rank(tuple(key.ranks))
-    configs = [config_for(part, rank, heads, interpolation, key.up is None, memory) for part in parts]
+    fitting = [configs_for(part, rank, heads, interpolation, key.up is None, memory) for part in parts]
+    # A search tries all configurations of the longest stretch with the first ones of the others.
+    longest = max(range(len(parts)), key=lambda index: parts[index].shape[1])
+    choices = [
+        [config if index == longest else others[0] for index, others in enumerate(fitting)]
+        for config in fitting[longest]
+    ]
+    kind = layout(parts[longest])[2:]
+    shape_class = ("scores", heads, width, rank, rows, kind, interpolation is None, query.dtype, mask_kind(mask))
+    chosen = tuning.pick(
+        (*shape_class, tuning.length_class(latents.shape[1])), choices,
+        lambda configs: _launch_parts(step, parts, configs, rotation, mask), query.device,
+    )  # fmt: skip
+    return _launch_parts(step, parts, chosen, rotation, mask)
+
+
+def _launch_parts(
+    step: Step, parts: Sequence[Stretch], configs: Sequence[tuple[Config, bool]], rotation: Rotation | None,
+    mask: Tensor | None,
+) -> Scores:  # fmt: skip
+    """Scores of all stretches, each with a configuration of its own."""
+    query, heads = step.query, step.heads
+    rows, length = query.shape[0], sum(part.shape[1] for part in parts)
     config = max((config for config, _ in configs), key=lambda config: config.tile)
     programs = max(1, config.programs * processors(query.device) // (heads.count * rows))
-    piece = piece_length(config.tile, latents.shape[1], programs)
+    piece = piece_length(config.tile, length, programs)
     pieces = [triton.cdiv(part.shape[1], piece) for part in parts]
-    stored = sum(pieces) * piece
-    scores = query.new_empty(rows, heads.count, heads.slots, stored, dtype=torch.float32)
+    scores = query.new_empty(rows, heads.count, heads.slots, sum(pieces) * piece, dtype=torch.float32)
     found = Scores(scores, piece, heads)
-    scaling *= LOG2_E * (1.0 if rotation is None else rotation.attention_scaling)
-    step = Step(query, key, key_norm, interpolation, rows_per_latent, scaling, programs)
     start = 0
     for index, part in enumerate(parts):
         length = part.shape[1]
         visible = None if mask is None else mask.narrow(1, start, length)
         turn = None if rotation is None else rotation.narrow(start, length)
-        _launch_part(step, part, *configs[index], turn, visible, found, sum(pieces[:index]))
+        _launch_part(step, part, *configs[index], programs, turn, visible, found, sum(pieces[:index]))
         start += length
     return found
 
@@ -129,14 +151,14 @@ def piece_length(tile: int, length: int, programs: int) -> int:
 
 
 def _launch_part(
-    step: Step, part: Stretch, config: Config, keeps: bool, rotation: Rotation | None, mask: Tensor | None,
-    found: Scores, first_piece: int,
+    step: Step, part: Stretch, config: Config, keeps: bool, programs: int, rotation: Rotation | None,
+    mask: Tensor | None, found: Scores, first_piece: int,
 ) -> None:  # fmt: skip
     """Scores of one stretch of tokens."""
-    query, key, key_norm, interpolation, rows_per_latent, scaling, programs = step
+    query, key, key_norm, interpolation, rows_per_latent, scaling, heads = step
     rows, num_heads, width = query.shape
     tensors, strides, bits, asymmetric = layout(part)
-    heads, length, device, groups = found.heads, part.shape[1], query.device, len(key.ranks)
+    length, device, groups = part.shape[1], query.device, len(key.ranks)
     dtype = compute_dtype(query, (part,))
     absorbed = key.up is None
     kv_heads = groups if absorbed else key.up.shape[0] * groups // width

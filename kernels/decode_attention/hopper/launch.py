@@ -1,6 +1,7 @@
 """Which calls Hopper's kernel takes, and its launch."""
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from palu.kernels import tuning
 from palu.kernels.decode_attention.hopper import common, scores, values
 from palu.kernels.decode_attention.hopper.kernel import hopper_kernel
 from palu.kernels.decode_attention.parts import COMBINE_PARTS, Parts
@@ -42,6 +44,9 @@ class Plan(NamedTuple):
 PLANS = (
     Plan(4, 32, 4), Plan(3, 32, 4), Plan(3, 32, 3), Plan(2, 16, 5), Plan(2, 16, 4), Plan(2, 16, 3), Plan(2, 16, 2),
 )  # fmt: skip
+
+# What the full search tries.
+GRID = tuple(Plan(*each) for each in itertools.product((2, 3, 4), (16, 32, 64), (2, 3, 4, 5, 6)))
 
 
 class Heads(NamedTuple):
@@ -95,29 +100,35 @@ def can_take(
         return False
     _, num_heads, _, width = query.shape
     heads = heads_of(num_heads, len(key.ranks), None if key.up is None else key.up.shape[0] // width)
-    return plan(heads, width, tuple(key.ranks), tuple(value.ranks), block_memory(query.device)) is not None
+    return bool(plans_for(heads, width, tuple(key.ranks), tuple(value.ranks), block_memory(query.device), False))
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(
-    heads: Heads, head_dim: int, key_ranks: tuple[int, ...], value_ranks: tuple[int, ...], memory: int
-) -> Plan | None:
-    """How much is under way at a time, by what fits into a block's shared memory; None if nothing fits."""
+def plans_for(
+    heads: Heads,
+    head_dim: int,
+    key_ranks: tuple[int, ...],
+    value_ranks: tuple[int, ...],
+    memory: int,
+    all_of_them: bool,
+) -> tuple[Plan, ...]:
+    """How much may be under way at a time in a block of so much shared memory: the best, or all plans that fit."""
     rank, wide = padded_rank(key_ranks), triton.next_power_of_2(head_dim)
     if heads.slots > MOST_SLOTS or (heads.mode == "rotated" and heads.query_slots > LEAST):
-        return None
+        return ()
     if max(key_ranks) + max(value_ranks) < LEAST_WIDTH:
-        return None
+        return ()
     kept = heads.slots * rank if heads.mode == "absorbed" else heads.kv * wide * rank
     if heads.mode == "rotated":
         kept += heads.kv * wide * LEAST
     value_width = triton.cdiv(max(value_ranks), CHUNK) * CHUNK
-    for candidate in PLANS:
-        numbers = kept + candidate.key_stages * TILE * rank + candidate.value_stages * candidate.step * value_width
+    fitting = []
+    for plan in dict.fromkeys((*PLANS, *(GRID if all_of_them else ()))):
+        numbers = kept + plan.key_stages * TILE * rank + plan.value_stages * plan.step * value_width
         numbers += heads.slots * TILE
         if 2 * numbers + 8 * TILE * heads.slots + RESERVED <= memory:
-            return candidate
-    return None
+            fitting.append(plan)
+    return tuple(fitting if all_of_them else fitting[:1])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -136,11 +147,23 @@ def launch(
 
     mask: [rows or 1, length] or None; rows_per_latent: rows that read the same row of latents.
     """
+    _, num_heads, width = query.shape
+    ranks, device = (tuple(key.ranks), tuple(value.ranks)), query.device
+    heads = heads_of(num_heads, len(key.ranks), None if key.up is None else key.up.shape[0] // width)
+    plans = plans_for(heads, width, *ranks, block_memory(device), tuning.searches())
+    call = (heads, query, key_latents, value_latents, key, value, rotation, mask, rows_per_latent, scaling)
+    length = tuning.length_class(key_latents.shape[1])
+    shape_class = ("hopper", heads, query.shape, *ranks, query.dtype, mask_kind(mask), length)
+    return _launch(tuning.pick(shape_class, plans, lambda plan: _launch(plan, *call), device), *call)
+
+
+def _launch(
+    plan: Plan, heads: Heads, query: Tensor, key_latents: Tensor, value_latents: Tensor, key: LatentProjection,
+    value: LatentProjection, rotation: Rotation | None, mask: Tensor | None, rows_per_latent: int, scaling: float,
+) -> Parts:  # fmt: skip
     rows, num_heads, width = query.shape
     absorbed, groups, length, device = key.up is None, len(key.ranks), key_latents.shape[1], query.device
     ranks, value_ranks = tuple(key.ranks), tuple(value.ranks)
-    heads = heads_of(num_heads, groups, None if absorbed else key.up.shape[0] // width)
-    chosen = plan(heads, width, ranks, value_ranks, block_memory(device))
     parts = parts_of(triton.cdiv(length, TILE), groups * rows, processors(device))
     sums = query.new_empty(parts, rows, num_heads, max(value_ranks), dtype=torch.float32)
     totals, peaks = query.new_empty(2, parts, rows, num_heads, dtype=torch.float32)
@@ -155,8 +178,8 @@ def launch(
         query.stride(1), rows * num_heads, scaling,
         MODE=heads.mode, GROUPS=groups, KV=heads.kv, QUERIES=heads.queries, QUERY_SLOTS=heads.query_slots,
         SLOTS=heads.slots, QUERY_ROWS=rows_per_latent, WIDTH=width, WIDE=triton.next_power_of_2(width),
-        RANK=padded_rank(ranks), KEY_STAGES=chosen.key_stages, KEY_DIVISOR=divisor(ranks),
-        CHUNKS=triton.cdiv(max(value_ranks), CHUNK), STEP=chosen.step, VALUE_STAGES=chosen.value_stages,
+        RANK=padded_rank(ranks), KEY_STAGES=plan.key_stages, KEY_DIVISOR=divisor(ranks),
+        CHUNKS=triton.cdiv(max(value_ranks), CHUNK), STEP=plan.step, VALUE_STAGES=plan.value_stages,
         VALUE_DIVISOR=divisor(value_ranks), RANK_STRIDE=max(value_ranks), MASK=mask_kind(mask),
         DTYPE=DTYPES[query.dtype], TOGETHER=heads.together, COLUMNS=heads.columns, VALUE_REGISTERS=VALUE_REGISTERS,
         num_warps=4,
