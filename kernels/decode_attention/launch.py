@@ -9,7 +9,6 @@ import torch
 import triton
 from torch import Tensor
 
-from palu.kernels import tuning
 from palu.kernels.decode_attention.kernel import softmax_kernel, values_kernel
 from palu.kernels.decode_attention.parts import Parts, combine
 from palu.kernels.latent_scores.launch import Scores, compute_dtype, launch_scores
@@ -18,6 +17,7 @@ from palu.kernels.latent_scores.op import absorbed
 from palu.kernels.latents import LatentProjection, Latents, Stretch, stretches
 from palu.kernels.quantize import PackedLatents
 from palu.kernels.rotation import Rotation
+from palu.kernels.tuning import length_class, pick, searches
 
 HEAD_DIMS = (64, 96, 128)
 # Versions of Triton, first and last, whose Gluon compiles the kernel for Hopper.
@@ -114,10 +114,11 @@ def decode_attention(
     parts = None
     if runs_hopper_kernel(query.device):
         # Here, so that other GPUs and other versions need no Gluon.
-        from palu.kernels.decode_attention.hopper import launch as hopper
+        from palu.kernels.decode_attention.hopper.launch import can_take as hopper_takes
+        from palu.kernels.decode_attention.hopper.launch import launch as launch_hopper
 
-        if hopper.can_take(query, key_latents, value_latents, key, value, key_norm):
-            parts = hopper.launch(rows, key_latents, value_latents, key, value, rotation, visible, queries, scaling)
+        if hopper_takes(query, key_latents, value_latents, key, value, key_norm):
+            parts = launch_hopper(rows, key_latents, value_latents, key, value, rotation, visible, queries, scaling)
     if parts is None:
         scores = launch_scores(rows, key_latents, key, rotation, visible, queries, scaling, key_norm)
         parts = launch_values(scores, value_latents, value, rows, queries, len(key.ranks))
@@ -132,11 +133,11 @@ def launch_values(
     per_group = query.shape[1] // len(value.ranks)
     packed = any(isinstance(part, PackedLatents) for part in stretches(latents))
     first = CONFIGS["many heads" if per_group >= MANY_HEADS else "codes" if packed else "numbers"]
-    candidates = [first, *(config for config in GRID if tuning.searches() and config != first)]
+    candidates = [first, *(config for config in GRID if searches() and config != first)]
     kinds = tuple(layout(part)[2:] for part in stretches(latents))
     call = (scores, latents, value, query, rows_per_latent, key_groups)
-    config = tuning.pick(
-        ("values", query.shape, tuple(value.ranks), kinds, query.dtype, tuning.length_class(latents.shape[1])),
+    config = pick(
+        ("values", query.shape, tuple(value.ranks), kinds, query.dtype, length_class(latents.shape[1])),
         candidates, lambda config: _launch_values(config, *call), query.device,
     )  # fmt: skip
     return _launch_values(config, *call)

@@ -3,12 +3,12 @@
 import itertools
 from typing import NamedTuple
 
-from palu.kernels import tuning
 from palu.kernels.latent_scores.factors import PART
 from palu.kernels.latent_scores.layout import LARGE_BLOCK, HeadBlocks
 from palu.kernels.latents import Stretch
 from palu.kernels.quantize import PackedLatents
 from palu.kernels.rotation import Interpolation
+from palu.kernels.tuning import searches
 
 # Tokens of a tile where all pairs are rebuilt.
 EXACT_TILE = 64
@@ -51,7 +51,7 @@ def configs_for(
     """
     if interpolation is None and not absorbed:
         others = [config for config in GRID if config.tile == EXACT_TILE and config.stages == 1]
-        return [(config, False) for config in (EXACT, *(others if tuning.searches() else ()))]
+        return [(config, False) for config in (EXACT, *(others if searches() else ()))]
     packed = isinstance(part, PackedLatents)
     itemsize = 2 if packed else part.itemsize
     if itemsize > 2:
@@ -60,7 +60,7 @@ def configs_for(
         candidates = CONFIGS["wide codes" if rank > PART else "codes"]
     else:
         candidates = CONFIGS["numbers" if memory >= LARGE_BLOCK else "numbers, small blocks"]
-    candidates = (*candidates, ONE_STAGE, *(GRID if tuning.searches() else ()))
+    candidates = (*candidates, ONE_STAGE, *(GRID if searches() else ()))
     bits = part.quantization.bits if packed else 8 * itemsize
     fitting = []
     if rank <= (MOST_KEPT if memory >= LARGE_BLOCK else PART) or absorbed:
@@ -68,7 +68,7 @@ def configs_for(
             if _shared_memory(config, rank, bits, itemsize, heads, interpolation, memory) <= memory - RESERVED:
                 fitting.append((config, True))
     fitting.append((STREAMED, False))
-    return fitting if tuning.searches() else fitting[:1]
+    return fitting if searches() else fitting[:1]
 
 
 def _shared_memory(

@@ -7,7 +7,6 @@ import torch
 import triton
 from torch import Tensor
 
-from palu.kernels import tuning
 from palu.kernels.latent_scores.configs import EXACT_TILE, Config, configs_for
 from palu.kernels.latent_scores.factors import PART, ordered_factor, ordered_query, padded_rank
 from palu.kernels.latent_scores.kernel import scores_kernel
@@ -27,6 +26,7 @@ from palu.kernels.latent_scores.weights import turn_kernel, weight_kernel
 from palu.kernels.latents import LatentProjection, Latents, Stretch, stretches
 from palu.kernels.quantize import PackedLatents
 from palu.kernels.rotation import Interpolation, Rotation
+from palu.kernels.tuning import length_class, pick
 
 LOG2_E = 1.4426950408889634
 # Tokens that a program takes on at a time, and tokens per block where nothing is interpolated.
@@ -106,8 +106,8 @@ def launch_scores(
     ]
     kind = layout(parts[longest])[2:]
     shape_class = ("scores", heads, width, rank, rows, kind, interpolation is None, query.dtype, mask_kind(mask))
-    chosen = tuning.pick(
-        (*shape_class, tuning.length_class(latents.shape[1])), choices,
+    chosen = pick(
+        (*shape_class, length_class(latents.shape[1])), choices,
         lambda configs: _launch_parts(step, parts, configs, rotation, mask), query.device,
     )  # fmt: skip
     return _launch_parts(step, parts, chosen, rotation, mask)

@@ -9,16 +9,18 @@ import torch
 import triton
 from torch import Tensor
 
-from palu.kernels import tuning
-from palu.kernels.decode_attention.hopper import common, scores, values
+from palu.kernels.decode_attention.hopper.common import TILE as KERNEL_TILE
 from palu.kernels.decode_attention.hopper.kernel import hopper_kernel
+from palu.kernels.decode_attention.hopper.rotated import LEAST as KERNEL_LEAST
+from palu.kernels.decode_attention.hopper.values import CHUNK as KERNEL_CHUNK
 from palu.kernels.decode_attention.parts import COMBINE_PARTS, Parts
 from palu.kernels.latent_scores.launch import LOG2_E
 from palu.kernels.latent_scores.layout import DTYPES, block_memory, divisor, mask_kind, processors, row_strides, side_of
 from palu.kernels.latents import LatentProjection, Latents
 from palu.kernels.rotation import Rotation
+from palu.kernels.tuning import length_class, pick, searches
 
-TILE, CHUNK, LEAST = common.TILE.value, values.CHUNK.value, scores.LEAST.value
+TILE, CHUNK, LEAST = KERNEL_TILE.value, KERNEL_CHUNK.value, KERNEL_LEAST.value
 # Query heads per group, and latents of a group's keys at least, for the matrix units.
 MOST_SLOTS, LEAST_RANK = 32, 32
 # Latents of a group, keys' and values' together, at least: of less a program reads too little per tile.
@@ -150,11 +152,11 @@ def launch(
     _, num_heads, width = query.shape
     ranks, device = (tuple(key.ranks), tuple(value.ranks)), query.device
     heads = heads_of(num_heads, len(key.ranks), None if key.up is None else key.up.shape[0] // width)
-    plans = plans_for(heads, width, *ranks, block_memory(device), tuning.searches())
+    plans = plans_for(heads, width, *ranks, block_memory(device), searches())
     call = (heads, query, key_latents, value_latents, key, value, rotation, mask, rows_per_latent, scaling)
-    length = tuning.length_class(key_latents.shape[1])
+    length = length_class(key_latents.shape[1])
     shape_class = ("hopper", heads, query.shape, *ranks, query.dtype, mask_kind(mask), length)
-    return _launch(tuning.pick(shape_class, plans, lambda plan: _launch(plan, *call), device), *call)
+    return _launch(pick(shape_class, plans, lambda plan: _launch(plan, *call), device), *call)
 
 
 def _launch(
