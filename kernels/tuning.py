@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 import triton
+from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
 AUTOTUNE = "PALU_AUTOTUNE"
@@ -49,8 +50,8 @@ def pick(
 
 
 def _milliseconds(launch: Callable[[], Any]) -> float:
-    """Median time of a launch; endless if it needs more than a block has."""
+    """Median time of a launch; endless if it needs more than a block has, or does not compile."""
     try:
         return triton.testing.do_bench(launch, warmup=WARM_UP, rep=MEASURED, return_mode="median")
-    except OutOfResources:
+    except (OutOfResources, CompilationError):
         return float("inf")

@@ -34,8 +34,9 @@ TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"
 TYPES |= {torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
 OPTIONS = ("num_warps", "num_stages")
 LENGTH, HEAD_DIM, VALUE_RANK = 40960, 128, 384
-# Bytes of shared memory that one block may have: A100, RTX 4090 and L40, H100 and H200.
+# Multiply-adds in what Triton writes and in what the assembler makes of it.
 WRITTEN, KEPT = r"\b(?:fma\.rn|mul|fma)\.f32\b", r"\bF(?:FMA|MUL)\b"
+# Bytes of shared memory that one block may have: A100, RTX 4090 and L40, H100 and H200.
 MOST_SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -59,6 +60,7 @@ class Call(NamedTuple):
     heads: int = 32
     base: float | None = None
     mask: str | None = "bool"
+    value_rank: int = VALUE_RANK
 
 
 CALLS = [Call(bits=bits) for bits in (16, 8, 4, 3)] + [Call(8, bits) for bits in (16, 4)]
@@ -72,6 +74,7 @@ HOPPER_CALLS += [
     Call(kv, dtype=torch.bfloat16, absorbed=absorbed) for kv, absorbed in ((32, False), (8, False), (8, True))
 ]
 HOPPER_CALLS += [Call(absorbed=True), Call(8, group_size=2), Call(4, group_size=2, heads=28), Call(group_size=1)]
+HOPPER_CALLS += [Call(absorbed=True, value_rank=512, group_size=32)]
 
 
 class Launch(NamedTuple):
@@ -143,7 +146,7 @@ def record(architecture):
 def arguments(call):
     """Arguments of a call, with memory that nobody touches for latents."""
     groups, width = call.kv_heads // call.group_size, call.group_size * HEAD_DIM
-    ranks = ((call.key_rank,) * groups, (VALUE_RANK,) * groups)
+    ranks = ((call.key_rank,) * groups, (call.value_rank,) * groups)
     bias = torch.zeros(call.kv_heads * HEAD_DIM, dtype=call.dtype) if call.bias else None
     key, value = (LatentProjection(torch.zeros(width, sum(each), dtype=call.dtype), each, bias) for each in ranks)
     base = call.base or (1e4 if call.kv_heads == 32 else 5e5)

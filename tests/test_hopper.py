@@ -46,6 +46,10 @@ def test_real_models_fit_and_more_latents_do_not():
     # Sixteen query heads per kv head are more than the columns of a product, and narrow groups are left to others.
     assert not fitting(hopper.heads_of(16, 1, 1), 128, 384)
     assert not fitting(LLAMA_2, 32, 96)
+    # More kv heads than the kernel tells apart, more latents than it can fold, sums that do not fit into registers.
+    assert not fitting(hopper.heads_of(12, 1, 12), 32, 256)
+    assert not fitting(hopper.heads_of(1, 1, 1), 512, 128)
+    assert not fitting(hopper.heads_of(32, 1, None), 128, 640)
 
 
 @pytest.mark.parametrize(("tiles", "others"), [(1, 1), (64, 2), (1024, 2), (1024, 8), (256, 64), (1024, 200)])
@@ -67,8 +71,13 @@ def test_what_the_kernel_cannot_take_is_left_to_the_others():
     assert not hopper.can_take(query, keys, values, biased, value, None)
     joint = LatentProjection(value.up, (sum(value.ranks),))
     assert not hopper.can_take(query, keys, values, key, joint, None)
-    wider = torch.zeros(*keys.shape[:2], keys.shape[2] + 4, dtype=keys.dtype)[..., : keys.shape[2]]
-    assert not hopper.can_take(query, wider, values, key, value, None)
+    for more in (4, 8):
+        wider = torch.zeros(*keys.shape[:2], keys.shape[2] + more, dtype=keys.dtype)[..., : keys.shape[2]]
+        assert not hopper.can_take(query, wider, values, key, value, None)
+    wider = torch.zeros(*keys.shape[:2], keys.shape[2] + 16, dtype=keys.dtype)[..., : keys.shape[2]]
+    assert hopper.can_take(query, wider, values, key, value, None)
+    precise = LatentProjection(key.up.float(), key.ranks)
+    assert not hopper.can_take(query, keys, values, precise, value, None)
 
 
 @pytest.mark.parametrize("pairs", [32, 48, 64])
@@ -85,6 +94,31 @@ def test_tables_hold_what_each_of_four_lanes_needs_side_by_side(pairs):
         assert torch.equal(table[..., at + 1], sin[..., pair])
 
 
+def masks_of(shape):
+    """Boolean masks [batch, 1, queries, length]: tokens here and there, tiles at an end or in the middle, all but one."""
+    seen = torch.rand(shape.batch, 1, shape.queries, shape.length) < 0.7
+    seen[..., -1] = True
+    token = torch.arange(shape.length).expand_as(seen)
+    third = shape.length // 3
+    yield "some", seen
+    yield "start", token >= 2 * third
+    yield "end", token <= third
+    yield "middle", (token < third) | (token >= 2 * third)
+    yield "all but one", token == third
+
+
+def checked(call, shape, mask, given, dtype, monkeypatch):
+    """The kernel's output of a call is the definition's, and it was the kernel for Hopper that computed it."""
+    launches, launched = [], hopper.launch
+    monkeypatch.setattr(hopper, "launch", lambda *args: launches.append(1) or launched(*args))
+    scaling = shape.head_dim**-0.5
+    seen = torch.ones(shape.batch, 1, shape.queries, shape.length, dtype=torch.bool) if mask is None else mask
+    expected = defined(*call, seen, scaling, shape, None)
+    output = launch.decode_attention(*on_device(*call, given), scaling, None, shape.head_dim)
+    assert launches
+    assert close(output, expected, dtype)
+
+
 @needs_hopper
 @torch.no_grad()
 @pytest.mark.usefixtures("empty_memory_is_nan")
@@ -92,25 +126,56 @@ def test_tables_hold_what_each_of_four_lanes_needs_side_by_side(pairs):
 @pytest.mark.parametrize("shape", HOPPER_SHAPES, ids=name_of)
 @pytest.mark.parametrize("rope", [True, False], ids=["rope", "absorbed"])
 @pytest.mark.parametrize("masked", ["boolean", "additive", "none"])
-def test_the_kernel_equals_the_definition(shape, dtype, rope, masked, monkeypatch):
+@pytest.mark.parametrize("parts", [None, 3])
+def test_the_kernel_equals_the_definition(shape, dtype, rope, masked, parts, monkeypatch):
+    # On a large GPU every program would have one tile.
+    if parts is not None:
+        monkeypatch.setattr(hopper, "parts_of", lambda *args: parts)
     *call, rotation, mask = random_call(shape, getattr(torch, dtype), False)
-    rotation = rotation if rope else None
-    expected = defined(*call, rotation, mask if masked != "none" else mask | True, shape.head_dim**-0.5, shape, None)
-    additive = torch.zeros(mask.shape).masked_fill(~mask, float("-inf")).to(call[0].dtype)
+    additive = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
     given = {"boolean": mask, "additive": additive, "none": None}[masked]
-    launches = []
-    launched = hopper.launch
-    monkeypatch.setattr(hopper, "launch", lambda *args: launches.append(1) or launched(*args))
-    moved = on_device(*call, rotation, given)
-    output = launch.decode_attention(*moved, shape.head_dim**-0.5, None, shape.head_dim)
-    assert launches
-    assert close(output, expected, dtype)
+    call = (*call, rotation if rope else None)
+    checked(call, shape, None if given is None else mask, given, dtype, monkeypatch)
 
 
 @needs_hopper
 @torch.no_grad()
-def test_the_same_call_gives_the_same_numbers_every_time():
-    shape = Shape(1, 32, 8, 128, 1, 20000, (128, 128), (384, 384))
+@pytest.mark.usefixtures("empty_memory_is_nan")
+@pytest.mark.parametrize("heads", [(8, 8), (16, 4)], ids=["folded", "rotated"])
+@pytest.mark.parametrize("rope", [True, False], ids=["rope", "absorbed"])
+@pytest.mark.parametrize("kind", ["some", "start", "end", "middle", "all but one"])
+def test_hidden_tiles_change_nothing(heads, rope, kind, monkeypatch):
+    shape = Shape(2, *heads, 128, 1, 1500, (128,) * (heads[1] // 4), (256,) * (heads[1] // 4))
+    monkeypatch.setattr(hopper, "parts_of", lambda *args: 4)
+    *call, rotation, _ = random_call(shape, torch.float16, False)
+    mask = dict(masks_of(shape))[kind]
+    checked((*call, rotation if rope else None), shape, mask, mask, "float16", monkeypatch)
+    one = mask[:1].expand(2, -1, -1, -1)
+    checked((*call, rotation if rope else None), shape, one, mask[:1], "float16", monkeypatch)
+
+
+@needs_hopper
+@torch.no_grad()
+@pytest.mark.usefixtures("empty_memory_is_nan")
+@pytest.mark.parametrize("plan", [*hopper.PLANS, hopper.Plan(3, 16, 3), hopper.Plan(2, 64, 2), hopper.Plan(4, 16, 6)])
+@pytest.mark.parametrize("heads", [(2, 2), (8, 2), (2, 2, None)], ids=["folded", "rotated", "absorbed"])
+def test_every_plan_computes_the_same(plan, heads, monkeypatch):
+    shape = Shape(1, *heads[:2], 128, 1, 1700, (128,), (256,))
+    found = hopper.heads_of(heads[0], 1, heads[1] if len(heads) == 2 else None)
+    if plan not in hopper.plans_for(found, 128, (128,), (256,), MEMORY, True):
+        pytest.skip("does not fit")
+    monkeypatch.setattr(hopper, "plans_for", lambda *args: (plan,))
+    monkeypatch.setattr(hopper, "parts_of", lambda *args: 2)
+    *call, rotation, mask = random_call(shape, torch.float16, False)
+    checked((*call, rotation if len(heads) == 2 else None), shape, mask, mask, "float16", monkeypatch)
+
+
+@needs_hopper
+@torch.no_grad()
+@pytest.mark.parametrize("heads", [(32, 32), (32, 8)], ids=["folded", "rotated"])
+def test_the_same_call_gives_the_same_numbers_every_time(heads):
+    groups = heads[1] // 4
+    shape = Shape(1, *heads, 128, 1, 20000, (128,) * groups, (384,) * groups)
     moved = on_device(*random_call(shape, torch.float16, False)[:-1], None)
     outputs = [launch.decode_attention(*moved, shape.head_dim**-0.5) for _ in range(20)]
     assert all(torch.equal(output, outputs[0]) for output in outputs)

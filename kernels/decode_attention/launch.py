@@ -84,8 +84,9 @@ def side_by_side(scales: Tensor, zeros: Tensor) -> bool:
 def runs_hopper_kernel(device: torch.device) -> bool:
     """Whether the device has the matrix units of compute capability 9, and Triton the language to use them."""
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    known = GLUON[0] <= version <= GLUON[1]
-    return known and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    if device.type != "cuda" or torch.version.hip or not GLUON[0] <= version <= GLUON[1]:
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 # Compiled models call it as it is: the launches have nothing that a compiler could improve.
@@ -111,19 +112,27 @@ def decode_attention(
     if mask is not None:
         visible = mask[:, 0] if mask.shape[0] == 1 and queries == 1 else mask[:, 0].expand(batch, -1, -1)
         visible = visible.reshape(-1, mask.shape[-1])
-    parts = None
-    if runs_hopper_kernel(query.device):
-        # Here, so that other GPUs and other versions need no Gluon.
-        from palu.kernels.decode_attention.hopper.launch import can_take as hopper_takes
-        from palu.kernels.decode_attention.hopper.launch import launch as launch_hopper
+    # Triton launches on the current device, which need not be that of the layer.
+    with torch.cuda.device_of(query):
+        if _hopper_takes(query, key_latents, value_latents, key, value, key_norm):
+            # Here, so that other GPUs and other versions need no Gluon.
+            from palu.kernels.decode_attention.hopper.launch import launch as launch_hopper
 
-        if hopper_takes(query, key_latents, value_latents, key, value, key_norm):
             parts = launch_hopper(rows, key_latents, value_latents, key, value, rotation, visible, queries, scaling)
-    if parts is None:
-        scores = launch_scores(rows, key_latents, key, rotation, visible, queries, scaling, key_norm)
-        parts = launch_values(scores, value_latents, value, rows, queries, len(key.ranks))
-    output = combine(parts, value, rows, head_dim or width)
+        else:
+            scores = launch_scores(rows, key_latents, key, rotation, visible, queries, scaling, key_norm)
+            parts = launch_values(scores, value_latents, value, rows, queries, len(key.ranks))
+        output = combine(parts, value, rows, head_dim or width)
     return output.view(batch, queries, -1)
+
+
+def _hopper_takes(query: Tensor, *call: Any) -> bool:
+    """Whether there is a kernel for Hopper that takes this call."""
+    if not runs_hopper_kernel(query.device):
+        return False
+    from palu.kernels.decode_attention.hopper.launch import can_take as hopper_can_take
+
+    return hopper_can_take(query, *call)
 
 
 def launch_values(

@@ -21,8 +21,12 @@ from palu.kernels.rotation import Rotation
 from palu.kernels.tuning import length_class, pick, searches
 
 TILE, CHUNK, LEAST = KERNEL_TILE.value, KERNEL_CHUNK.value, KERNEL_LEAST.value
-# Query heads per group, and latents of a group's keys at least, for the matrix units.
+# Columns of a group's scores at most, and latents of its keys at least, for the matrix units.
 MOST_SLOTS, LEAST_RANK = 32, 32
+# kv heads of a group at most: what tells heads apart in the kernel counts on few.
+MOST_KV = 8
+# Latents of a group's keys at most where they are rebuilt, and registers of a thread for the sums of values.
+MOST_RANK, MOST_SUMS = 256, 128
 # Latents of a group, keys' and values' together, at least: of less a program reads too little per tile.
 LEAST_WIDTH = 256
 # What the compiler keeps in shared memory.
@@ -94,10 +98,10 @@ def can_take(
     """Whether the kernel takes this call, which `launch.can_take` does: numbers of 16 bits, the same groups."""
     numbers = [latents for latents in (key_latents, value_latents) if isinstance(latents, Tensor)]
     plain = key.bias is None and key_norm is None and query.dtype != torch.float32 and len(numbers) == 2
-    # Copies to shared memory are 16 bytes wide.
+    # Copies to shared memory are 16 bytes wide and convert nothing; Triton asks of what strides are multiples of 16.
     read = numbers if key.up is None else [*numbers, key.up]
-    aligned = all(part.data_ptr() % 16 == 0 and part.stride(-1) == 1 for part in read)
-    aligned = aligned and all(stride % 8 == 0 for part in read for stride in part.stride()[:-1])
+    aligned = all(part.data_ptr() % 16 == 0 and part.stride(-1) == 1 and part.dtype == query.dtype for part in read)
+    aligned = aligned and all(stride % 16 == 0 for part in read for stride in part.stride()[:-1])
     if not (plain and aligned and len(key.ranks) == len(value.ranks)):
         return False
     _, num_heads, _, width = query.shape
@@ -116,14 +120,20 @@ def plans_for(
 ) -> tuple[Plan, ...]:
     """How much may be under way at a time in a block of so much shared memory: the best, or all plans that fit."""
     rank, wide = padded_rank(key_ranks), triton.next_power_of_2(head_dim)
+    rebuilt = heads.mode != "absorbed"
     if heads.slots > MOST_SLOTS or (heads.mode == "rotated" and heads.query_slots > LEAST):
+        return ()
+    if rebuilt and (heads.kv > MOST_KV or rank > MOST_RANK):
         return ()
     if max(key_ranks) + max(value_ranks) < LEAST_WIDTH:
         return ()
-    kept = heads.slots * rank if heads.mode == "absorbed" else heads.kv * wide * rank
+    kept = heads.kv * wide * rank if rebuilt else heads.slots * rank
     if heads.mode == "rotated":
         kept += heads.kv * wide * LEAST
-    value_width = triton.cdiv(max(value_ranks), CHUNK) * CHUNK
+    chunks = triton.cdiv(max(value_ranks), CHUNK)
+    if chunks * heads.slots > MOST_SUMS:
+        return ()
+    value_width = chunks * CHUNK
     fitting = []
     for plan in dict.fromkeys((*PLANS, *(GRID if all_of_them else ()))):
         numbers = kept + plan.key_stages * TILE * rank + plan.value_stages * plan.step * value_width

@@ -137,8 +137,9 @@ def score_rebuilt(
                 fence_async_shared()
                 synchronize()
             product = products[head % AHEAD]
-            # Numbers of a head's own: the assembler would keep them for all heads, and where the same numbers meet the
-            # same registers before and after a product, it takes the second result to be the first (CUDA 12.8).
+            # Numbers of a head's own, for less than 2 ** 23 tiles: the assembler would keep them for all heads, and
+            # where the same numbers meet the same registers before and after a product, it takes the second result to
+            # be the first (CUDA 12.8).
             own_turns = turns ^ (index >> (30 - head))
             if FOLDED:
                 score = weighed(product, own_turns, dtype)
@@ -179,6 +180,7 @@ def score_rebuilt(
             finished = finished + (warpgroup_mma_wait(0, deps=[products[(KV + head) % AHEAD]]),)
         products = finished
         turns = next_turns
+    async_copy.wait_group(0)
 
 
 @gluon.jit
@@ -208,3 +210,4 @@ def score_absorbed(
         _copy_tile(ring.index((done + STAGES - 1) % STAGES), latents, first, step, ahead, end, latents_t, length, rank)
         score = warpgroup_mma_wait(0, deps=[score])
         _hand_on(found, full, empty, done, (score,), seen)
+    async_copy.wait_group(0)

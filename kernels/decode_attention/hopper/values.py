@@ -155,6 +155,7 @@ def weigh_values(
         for chunk in gl.static_range(CHUNKS):
             waited = waited + (warpgroup_mma_wait(0, deps=[summed[chunk]]),)
         summed = waited
+    async_copy.wait_group(0)
     gl.store(totals + out + head, gl.sum(total, 1), mask=there)
     gl.store(peaks + out + head, reference, mask=there)
     column = gl.arange(0, SLOTS, gl.SliceLayout(0, result))
