@@ -74,7 +74,7 @@ HOPPER_CALLS += [
     Call(kv, dtype=torch.bfloat16, absorbed=absorbed) for kv, absorbed in ((32, False), (8, False), (8, True))
 ]
 HOPPER_CALLS += [Call(absorbed=True), Call(8, group_size=2), Call(4, group_size=2, heads=28), Call(group_size=1)]
-HOPPER_CALLS += [Call(absorbed=True, value_rank=512, group_size=32)]
+HOPPER_CALLS += [Call(absorbed=True, group_size=32), Call(8, value_rank=512, key_rank=64)]
 
 
 class Launch(NamedTuple):

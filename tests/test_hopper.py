@@ -95,7 +95,7 @@ def test_tables_hold_what_each_of_four_lanes_needs_side_by_side(pairs):
 
 
 def masks_of(shape):
-    """Boolean masks [batch, 1, queries, length]: tokens here and there, tiles at an end or in the middle, all but one."""
+    """Boolean masks [batch, 1, queries, length]: tokens here and there, tiles at an end, in the middle, all but one."""
     seen = torch.rand(shape.batch, 1, shape.queries, shape.length) < 0.7
     seen[..., -1] = True
     token = torch.arange(shape.length).expand_as(seen)

@@ -26,7 +26,7 @@ MOST_SLOTS, LEAST_RANK = 32, 32
 # kv heads of a group at most: what tells heads apart in the kernel counts on few.
 MOST_KV = 8
 # Latents of a group's keys at most where they are rebuilt, and registers of a thread for the sums of values.
-MOST_RANK, MOST_SUMS = 256, 128
+MOST_RANK, MOST_SUMS = 256, 96
 # Latents of a group, keys' and values' together, at least: of less a program reads too little per tile.
 LEAST_WIDTH = 256
 # What the compiler keeps in shared memory.
