@@ -145,29 +145,17 @@ class Rotation:
         """cos and sin of every pair, scaled: [batch or 1, length, head_dim]."""
         key = ("all", dtype)
         if key not in self._tables:
-            cos, sin = self._turn(self.frequencies.shape[0])
+            # float32 products as in transformers, so that both round alike.
+            angles = self.positions[..., None].float() * self.frequencies.to(self.positions.device, torch.float32)
+            cos, sin = angles.cos(), angles.sin()
             tables = (torch.cat([table, table], dim=-1) * self.attention_scaling for table in (cos, sin))
             self._tables[key] = tuple(table.to(dtype) for table in tables)
         return self._tables[key]
 
-    def fast_table(self, pairs: int, dtype: torch.dtype) -> Tensor:
-        """cos and sin of the first pairs in turns, not scaled: [batch or 1, length, 2 * pairs]."""
-        key = ("fast", pairs, dtype)
+    def kept(self, key: tuple, make: Callable[[], Tensor]) -> Tensor:
+        """A table [batch or 1, length, ...] of these positions, made once for all layers that share them."""
         if key not in self._tables:
-            self._tables[key] = (torch.stack(self._turn(pairs), dim=-1).flatten(-2).to(dtype),)
-        return self._tables[key][0]
-
-    def lane_table(self, dtype: torch.dtype) -> Tensor:
-        """cos and sin of every pair, not scaled, in the order in which four lanes hold a row of a matrix product.
-
-        [batch or 1, length, columns]: head_dim padded to a power of two, the numbers of pairs 0, 4, 8, .. first.
-        """
-        key = ("lanes", dtype)
-        if key not in self._tables:
-            pairs = self.frequencies.shape[0]
-            table = torch.stack(self._turn(pairs), dim=-1).to(dtype)
-            table = torch.nn.functional.pad(table, (0, 0, 0, (1 << (pairs - 1).bit_length()) - pairs))
-            self._tables[key] = (table.unflatten(2, (-1, 4)).transpose(2, 3).flatten(2),)
+            self._tables[key] = (make(),)
         return self._tables[key][0]
 
     def turns(
@@ -179,12 +167,6 @@ class Rotation:
         if key not in self._tables:
             self._tables[key] = make(self, mask, length, interpolation, dtype)
         return self._tables[key]
-
-    def _turn(self, pairs: int) -> tuple[Tensor, Tensor]:
-        """cos and sin, float32, of angles that are float32 products as in transformers, so that both round alike."""
-        frequencies = self.frequencies[:pairs].to(self.positions.device, torch.float32)
-        angles = self.positions[..., None].float() * frequencies
-        return angles.cos(), angles.sin()
 
     def interpolation(self, queries: int, dtype: torch.dtype) -> Interpolation | None:
         """How slow pairs are interpolated for so many query heads per kv head."""

@@ -25,6 +25,7 @@ from palu.kernels.decode_attention import launch as attention
 from palu.kernels.decode_attention import parts
 from palu.kernels.decode_attention.hopper import launch as hopper
 from palu.kernels.latent_scores import launch as scores
+from palu.kernels.latent_scores import tables
 from palu.kernels.latents import LatentProjection, MixedLatents
 from palu.kernels.packing import packed_width
 from palu.kernels.quantize import PackedLatents, Quantization
@@ -125,7 +126,7 @@ class Recorder:
 def record(architecture):
     """The launches of all calls on a GPU of an architecture, each once, with their functions."""
     launches = {}
-    modules = (attention, scores, parts, hopper)
+    modules = (attention, scores, parts, tables, hopper)
     for module in modules:
         module.block_memory = lambda device: MOST_SHARED[architecture]
         module.processors = lambda device: 132

@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from palu.kernels.latent_scores.tables import fast_table
 from palu.kernels.rotation import COLUMNS, FAST_PAIRS, SPANS, TOLERANCE, Rotation, best_interpolation, interpolate
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -100,12 +101,17 @@ def test_tables_hold_the_angles_of_every_row(base, scaling):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_fast_table_holds_the_first_pairs_in_turns_unscaled(dtype):
-    rotation = Rotation(torch.randint(0, 1000, (2, 9)), frequencies_of(1e4, 128), attention_scaling=2.0)
-    table = rotation.fast_table(16, dtype)
-    assert table.shape == (2, 9, 32)
-    for place, full in enumerate(rotation.tables(dtype)):
-        assert torch.equal(table[..., place::2], full[..., :16] / 2)
+@pytest.mark.parametrize("pairs", FAST_PAIRS)
+@pytest.mark.parametrize("highest", [1000, 1_000_000])
+def test_the_fast_table_holds_the_first_pairs_in_turns_unscaled(pairs, dtype, highest):
+    positions, device = torch.randint(0, highest, (2, 70)), "cuda" if torch.cuda.is_available() else "cpu"
+    rotation = Rotation(positions.to(device), frequencies_of(1e4, 128).to(device), attention_scaling=2.0)
+    table = fast_table(rotation, pairs, dtype)
+    assert table.shape == (2, 70, 2 * pairs)
+    for place, full in enumerate(rotation.tables(torch.float32)):
+        worst = (table[..., place::2].float() - full[..., :pairs] / 2).abs().max()
+        assert worst < (4e-7 if dtype == torch.float32 else 5e-4)
+    assert fast_table(rotation, pairs, dtype) is table
 
 
 def test_narrow_shares_tables_and_keeps_the_rest():

@@ -22,6 +22,7 @@ from palu.kernels.latent_scores.layout import (
     row_strides,
     side_of,
 )
+from palu.kernels.latent_scores.tables import fast_table
 from palu.kernels.latent_scores.weights import turn_kernel, weight_kernel
 from palu.kernels.latents import LatentProjection, Latents, Stretch, stretches
 from palu.kernels.quantize import PackedLatents
@@ -177,7 +178,7 @@ def _launch_part(
     if interpolation is not None:
         starts, turns = rotation.turns(mask, length, interpolation, dtype, _launch_turns)
         weights = _launch_weights(step, part, up, rotation, mask, (starts, turns), found, first_piece)
-        table = rotation.fast_table(interpolation.fast, dtype)
+        table = fast_table(rotation, interpolation.fast, dtype)
         basis = interpolation.basis
     pieces = triton.cdiv(length, found.piece)
     positions = side.rank if rotation is None else rotation.positions

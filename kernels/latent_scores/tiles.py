@@ -16,11 +16,14 @@ CHUNK_PAIRS: tl.constexpr = tl.constexpr(16)
 
 @triton.jit
 def turn(angle):
-    """cos and sin of float32 angles, to 1e-7: reduced to a quarter turn in three parts, then the Cephes polynomials."""
+    """cos and sin of float32 angles, to 1e-7: reduced to a quarter turn in three parts, then the Cephes polynomials.
+
+    Many quarters times the first part have more digits than float32: the product must not be rounded.
+    """
     quarters = tl.floor(angle * 0.6366197723675814 + 0.5)
-    rest = angle - quarters * 1.5703125
-    rest = rest - quarters * 4.837512969970703e-4
-    rest = rest - quarters * 7.549789948768648e-8
+    rest = tl.fma(quarters, -1.5703125, angle)
+    rest = tl.fma(quarters, -4.837512969970703e-4, rest)
+    rest = tl.fma(quarters, -7.549789948768648e-8, rest)
     square = rest * rest
     sine = rest + rest * square * (-1.6666654611e-1 + square * (8.3321608736e-3 - square * 1.9515295891e-4))
     cosine = (

@@ -1,4 +1,4 @@
-"""Triton kernels that prepare a step: where blocks start, and the matrices of their slow pairs."""
+"""Triton kernels that prepare a step: tables of turns, where blocks start, and the matrices of their slow pairs."""
 
 import triton
 import triton.language as tl
@@ -7,6 +7,31 @@ from palu.kernels.latent_scores.tiles import CHUNK_PAIRS, GAPS, HIDDEN, exact_st
 
 # Blocks that are looked at together for gaps.
 CHECKED: tl.constexpr = tl.constexpr(32)
+
+
+@triton.jit(do_not_specialize=["length", "positions_b"])
+def table_kernel(
+    positions, frequencies, table, length, positions_b, positions_t,
+    PAIRS: tl.constexpr, STORED: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr, TOKENS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """cos and sin of PAIRS pairs of TOKENS tokens: pairs 0, LANES, 2 LANES, .. first.
+
+    table: [rows, length, STORED, 2]; COLUMNS: STORED padded to a power of two.
+    """
+    token, row = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.program_id(1)
+    ok = token < length
+    column = tl.arange(0, COLUMNS)
+    each: tl.constexpr = COLUMNS // LANES
+    pair = column % each * LANES + column // each
+    position = tl.load(positions + row * positions_b + token * positions_t, mask=ok, other=0).to(tl.float32)
+    frequency = tl.load(frequencies + pair, mask=pair < PAIRS, other=0.0)
+    cosine, sine = turn(position[:, None] * frequency[None, :])
+    there = (pair < PAIRS)[None, :]
+    both = tl.join(tl.where(there, cosine, 0.0), tl.where(there, sine, 0.0)).to(DTYPE)
+    place = tl.arange(0, 2 * COLUMNS)[None, :]
+    at = table + (row.to(tl.int64) * length + token)[:, None] * (2 * STORED) + place
+    tl.store(at, tl.reshape(both, (TOKENS, 2 * COLUMNS)), mask=ok[:, None] & (place < 2 * STORED))
 
 
 @triton.jit(do_not_specialize=["length", "blocks", "positions_b", "mask_b"])

@@ -29,7 +29,7 @@ def hopper_kernel(
 ):  # fmt: skip
     """Sums of value latents of a group's heads over every part-th tile of tokens, relative to their peaks.
 
-    query: [rows, GROUPS * KV * QUERIES, query_stride]; absorbed, KV is one. table: `Rotation.lane_table`. sums: float32
+    query: [rows, GROUPS * KV * QUERIES, query_stride]; absorbed, KV is one. table: `lane_table`. sums: float32
     [parts, rows, heads, RANK_STRIDE]; totals, peaks: [parts, rows, heads], as `combine_kernel` takes them.
     """
     part, group, row = gl.program_id(0), gl.program_id(1), gl.program_id(2)

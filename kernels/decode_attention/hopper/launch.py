@@ -16,6 +16,7 @@ from palu.kernels.decode_attention.hopper.values import CHUNK as KERNEL_CHUNK
 from palu.kernels.decode_attention.parts import COMBINE_PARTS, Parts
 from palu.kernels.latent_scores.launch import LOG2_E
 from palu.kernels.latent_scores.layout import DTYPES, block_memory, divisor, mask_kind, processors, row_strides, side_of
+from palu.kernels.latent_scores.tables import lane_table
 from palu.kernels.latents import LatentProjection, Latents
 from palu.kernels.rotation import Rotation
 from palu.kernels.tuning import length_class, pick, searches
@@ -179,7 +180,7 @@ def _launch(
     parts = parts_of(triton.cdiv(length, TILE), groups * rows, processors(device))
     sums = query.new_empty(parts, rows, num_heads, max(value_ranks), dtype=torch.float32)
     totals, peaks = query.new_empty(2, parts, rows, num_heads, dtype=torch.float32)
-    table = key_latents if absorbed else rotation.lane_table(query.dtype)
+    table = key_latents if absorbed else lane_table(rotation, query.dtype)
     scaling *= LOG2_E * (1.0 if rotation is None else rotation.attention_scaling)
     side, value_side = side_of(ranks, 16, device), side_of(value_ranks, 16, device)
     hopper_kernel[(parts, groups, rows)](

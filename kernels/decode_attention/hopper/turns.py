@@ -29,7 +29,7 @@ def _halves(dtype: gl.dtype) -> str:
 
 @gluon.jit
 def load_turns(table, first, table_t, length, PAIRS: gl.constexpr):
-    """Cosines and sines of a tile's tokens as words [tile, PAIRS], as `Rotation.lane_table` has them."""
+    """Cosines and sines of a tile's tokens as words [tile, PAIRS], as `lane_table` has them."""
     layout: gl.constexpr = rows_layout(PAIRS)
     # Behind the last token any numbers do.
     token = gl.minimum(first + gl.arange(0, TILE, gl.SliceLayout(1, layout)), length - 1)
