@@ -89,8 +89,6 @@ def runs_hopper_kernel(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
-# Compiled models call it as it is: the launches have nothing that a compiler could improve.
-@torch.compiler.disable
 def decode_attention(
     query: Tensor,
     key_latents: Latents,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from palu.kernels.availability import HAS_TRITON, uses_kernels
+from palu.kernels.decode_attention.compiled import compiled_decode_attention, travels
 from palu.kernels.decode_attention.reference import decode_attention as reference_decode_attention
 from palu.kernels.latents import LatentProjection, Latents
 from palu.kernels.rotation import Rotation
@@ -31,7 +32,7 @@ def decode_attention(
     """Attention of a few query tokens over latents; arguments and result as in the reference.
 
     Triton kernels compute it on a GPU, the reference elsewhere, without Triton, where `PALU_FORCE_REFERENCE` is set,
-    and where probabilities are wanted; otherwise those are None.
+    and where probabilities are wanted; otherwise those are None. To torch.compile the kernels are one call.
 
     Raises:
         ValueError: if the latents' widths do not match the ranks, or the lengths differ.
@@ -43,7 +44,11 @@ def decode_attention(
             )
     if key_latents.shape[1] != value_latents.shape[1]:
         raise ValueError(f"{key_latents.shape[1]} key latents but {value_latents.shape[1]} value latents")
-    if uses_kernels(query):
+    if uses_kernels(query) and torch.compiler.is_compiling():
+        call = (key_latents, value_latents, key, value)
+        if not with_probabilities and travels(*call, key_norm):
+            return compiled_decode_attention(query, *call, rotation, mask, scaling, key_norm, head_dim), None
+    elif uses_kernels(query):
         # Here, so that machines without a GPU need no Triton.
         from palu.kernels.decode_attention.launch import can_take
         from palu.kernels.decode_attention.launch import decode_attention as launch_decode_attention

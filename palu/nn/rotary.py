@@ -1,8 +1,11 @@
 """The rotary embedding of cached keys, by each token's own position."""
 
+import torch
 from torch import Tensor, nn
 
 from palu.core.errors import PaluError
+from palu.kernels.availability import uses_kernels
+from palu.kernels.decode_attention.compiled import own_positions
 from palu.kernels.rotation import Rotation
 
 # RoPE variants whose frequencies do not change with the length; the others would turn cached keys differently later.
@@ -38,5 +41,7 @@ class KeyRotation:
         """
         key = (kind, positions.device)
         if key not in self.rotations:
+            if torch.compiler.is_compiling() and uses_kernels(positions):
+                positions = own_positions(positions)
             self.rotations[key] = Rotation(positions, self.rotary.inv_freq, self.rotary.attention_scaling)
         return self.rotations[key]
