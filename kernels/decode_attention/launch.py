@@ -11,6 +11,7 @@ from torch import Tensor
 
 from palu.kernels.decode_attention.kernel import softmax_kernel, values_kernel
 from palu.kernels.decode_attention.parts import Parts, combine
+from palu.kernels.integers import cdiv, next_power_of_2
 from palu.kernels.latent_scores.launch import Scores, compute_dtype, launch_scores
 from palu.kernels.latent_scores.layout import DTYPES, block_memory, divisor, layout, processors, side_of
 from palu.kernels.latent_scores.op import absorbed
@@ -162,7 +163,7 @@ def _launch_values(
     per_group = num_heads // len(ranks)
     programs = max(1, config.programs * processors(device) // (rows * len(stretches_) * len(plan.group)))
     tokens = [_part_tokens(part.shape[1], programs) for part in stretches_]
-    counts = [triton.cdiv(part.shape[1], most) for part, most in zip(stretches_, tokens, strict=True)]
+    counts = [cdiv(part.shape[1], most) for part, most in zip(stretches_, tokens, strict=True)]
     sums = query.new_empty(sum(counts), rows, num_heads, max(ranks), dtype=torch.float32)
     totals, peaks, shifts = query.new_empty(3, sum(counts), rows, num_heads, dtype=torch.float32)
     weights = query.new_empty(rows, num_heads, scores.scores.shape[3], dtype=compute_dtype(query, stretches_))
@@ -174,9 +175,9 @@ def _launch_values(
             "ASYMMETRIC": asymmetric, "TILE": TILE,
         }  # fmt: skip
         numbers = (scores.scores.shape[3], start // TILE, tokens[index] // TILE, sum(counts[:index]), rows * num_heads)
-        span = triton.next_power_of_2(tokens[index])
-        at_once = min(triton.next_power_of_2(per_group), max(1, SOFTMAX_BLOCK // span))
-        softmax_kernel[(counts[index], len(ranks) * triton.cdiv(per_group, at_once), rows)](
+        span = next_power_of_2(tokens[index])
+        at_once = min(next_power_of_2(per_group), max(1, SOFTMAX_BLOCK // span))
+        softmax_kernel[(counts[index], len(ranks) * cdiv(per_group, at_once), rows)](
             scores.scores, tensors[1], weights, totals, peaks, shifts, part.shape[1], *strides[2:], *numbers,
             HEAD_BLOCKS=heads.count, KEY_GROUP=num_heads // key_groups, KV=heads.kv, QUERY_SLOTS=heads.query_slots,
             QUERIES=heads.queries, SLOTS=heads.slots, RANGE=span,
@@ -185,17 +186,17 @@ def _launch_values(
         values_kernel[(len(plan.group), counts[index], rows)](
             weights, tensors[0], sums, peaks, shifts, *_places(ranks, bits, device), plan.group, plan.column,
             part.shape[1], *strides[:2], *numbers,
-            BLOCK_HEADS=max(16, triton.next_power_of_2(per_group)), RANK_STRIDE=max(ranks), DTYPE=DTYPES[weights.dtype],
+            BLOCK_HEADS=max(16, next_power_of_2(per_group)), RANK_STRIDE=max(ranks), DTYPE=DTYPES[weights.dtype],
             ASSEMBLY=weights.dtype == torch.float16 and query.is_cuda, DIVISOR=divisor(ranks), BLOCK_RANK=plan.size,
             STAGES=config.stages, **shared,
         )  # fmt: skip
-        start += triton.cdiv(part.shape[1], scores.piece) * scores.piece
+        start += cdiv(part.shape[1], scores.piece) * scores.piece
     return Parts(sums, totals, peaks)
 
 
 def _part_tokens(length: int, programs: int) -> int:
     """Tokens of a part, so that so many programs, or a little less, share the length: whole tiles."""
-    return min(MOST_PART, triton.cdiv(triton.cdiv(length, programs), TILE) * TILE)
+    return min(MOST_PART, cdiv(cdiv(length, programs), TILE) * TILE)
 
 
 def _places(ranks: tuple[int, ...], bits: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

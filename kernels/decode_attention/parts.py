@@ -3,10 +3,10 @@
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from palu.kernels.decode_attention.kernel import combine_kernel
+from palu.kernels.integers import cdiv, next_power_of_2
 from palu.kernels.latent_scores.layout import divisor, side_of
 from palu.kernels.latents import LatentProjection
 
@@ -36,15 +36,15 @@ def combine(parts: Parts, value: LatentProjection, query: Tensor, head_dim: int)
     block = COMBINE_PARTS if parts.sums.shape[0] <= COMBINE_PARTS else 2 * COMBINE_PARTS
     # Every piece reads all parts of its head.
     out = COMBINE_OUT * block // COMBINE_PARTS
-    pieces = triton.cdiv(stride, COMBINE_RANK) if value.up is None else triton.cdiv(head_dim, out)
+    pieces = cdiv(stride, COMBINE_RANK) if value.up is None else cdiv(head_dim, out)
     combine_kernel[(rows * num_heads, pieces)](
         *parts, up, up if value.bias is None else value.bias, output, side.rank, side.offset,
         parts.sums.shape[0], rows * num_heads, up.stride(0),
         HEADS=num_heads, HEADS_PER_GROUP=per_group, QUERIES=num_heads // kv_heads, HEAD_DIM=head_dim,
         RANK_STRIDE=stride, BLOCK_RANK=COMBINE_RANK,
-        BLOCK_PARTS=block, PASSES=triton.next_power_of_2(triton.cdiv(parts.sums.shape[0], block)),
-        AHEAD=triton.cdiv(stride, COMBINE_RANK) <= MOST_AHEAD, BLOCK_OUT=out,
-        CHUNKS=triton.cdiv(stride, COMBINE_RANK),
+        BLOCK_PARTS=block, PASSES=next_power_of_2(cdiv(parts.sums.shape[0], block)),
+        AHEAD=cdiv(stride, COMBINE_RANK) <= MOST_AHEAD, BLOCK_OUT=out,
+        CHUNKS=cdiv(stride, COMBINE_RANK),
         HAS_UP=value.up is not None, HAS_BIAS=value.bias is not None, DIVISOR=divisor(ranks),
         num_warps=block // 8,
     )  # fmt: skip

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
+from palu.kernels.integers import cdiv, next_power_of_2
 from palu.kernels.latent_scores.configs import EXACT_TILE, Config, configs_for
 from palu.kernels.latent_scores.factors import PART, ordered_factor, ordered_query, padded_rank
 from palu.kernels.latent_scores.kernel import scores_kernel
@@ -56,12 +56,12 @@ class Scores(NamedTuple):
         heads, head = self.heads, torch.arange(num_heads, device=self.scores.device)
         kv_head = head // heads.queries
         group, member = kv_head // heads.per_group, kv_head % heads.per_group
-        block = group * triton.cdiv(heads.per_group, heads.kv) + member // heads.kv
+        block = group * cdiv(heads.per_group, heads.kv) + member // heads.kv
         slot = member % heads.kv * heads.query_slots + head % heads.queries
         parts, start = [], 0
         for length in lengths:
             parts.append(self.scores[:, block, slot, start : start + length])
-            start += triton.cdiv(length, self.piece) * self.piece
+            start += cdiv(length, self.piece) * self.piece
         return torch.cat(parts, dim=-1)
 
 
@@ -124,7 +124,7 @@ def _launch_parts(
     config = max((config for config, _ in configs), key=lambda config: config.tile)
     programs = max(1, config.programs * processors(query.device) // (heads.count * rows))
     piece = piece_length(config.tile, length, programs)
-    pieces = [triton.cdiv(part.shape[1], piece) for part in parts]
+    pieces = [cdiv(part.shape[1], piece) for part in parts]
     scores = query.new_empty(rows, heads.count, heads.slots, sum(pieces) * piece, dtype=torch.float32)
     found = Scores(scores, piece, heads)
     start = 0
@@ -146,7 +146,7 @@ def compute_dtype(query: Tensor, parts: Sequence[Stretch]) -> torch.dtype:
 def piece_length(tile: int, length: int, programs: int) -> int:
     """Tokens that a program takes at a time: less where that would leave programs without work."""
     piece = MOST_PIECE
-    while piece > tile and triton.cdiv(length, piece) < programs:
+    while piece > tile and cdiv(length, piece) < programs:
         piece //= 2
     return piece
 
@@ -174,13 +174,13 @@ def _launch_part(
         up = ordered_factor(key, bits, dtype)
     table = starts = basis = up
     weights = Weights(up, up, up, up)
-    blocks = triton.cdiv(length, span)
+    blocks = cdiv(length, span)
     if interpolation is not None:
         starts, turns = rotation.turns(mask, length, interpolation, dtype, _launch_turns)
         weights = _launch_weights(step, part, up, rotation, mask, (starts, turns), found, first_piece)
         table = fast_table(rotation, interpolation.fast, dtype)
         basis = interpolation.basis
-    pieces = triton.cdiv(length, found.piece)
+    pieces = cdiv(length, found.piece)
     positions = side.rank if rotation is None else rotation.positions
     scores_kernel[(min(pieces, programs), heads.count, rows)](
         query, *tensors, up, up if key.bias is None else key.bias, up if key_norm is None else key_norm.weight, table,
@@ -211,7 +211,7 @@ def _launch_turns(
     """Every block's first position and what turns the basis there; the same for all layers of a forward pass."""
     positions, device = rotation.positions, rotation.positions.device
     pairs, rows = rotation.frequencies.shape[0], max(positions.shape[0], 1 if mask is None else mask.shape[0])
-    blocks, slow = triton.cdiv(length, interpolation.span), slow_pairs(pairs, interpolation)
+    blocks, slow = cdiv(length, interpolation.span), slow_pairs(pairs, interpolation)
     starts = torch.empty(rows, blocks, dtype=torch.int32, device=device)
     turns = torch.empty(rows, blocks, interpolation.columns, 2, slow, dtype=dtype, device=device)
     turn_kernel[(blocks, rows)](
@@ -245,7 +245,7 @@ class Weights(NamedTuple):
 
 def slow_pairs(pairs: int, interpolation: Interpolation) -> int:
     """Interpolated pairs, padded for the matrix units."""
-    return max(16, triton.next_power_of_2(pairs - interpolation.fast))
+    return max(16, next_power_of_2(pairs - interpolation.fast))
 
 
 def _launch_weights(
@@ -267,10 +267,10 @@ def _launch_weights(
         query.new_empty(rows, heads.count, max(1, fast), rank, dtype=dtype),
         query.new_empty((rows, heads.count, max(1, fast)) if key.bias is not None else (1,), dtype=torch.float32),
     )
-    tiles = triton.cdiv(blocks * interpolation.columns, WEIGHT_ROWS)
+    tiles = cdiv(blocks * interpolation.columns, WEIGHT_ROWS)
     programs = max(1, WEIGHT_PROGRAMS * processors(query.device) // (num_heads * rows))
-    together = triton.cdiv(tiles, programs)
-    weight_kernel[(triton.cdiv(tiles, together), num_heads, rows)](
+    together = cdiv(tiles, programs)
+    weight_kernel[(cdiv(tiles, together), num_heads, rows)](
         query, *tensors, up, up if key.bias is None else key.bias, rotation.positions,
         rotation.frequencies.to(query.device, torch.float32), up if mask is None else mask, starts, turns,
         *weights, found.scores, *side, part.shape[1], blocks, *strides, up.stride(0), *row_strides(rotation.positions),

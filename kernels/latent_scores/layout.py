@@ -4,10 +4,10 @@ import functools
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from palu.kernels.integers import cdiv, next_power_of_2
 from palu.kernels.latents import Stretch
 from palu.kernels.quantize import PackedLatents
 
@@ -45,11 +45,11 @@ class Side(NamedTuple):
 def head_blocks(heads_per_group: int, groups: int, queries: int, memory: int) -> HeadBlocks:
     """Blocks for groups of kv heads with `queries` query heads each, on a device with so much memory per block."""
     most = MOST_KV[queries > 1] if memory >= LARGE_BLOCK else SMALL_KV
-    query_slots = triton.next_power_of_2(queries)
-    kv = max(1, min(most, triton.next_power_of_2(heads_per_group), MOST_SLOTS // query_slots))
+    query_slots = next_power_of_2(queries)
+    kv = max(1, min(most, next_power_of_2(heads_per_group), MOST_SLOTS // query_slots))
     if queries > 1 and kv * query_slots < LEAST_SLOTS:
         query_slots = LEAST_SLOTS
-    count = triton.cdiv(heads_per_group, kv) * groups
+    count = cdiv(heads_per_group, kv) * groups
     return HeadBlocks(heads_per_group, kv, queries, query_slots, max(8, kv * query_slots), count)
 
 

@@ -1,9 +1,9 @@
 """Cosines and sines of cached tokens, made once per forward pass in one launch and shared by the layers."""
 
 import torch
-import triton
 from torch import Tensor
 
+from palu.kernels.integers import cdiv, next_power_of_2
 from palu.kernels.latent_scores.layout import DTYPES, row_strides
 from palu.kernels.latent_scores.weights import table_kernel
 from palu.kernels.rotation import Rotation
@@ -26,7 +26,7 @@ def lane_table(rotation: Rotation, dtype: torch.dtype) -> Tensor:
     [batch or 1, length, columns]: head_dim padded to a power of two with zeros, the numbers of pairs 0, 4, 8, .. first.
     """
     pairs = rotation.frequencies.shape[0]
-    columns = triton.next_power_of_2(pairs)
+    columns = next_power_of_2(pairs)
     return rotation.kept(("lanes", dtype), lambda: _table(rotation, pairs, columns, 4, dtype))
 
 
@@ -35,9 +35,9 @@ def _table(rotation: Rotation, pairs: int, stored: int, lanes: int, dtype: torch
     rows, length = positions.shape
     table = torch.empty(rows, length, 2 * stored, dtype=dtype, device=positions.device)
     frequencies = rotation.frequencies.to(positions.device, torch.float32)
-    table_kernel[(triton.cdiv(length, TOKENS), rows)](
+    table_kernel[(cdiv(length, TOKENS), rows)](
         positions, frequencies, table, length, *row_strides(positions),
-        PAIRS=pairs, STORED=stored, COLUMNS=triton.next_power_of_2(stored), LANES=lanes, TOKENS=TOKENS,
+        PAIRS=pairs, STORED=stored, COLUMNS=next_power_of_2(stored), LANES=lanes, TOKENS=TOKENS,
         DTYPE=DTYPES[dtype],
     )  # fmt: skip
     return table

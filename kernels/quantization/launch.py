@@ -1,9 +1,9 @@
 """Launches the quantisation kernel: what it can take, its grid, its buffers."""
 
 import torch
-import triton
 from torch import Tensor
 
+from palu.kernels.integers import next_power_of_2
 from palu.kernels.latent_scores.layout import side_of
 from palu.kernels.packing import packed_width
 from palu.kernels.quantization.kernel import quantize_kernel
@@ -33,7 +33,7 @@ def launch_quantize(latents: Tensor, quantization: Quantization) -> PackedLatent
             rows, clips, codes, parameters, *side_of(quantization.widths, bits, latents.device),
             rows.stride(0), codes.stride(0), parameters.stride(0), SMALLEST_SCALE, LARGEST_ZERO_POINT,
             BITS=bits, PIECES=8 if bits == 3 else 8 // bits, SYMMETRIC=quantization.symmetric,
-            HAS_CLIPS=bool(quantization.clip_ratios), BLOCK=triton.next_power_of_2(max(quantization.widths)),
+            HAS_CLIPS=bool(quantization.clip_ratios), BLOCK=next_power_of_2(max(quantization.widths)),
         )  # fmt: skip
     shape = (batch, length, -1)
     return PackedLatents.of(codes.view(shape), parameters.view(shape), quantization)

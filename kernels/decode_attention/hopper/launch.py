@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from palu.kernels.decode_attention.hopper.common import TILE as KERNEL_TILE
@@ -14,6 +13,7 @@ from palu.kernels.decode_attention.hopper.kernel import hopper_kernel
 from palu.kernels.decode_attention.hopper.rotated import LEAST as KERNEL_LEAST
 from palu.kernels.decode_attention.hopper.values import CHUNK as KERNEL_CHUNK
 from palu.kernels.decode_attention.parts import COMBINE_PARTS, Parts
+from palu.kernels.integers import cdiv, next_power_of_2
 from palu.kernels.latent_scores.launch import LOG2_E
 from palu.kernels.latent_scores.layout import DTYPES, block_memory, divisor, mask_kind, processors, row_strides, side_of
 from palu.kernels.latent_scores.tables import lane_table
@@ -72,24 +72,25 @@ class Heads(NamedTuple):
     slots: int
 
 
+@functools.lru_cache(maxsize=4096)
 def heads_of(num_heads: int, groups: int, kv: int | None) -> Heads:
     """The heads of one group of so many kv heads; None: keys are absorbed, all queries have the group for a kv head."""
     queries = num_heads // groups // (kv or 1)
     if kv is None:
-        slots = max(LEAST, triton.next_power_of_2(queries))
+        slots = max(LEAST, next_power_of_2(queries))
         return Heads("absorbed", 1, queries, slots, 1, slots, slots)
     if queries == 1:
-        slots = max(LEAST, triton.next_power_of_2(kv))
+        slots = max(LEAST, next_power_of_2(kv))
         return Heads("folded", kv, 1, 1, kv, slots, slots)
-    query_slots = triton.next_power_of_2(queries)
+    query_slots = next_power_of_2(queries)
     together = max(1, min(LEAST // query_slots, kv))
-    slots = triton.next_power_of_2(LEAST * triton.cdiv(kv, together))
+    slots = next_power_of_2(LEAST * cdiv(kv, together))
     return Heads("rotated", kv, queries, query_slots, together, LEAST, slots)
 
 
 def padded_rank(ranks: Sequence[int]) -> int:
     """Latents that a program reads of each group of keys."""
-    return max(LEAST_RANK, triton.next_power_of_2(max(ranks)))
+    return max(LEAST_RANK, next_power_of_2(max(ranks)))
 
 
 def can_take(
@@ -120,7 +121,7 @@ def plans_for(
     all_of_them: bool,
 ) -> tuple[Plan, ...]:
     """How much may be under way at a time in a block of so much shared memory: the best, or all plans that fit."""
-    rank, wide = padded_rank(key_ranks), triton.next_power_of_2(head_dim)
+    rank, wide = padded_rank(key_ranks), next_power_of_2(head_dim)
     rebuilt = heads.mode != "absorbed"
     if heads.slots > MOST_SLOTS or (heads.mode == "rotated" and heads.query_slots > LEAST):
         return ()
@@ -131,7 +132,7 @@ def plans_for(
     kept = heads.kv * wide * rank if rebuilt else heads.slots * rank
     if heads.mode == "rotated":
         kept += heads.kv * wide * LEAST
-    chunks = triton.cdiv(max(value_ranks), CHUNK)
+    chunks = cdiv(max(value_ranks), CHUNK)
     if chunks * heads.slots > MOST_SUMS:
         return ()
     value_width = chunks * CHUNK
@@ -147,8 +148,8 @@ def plans_for(
 @functools.lru_cache(maxsize=4096)
 def parts_of(tiles: int, others: int, processors: int) -> int:
     """Programs that share the tiles, where there are so many others at a time: those that end first, if in waves."""
-    most = max(1, min(tiles, MOST_PARTS, triton.cdiv(4 * processors, others)))
-    times = {n: triton.cdiv(n * others, processors) * (triton.cdiv(tiles, n) + START) for n in range(1, most + 1)}
+    most = max(1, min(tiles, MOST_PARTS, cdiv(4 * processors, others)))
+    times = {n: cdiv(n * others, processors) * (cdiv(tiles, n) + START) for n in range(1, most + 1)}
     return min(times, key=lambda parts: (times[parts], parts))
 
 
@@ -177,7 +178,7 @@ def _launch(
     rows, num_heads, width = query.shape
     absorbed, groups, length, device = key.up is None, len(key.ranks), key_latents.shape[1], query.device
     ranks, value_ranks = tuple(key.ranks), tuple(value.ranks)
-    parts = parts_of(triton.cdiv(length, TILE), groups * rows, processors(device))
+    parts = parts_of(cdiv(length, TILE), groups * rows, processors(device))
     sums = query.new_empty(parts, rows, num_heads, max(value_ranks), dtype=torch.float32)
     totals, peaks = query.new_empty(2, parts, rows, num_heads, dtype=torch.float32)
     table = key_latents if absorbed else lane_table(rotation, query.dtype)
@@ -190,9 +191,9 @@ def _launch(
         *((0, 0) if absorbed else row_strides(table)), *((0, 0) if mask is None else row_strides(mask)),
         query.stride(1), rows * num_heads, scaling,
         MODE=heads.mode, GROUPS=groups, KV=heads.kv, QUERIES=heads.queries, QUERY_SLOTS=heads.query_slots,
-        SLOTS=heads.slots, QUERY_ROWS=rows_per_latent, WIDTH=width, WIDE=triton.next_power_of_2(width),
+        SLOTS=heads.slots, QUERY_ROWS=rows_per_latent, WIDTH=width, WIDE=next_power_of_2(width),
         RANK=padded_rank(ranks), KEY_STAGES=plan.key_stages, KEY_DIVISOR=divisor(ranks),
-        CHUNKS=triton.cdiv(max(value_ranks), CHUNK), STEP=plan.step, VALUE_STAGES=plan.value_stages,
+        CHUNKS=cdiv(max(value_ranks), CHUNK), STEP=plan.step, VALUE_STAGES=plan.value_stages,
         VALUE_DIVISOR=divisor(value_ranks), RANK_STRIDE=max(value_ranks), MASK=mask_kind(mask),
         DTYPE=DTYPES[query.dtype], TOGETHER=heads.together, COLUMNS=heads.columns, VALUE_REGISTERS=VALUE_REGISTERS,
         num_warps=4,
