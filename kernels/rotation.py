@@ -143,20 +143,22 @@ class Rotation:
 
     def tables(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin of every pair, scaled: [batch or 1, length, head_dim]."""
-        key = ("all", dtype)
-        if key not in self._tables:
+
+        def make() -> tuple[Tensor, ...]:
             # float32 products as in transformers, so that both round alike.
             angles = self.positions[..., None].float() * self.frequencies.to(self.positions.device, torch.float32)
-            cos, sin = angles.cos(), angles.sin()
-            tables = (torch.cat([table, table], dim=-1) * self.attention_scaling for table in (cos, sin))
-            self._tables[key] = tuple(table.to(dtype) for table in tables)
-        return self._tables[key]
+            tables = (
+                torch.cat([table, table], dim=-1) * self.attention_scaling for table in (angles.cos(), angles.sin())
+            )
+            return tuple(table.to(dtype) for table in tables)
 
-    def kept(self, key: tuple, make: Callable[[], Tensor]) -> Tensor:
-        """A table [batch or 1, length, ...] of these positions, made once for all layers that share them."""
+        return self.kept(("all", dtype), make)
+
+    def kept(self, key: tuple, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Tables of these positions, [batch or 1, length, ...] (but for TURNS), made once for all layers."""
         if key not in self._tables:
-            self._tables[key] = (make(),)
-        return self._tables[key][0]
+            self._tables[key] = make()
+        return self._tables[key]
 
     def turns(
         self, mask: Tensor | None, length: int, interpolation: Interpolation, dtype: torch.dtype, make: Callable
@@ -164,9 +166,7 @@ class Rotation:
         """What `make` returns for these positions and this mask, made once for all layers that share them."""
         at = None if mask is None else (mask.data_ptr(), mask.shape, mask.stride(), mask.dtype)
         key = (TURNS, at, length, interpolation.fast, interpolation.span, interpolation.columns, dtype)
-        if key not in self._tables:
-            self._tables[key] = make(self, mask, length, interpolation, dtype)
-        return self._tables[key]
+        return self.kept(key, lambda: make(self, mask, length, interpolation, dtype))
 
     def interpolation(self, queries: int, dtype: torch.dtype) -> Interpolation | None:
         """How slow pairs are interpolated for so many query heads per kv head."""

@@ -195,10 +195,11 @@ def compiled(function, launch, architecture, folder):
     # A product over fewer numbers than the matrix units add up, which Triton may make of a sum, is computed wrong.
     row["narrow"] = bool(re.search(r"tt\.dot .*tensor<\d+x[248]xf\d+, #ttg\.dot_op<{opIdx = 0", kernel.asm["ttgir"]))
     row |= {"asynchronous": "cp.async" in kernel.asm["ptx"], "registers": int(re.search(r"REG:(\d+)", usage)[1])}
-    # Multiply-adds that the assembler drops because it takes results of different products for the same.
-    code = subprocess.run([TOOLS / "nvdisasm", "-c", binary], capture_output=True, text=True, check=True).stdout
-    written, kept = (len(re.findall(what, text)) for what, text in ((WRITTEN, kernel.asm["ptx"]), (KEPT, code)))
-    row["dropped"] = 1 - kept / max(1, written)
+    if function.is_gluon():
+        # Multiply-adds that the assembler drops because it takes results of different products for the same.
+        code = subprocess.run([TOOLS / "nvdisasm", "-c", binary], capture_output=True, text=True, check=True).stdout
+        written, kept = (len(re.findall(what, text)) for what, text in ((WRITTEN, kernel.asm["ptx"]), (KEPT, code)))
+        row["dropped"] = 1 - kept / written
     row["spilled"] = max(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
     return row
 

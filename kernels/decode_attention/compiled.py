@@ -72,12 +72,15 @@ def compiled_decode_attention(
             bits.append(kind)
         bits.append(0)
     turned = rotation is not None
+    _, num_heads, _, width = query.shape
+    of_each_group = num_heads // len(value.ranks) * sum(value.ranks)
+    features = of_each_group if value.up is None else num_heads * (head_dim or width)
     return _decode_attention(
         query, tensors, bits, key.up, key.bias, list(key.ranks), value.up, value.bias, list(value.ranks),
         rotation.positions if turned else None, rotation.frequencies if turned else None,
         rotation.attention_scaling if turned else 1.0, rotation.tolerance if turned else 0.0, mask, scaling,
         None if key_norm is None else key_norm.weight, 0.0 if key_norm is None else key_norm.variance_epsilon,
-        head_dim or 0,
+        head_dim or 0, features,
     )  # fmt: skip
 
 
@@ -109,6 +112,7 @@ def _decode_attention(
     key_ranks: Sequence[int], value_up: Tensor | None, value_bias: Tensor | None, value_ranks: Sequence[int],
     positions: Tensor | None, frequencies: Tensor | None, attention_scaling: float, tolerance: float,
     mask: Tensor | None, scaling: float, norm_weight: Tensor | None, norm_epsilon: float, head_dim: int,
+    features: int,
 ) -> Tensor:  # fmt: skip
     # Here, so that machines without a GPU need no Triton.
     from palu.kernels.decode_attention.launch import can_take, decode_attention
@@ -128,13 +132,6 @@ def _decode_attention(
 
 
 @_decode_attention.register_fake
-def _(
-    query: Tensor, tensors: Sequence[Tensor], bits: Sequence[int], key_up: Tensor | None, key_bias: Tensor | None,
-    key_ranks: Sequence[int], value_up: Tensor | None, value_bias: Tensor | None, value_ranks: Sequence[int],
-    positions: Tensor | None, frequencies: Tensor | None, attention_scaling: float, tolerance: float,
-    mask: Tensor | None, scaling: float, norm_weight: Tensor | None, norm_epsilon: float, head_dim: int,
-) -> Tensor:  # fmt: skip
-    batch, num_heads, queries, width = query.shape
-    of_each_group = num_heads // len(value_ranks) * sum(value_ranks)
-    features = of_each_group if value_up is None else num_heads * (head_dim or width)
-    return query.new_empty(batch, queries, features)
+def _(query: Tensor, *others: Any) -> Tensor:
+    batch, _, queries, _ = query.shape
+    return query.new_empty(batch, queries, others[-1])

@@ -141,12 +141,13 @@ def launch_values(
     per_group = query.shape[1] // len(value.ranks)
     packed = any(isinstance(part, PackedLatents) for part in stretches(latents))
     first = CONFIGS["many heads" if per_group >= MANY_HEADS else "codes" if packed else "numbers"]
-    candidates = [first, *(config for config in GRID if searches() and config != first)]
-    kinds = tuple(layout(part)[2:] for part in stretches(latents))
     call = (scores, latents, value, query, rows_per_latent, key_groups)
+    if not searches():
+        return _launch_values(first, *call)
+    kinds = tuple(layout(part)[2:] for part in stretches(latents))
     config = pick(
         ("values", query.shape, tuple(value.ranks), kinds, query.dtype, length_class(latents.shape[1])),
-        candidates, lambda config: _launch_values(config, *call), query.device,
+        tuple(dict.fromkeys((first, *GRID))), lambda config: _launch_values(config, *call), query.device,
     )  # fmt: skip
     return _launch_values(config, *call)
 

@@ -8,7 +8,6 @@ from palu.kernels.latent_scores.layout import LARGE_BLOCK, HeadBlocks
 from palu.kernels.latents import Stretch
 from palu.kernels.quantize import PackedLatents
 from palu.kernels.rotation import Interpolation
-from palu.kernels.tuning import searches
 
 # Tokens of a tile where all pairs are rebuilt.
 EXACT_TILE = 64
@@ -42,16 +41,22 @@ RESERVED, MOST_KEPT = 8 << 10, 256
 
 
 def configs_for(
-    part: Stretch, rank: int, heads: HeadBlocks, interpolation: Interpolation | None, absorbed: bool, memory: int
+    part: Stretch,
+    rank: int,
+    heads: HeadBlocks,
+    interpolation: Interpolation | None,
+    absorbed: bool,
+    memory: int,
+    all_of_them: bool,
 ) -> list[tuple[Config, bool]]:
     """Launch configurations for latents of some padded rank, the best first, and whether programs keep all columns.
 
     Columns are what latents are multiplied with; otherwise they are read again for every tile. memory: shared memory
-    that a block may have. One configuration, unless the environment asks for the full search.
+    that a block may have. One configuration, or all that fit.
     """
     if interpolation is None and not absorbed:
         others = [config for config in GRID if config.tile == EXACT_TILE and config.stages == 1]
-        return [(config, False) for config in (EXACT, *(others if searches() else ()))]
+        return [(config, False) for config in (EXACT, *(others if all_of_them else ()))]
     packed = isinstance(part, PackedLatents)
     itemsize = 2 if packed else part.itemsize
     if itemsize > 2:
@@ -60,7 +65,7 @@ def configs_for(
         candidates = CONFIGS["wide codes" if rank > PART else "codes"]
     else:
         candidates = CONFIGS["numbers" if memory >= LARGE_BLOCK else "numbers, small blocks"]
-    candidates = (*candidates, ONE_STAGE, *(GRID if searches() else ()))
+    candidates = (*candidates, ONE_STAGE, *(GRID if all_of_them else ()))
     bits = part.quantization.bits if packed else 8 * itemsize
     fitting = []
     if rank <= (MOST_KEPT if memory >= LARGE_BLOCK else PART) or absorbed:
@@ -68,7 +73,7 @@ def configs_for(
             if _shared_memory(config, rank, bits, itemsize, heads, interpolation, memory) <= memory - RESERVED:
                 fitting.append((config, True))
     fitting.append((STREAMED, False))
-    return fitting if searches() else fitting[:1]
+    return fitting if all_of_them else fitting[:1]
 
 
 def _shared_memory(

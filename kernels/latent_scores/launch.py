@@ -27,7 +27,7 @@ from palu.kernels.latent_scores.weights import turn_kernel, weight_kernel
 from palu.kernels.latents import LatentProjection, Latents, Stretch, stretches
 from palu.kernels.quantize import PackedLatents
 from palu.kernels.rotation import Interpolation, Rotation
-from palu.kernels.tuning import length_class, pick
+from palu.kernels.tuning import length_class, pick, searches
 
 LOG2_E = 1.4426950408889634
 # Tokens that a program takes on at a time, and tokens per block where nothing is interpolated.
@@ -98,7 +98,10 @@ def launch_scores(
     scaling *= LOG2_E * (1.0 if rotation is None else rotation.attention_scaling)
     step = Step(query, key, key_norm, interpolation, rows_per_latent, scaling, heads)
     rank = padded_rank(tuple(key.ranks))
-    fitting = [configs_for(part, rank, heads, interpolation, key.up is None, memory) for part in parts]
+    search = searches()
+    fitting = [configs_for(part, rank, heads, interpolation, key.up is None, memory, search) for part in parts]
+    if not search:
+        return _launch_parts(step, parts, [configs[0] for configs in fitting], rotation, mask)
     # A search tries all configurations of the longest stretch with the first ones of the others.
     longest = max(range(len(parts)), key=lambda index: parts[index].shape[1])
     choices = [

@@ -17,7 +17,7 @@ def fast_table(rotation: Rotation, pairs: int, dtype: torch.dtype) -> Tensor:
 
     Angles are float32 products as in transformers, so that both round alike; not scaled.
     """
-    return rotation.kept(("fast", pairs, dtype), lambda: _table(rotation, pairs, pairs, 1, dtype))
+    return rotation.kept(("fast", pairs, dtype), lambda: (_table(rotation, pairs, pairs, 1, dtype),))[0]
 
 
 def lane_table(rotation: Rotation, dtype: torch.dtype) -> Tensor:
@@ -27,7 +27,7 @@ def lane_table(rotation: Rotation, dtype: torch.dtype) -> Tensor:
     """
     pairs = rotation.frequencies.shape[0]
     columns = next_power_of_2(pairs)
-    return rotation.kept(("lanes", dtype), lambda: _table(rotation, pairs, columns, 4, dtype))
+    return rotation.kept(("lanes", dtype), lambda: (_table(rotation, pairs, columns, 4, dtype),))[0]
 
 
 def _table(rotation: Rotation, pairs: int, stored: int, lanes: int, dtype: torch.dtype) -> Tensor:

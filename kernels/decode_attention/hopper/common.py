@@ -4,6 +4,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
+from palu.kernels.latent_scores.tiles import HIDING
+
 # Their names changed between versions of Triton.
 synchronize = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 copy_to_shared = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
@@ -11,8 +13,6 @@ WARPS: gl.constexpr = gl.constexpr(4)
 TILE: gl.constexpr = gl.constexpr(64)
 # Tiles whose masks are looked at together.
 LOOKED_AT: gl.constexpr = gl.constexpr(32)
-# An additive mask hides from here on.
-HIDING: gl.constexpr = gl.constexpr(-30000.0)
 
 
 @gluon.constexpr_function

@@ -164,8 +164,11 @@ def launch(
     _, num_heads, width = query.shape
     ranks, device = (tuple(key.ranks), tuple(value.ranks)), query.device
     heads = heads_of(num_heads, len(key.ranks), None if key.up is None else key.up.shape[0] // width)
-    plans = plans_for(heads, width, *ranks, block_memory(device), searches())
+    search = searches()
+    plans = plans_for(heads, width, *ranks, block_memory(device), search)
     call = (heads, query, key_latents, value_latents, key, value, rotation, mask, rows_per_latent, scaling)
+    if not search:
+        return _launch(plans[0], *call)
     length = length_class(key_latents.shape[1])
     shape_class = ("hopper", heads, query.shape, *ranks, query.dtype, mask_kind(mask), length)
     return _launch(pick(shape_class, plans, lambda plan: _launch(plan, *call), device), *call)

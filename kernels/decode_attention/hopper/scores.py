@@ -22,8 +22,7 @@ from palu.kernels.decode_attention.hopper.common import (
 from palu.kernels.decode_attention.hopper.folded import fold, load_pairs, weighed
 from palu.kernels.decode_attention.hopper.rotated import LEAST, load_queries, rotated, store_queries
 from palu.kernels.decode_attention.hopper.turns import load_turns
-
-LOG2_E: gl.constexpr = gl.constexpr(1.4426950408889634)
+from palu.kernels.latent_scores.tiles import LOG2_E
 
 
 @gluon.jit
@@ -157,6 +156,7 @@ def score_rebuilt(
                 # All products of this tile's latents are done.
                 synchronize()
                 if not FOLDED:
+                    # No sooner: before, registers hold what the second product reads.
                     next_turns = load_turns(table, token + step * TILE, table_t, length, WIDE // 2)
             ahead = warpgroup_mma(
                 ring.index((done + (head + AHEAD) // KV) % STAGES),

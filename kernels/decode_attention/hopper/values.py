@@ -11,8 +11,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from palu.kernels.decode_attention.hopper.common import TILE, WARPS, bits_of, copy_rows, synchronize
+from palu.kernels.decode_attention.kernel import LOWEST
 
-LOWEST: gl.constexpr = gl.constexpr(-1e30)
 # Weights are 2 ** HEADROOM where they are relative to the largest score so far, and never more than 2 ** MOST.
 HEADROOM: gl.constexpr = gl.constexpr(8.0)
 MOST: gl.constexpr = gl.constexpr(15.0)
@@ -37,6 +37,15 @@ def _rescaled(sums, factor):
     for chunk in gl.static_range(len(sums)):
         by_column = gl.convert_layout(factor, gl.SliceLayout(0, sums[chunk].type.layout))
         result = result + (sums[chunk] * by_column[None, :],)
+    return result
+
+
+@gluon.jit
+def _there(sums):
+    """Sums of which all products are done."""
+    result = ()
+    for chunk in gl.static_range(len(sums)):
+        result = result + (warpgroup_mma_wait(0, deps=[sums[chunk]]),)
     return result
 
 
@@ -135,10 +144,7 @@ def weigh_values(
             async_copy.wait_group(STAGES - 2)
             fence_async_shared()
             if part > 0:
-                waited = ()
-                for chunk in gl.static_range(CHUNKS):
-                    waited = waited + (warpgroup_mma_wait(0, deps=[summed[chunk]]),)
-                summed = waited
+                summed = _there(summed)
             synchronize()
             if part == 0:
                 # All have read the scores.
@@ -151,10 +157,7 @@ def weigh_values(
             summed = started
             ahead = number + STAGES - 1
             _copy_step(rings, ahead % STAGES, latents, first, step, begin, end, ahead, latents_t, length, rank)
-        waited = ()
-        for chunk in gl.static_range(CHUNKS):
-            waited = waited + (warpgroup_mma_wait(0, deps=[summed[chunk]]),)
-        summed = waited
+        summed = _there(summed)
     async_copy.wait_group(0)
     gl.store(totals + out + head, gl.sum(total, 1), mask=there)
     gl.store(peaks + out + head, reference, mask=there)
