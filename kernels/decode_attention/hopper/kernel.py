@@ -6,95 +6,132 @@ multiprocessor can read. Keys are rebuilt whole, with the group's up factor in s
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from palu.kernels.decode_attention.hopper.common import TILE, synchronize, visible_tiles
-from palu.kernels.decode_attention.hopper.rotated import LEAST
+from palu.kernels.decode_attention.hopper.operands import swizzled
+from palu.kernels.decode_attention.hopper.prologue import load_queries
 from palu.kernels.decode_attention.hopper.scores import score_absorbed, score_rebuilt
+from palu.kernels.decode_attention.hopper.turns import LEAST
 from palu.kernels.decode_attention.hopper.values import CHUNK, weigh_values
 
 
 @gluon.jit(do_not_specialize=["length", "table_b", "mask_b", "rows_heads"])
 def hopper_kernel(
-    query, keys, values, up, table, mask, sums, totals, peaks,
+    query, keys, values, up, table, mask, key_parameters, value_parameters, sums, totals, peaks,
     key_rank_of, key_offset_of, value_rank_of, value_offset_of,
-    length, keys_b, keys_t, values_b, values_t, up_stride, table_b, table_t, mask_b, mask_t, query_stride,
-    rows_heads, scaling,
+    length, keys_b, keys_t, values_b, values_t, key_parameters_b, key_parameters_t, value_parameters_b,
+    value_parameters_t, up_stride, table_b, table_t, mask_b, mask_t, query_stride, rows_heads, scaling,
     MODE: gl.constexpr, GROUPS: gl.constexpr, KV: gl.constexpr, QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr,
     SLOTS: gl.constexpr, QUERY_ROWS: gl.constexpr, WIDTH: gl.constexpr, WIDE: gl.constexpr, RANK: gl.constexpr,
     KEY_STAGES: gl.constexpr, KEY_DIVISOR: gl.constexpr, CHUNKS: gl.constexpr, STEP: gl.constexpr,
     VALUE_STAGES: gl.constexpr, VALUE_DIVISOR: gl.constexpr, RANK_STRIDE: gl.constexpr, MASK: gl.constexpr,
-    DTYPE: gl.constexpr, TOGETHER: gl.constexpr,
-    COLUMNS: gl.constexpr, VALUE_REGISTERS: gl.constexpr,
+    DTYPE: gl.constexpr, UP_DTYPE: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr, BITS: gl.constexpr,
+    ASYMMETRIC: gl.constexpr, SCORE_REGISTERS: gl.constexpr, VALUE_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Sums of value latents of a group's heads over every part-th tile of tokens, relative to their peaks.
 
-    query: [rows, GROUPS * KV * QUERIES, query_stride]; absorbed, KV is one. table: `lane_table`. sums: float32
-    [parts, rows, heads, RANK_STRIDE]; totals, peaks: [parts, rows, heads], as `combine_kernel` takes them.
+    query: [rows, GROUPS * KV * QUERIES, query_stride]; absorbed, KV is one. keys, values: of codes, bytes. table:
+    `lane_table`. parameters: of codes, scales of every group, with their zero points behind them if ASYMMETRIC.
+    sums: float32 [parts, rows, heads, RANK_STRIDE]; totals, peaks: [parts, rows, heads], as `combine_kernel` takes
+    them.
     """
     part, group, row = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     parts = gl.num_programs(0)
-    at_row = row // QUERY_ROWS
-    dtype: gl.constexpr = DTYPE
-    rank = gl.multiple_of(gl.load(key_rank_of + group), KEY_DIVISOR)
+    at_row = (row // QUERY_ROWS).to(gl.int64)
+    key_rank = gl.multiple_of(gl.load(key_rank_of + group), KEY_DIVISOR)
     value_rank = gl.multiple_of(gl.load(value_rank_of + group), VALUE_DIVISOR)
     key_offset = gl.multiple_of(gl.load(key_offset_of + group), KEY_DIVISOR)
     value_offset = gl.multiple_of(gl.load(value_offset_of + group), VALUE_DIVISOR)
-    at_keys = keys + at_row.to(gl.int64) * keys_b + key_offset
-    at_values = values + at_row.to(gl.int64) * values_b + value_offset
+    at_keys, at_values = keys + at_row * keys_b, values + at_row * values_b
+    if BITS < 16:
+        PARAMETERS: gl.constexpr = 2 if ASYMMETRIC else 1
+        key_parameters += at_row * key_parameters_b + group * PARAMETERS
+        value_parameters += at_row * value_parameters_b + group * PARAMETERS
+        # Codes are copied and read in units of 16 bits.
+        at_keys = at_keys.to(gl.pointer_type(gl.int16), bitcast=True)
+        at_values = at_values.to(gl.pointer_type(gl.int16), bitcast=True)
+        keys_t, values_t = keys_t // 2, values_t // 2
+    at_keys += gl.multiple_of(key_offset * BITS // 16, 8)
+    at_values += gl.multiple_of(value_offset * BITS // 16, 8)
     first_head = (row * GROUPS + group) * (KV * QUERIES)
     at_query = query + first_head * query_stride
-    swizzled: gl.constexpr = gl.NVMMASharedLayout(128 if RANK >= 64 else 2 * RANK, 16, rank=2)
-    key_ring = gl.allocate_shared_memory(dtype, [KEY_STAGES, TILE, RANK], swizzled)
+    stored: gl.constexpr = DTYPE if BITS == 16 else gl.int16
+    key_units: gl.constexpr = RANK * BITS // 16
+    value_units: gl.constexpr = CHUNK * BITS // 16
     # A buffer for each chunk, so that the compiler sees that copies do not overlap.
     value_rings = ()
     for _ in gl.static_range(CHUNKS):
-        ring = gl.allocate_shared_memory(dtype, [VALUE_STAGES, STEP, CHUNK], gl.NVMMASharedLayout(128, 16, rank=2))
+        ring = gl.allocate_shared_memory(stored, [VALUE_STAGES, STEP, value_units], swizzled(value_units))
         value_rings = value_rings + (ring,)
-    weights = gl.allocate_shared_memory(dtype, [TILE // STEP, SLOTS, STEP], gl.NVMMASharedLayout(2 * STEP, 16, rank=2))
+    weights = gl.allocate_shared_memory(DTYPE, [TILE // STEP, SLOTS, STEP], swizzled(STEP))
     found = gl.allocate_shared_memory(gl.float32, [2, TILE, SLOTS], gl.SwizzledSharedLayout(1, 1, 1, [0, 1]))
+    # Of a tile's values: one over the scale, the shift.
+    scales = gl.allocate_shared_memory(gl.float32, [4, TILE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for buffer in gl.static_range(2):
         mbarrier.init(full.index(buffer), count=1)
         mbarrier.init(empty.index(buffer), count=1)
+    mbarrier.init(ready, count=2)
     # The program's tiles: every parts-th one, so that all have as many visible ones.
     count = gl.maximum(0, gl.cdiv(gl.cdiv(length, TILE) - part, parts))
     begin, end = visible_tiles(mask, row * mask_b, mask_t, part, parts, count, length, MASK)
+    tiles = (part, parts, begin, end, length)
     out = part * rows_heads + first_head
+    to_values = (
+        found, scales, full, empty, value_rings, weights, tiles, at_values, sums, totals, peaks, value_rank, values_t,
+        out,
+    )  # fmt: skip
+    key_units_there = key_rank * BITS // 16
     if MODE == "absorbed":
-        queries = gl.allocate_shared_memory(dtype, [SLOTS, RANK], swizzled)
+        ring = gl.allocate_shared_memory(stored, [KEY_STAGES, TILE, key_units], swizzled(key_units))
+        queries = gl.allocate_shared_memory(DTYPE, [SLOTS, RANK], swizzled(RANK))
+        loaded = load_queries(at_query, query_stride, key_rank, 0, SLOTS, RANK, QUERIES, False, BITS)
+        queries.store((loaded * scaling).to(DTYPE))
+        fence_async_shared()
         synchronize()
         gl.warp_specialize([
             (score_absorbed, (
-                found, full, empty, key_ring, queries, at_keys, mask, at_query,
-                part, parts, begin, end, length, rank, keys_t, row * mask_b, mask_t, query_stride, scaling,
-                QUERIES, KEY_STAGES, MASK,
+                found, scales, full, empty, ring, queries, tiles, at_keys, mask, key_parameters, value_parameters,
+                key_units_there, keys_t, row * mask_b, mask_t, key_parameters_t, value_parameters_t,
+                BITS, ASYMMETRIC, MASK,
             )),
-            (weigh_values, (
-                found, full, empty, value_rings, weights, at_values, sums, totals, peaks,
-                part, parts, begin, end, length, value_rank, values_t, out,
-                KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, VALUE_STAGES, RANK_STRIDE,
-            )),
+            (weigh_values, (to_values, KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS)),
         ], [4], [VALUE_REGISTERS])  # fmt: skip
     else:
-        factors = gl.allocate_shared_memory(dtype, [KV, WIDE, RANK], swizzled)
-        at_table = table + gl.multiple_of(at_row.to(gl.int64) * table_b, 8)
+        factors = gl.allocate_shared_memory(UP_DTYPE, [KV, WIDE, RANK], swizzled(RANK))
+        at_table = table + gl.multiple_of(at_row * table_b, 8)
         # Folded queries need no place of their own.
         queries = factors
         if MODE == "rotated":
-            queries = gl.allocate_shared_memory(dtype, [KV, LEAST, WIDE], gl.NVMMASharedLayout(128, 16, rank=2))
+            queries = gl.allocate_shared_memory(DTYPE, [KV, LEAST, WIDE], swizzled(WIDE))
+        WIDTH_OF_PLACE: gl.constexpr = 1 if MODE == "folded" else LEAST
+        rings = ()
+        for _ in gl.static_range(2):
+            ring = gl.allocate_shared_memory(stored, [KEY_STAGES, TILE, key_units], swizzled(key_units))
+            rings = rings + (ring,)
+        to_scores = (
+            tiles, at_keys, at_table, mask, up + key_offset, at_query, key_parameters, value_parameters,
+            key_units_there, key_rank, keys_t, table_t, row * mask_b, mask_t, up_stride, query_stride,
+            key_parameters_t, value_parameters_t, scaling,
+        )  # fmt: skip
+        places = ()
+        for which in gl.static_range(2):
+            place = found.index(which)._reinterpret(
+                gl.float32, [SLOTS // WIDTH_OF_PLACE, TILE, WIDTH_OF_PLACE], gl.SwizzledSharedLayout(1, 1, 1, [0, 1])
+            )
+            places = places + (place,)
         synchronize()
         gl.warp_specialize([
             (score_rebuilt, (
-                found, full, empty, key_ring, factors, queries, at_keys, at_table, mask, up + key_offset, at_query,
-                part, parts, begin, end, length, rank, keys_t, table_t, row * mask_b, mask_t, up_stride, query_stride,
-                scaling,
-                MODE == "folded", TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, KEY_STAGES, MASK,
+                places[0], scales, full.index(0), empty.index(0), ready, rings[0], factors, queries, to_scores,
+                0, MODE == "folded", TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, DTYPE, BITS, ASYMMETRIC, MASK,
             )),
-            (weigh_values, (
-                found, full, empty, value_rings, weights, at_values, sums, totals, peaks,
-                part, parts, begin, end, length, value_rank, values_t, out,
-                KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, VALUE_STAGES, RANK_STRIDE,
+            (score_rebuilt, (
+                places[1], scales, full.index(1), empty.index(1), ready, rings[1], factors, queries, to_scores,
+                1, MODE == "folded", TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, DTYPE, BITS, ASYMMETRIC, MASK,
             )),
-        ], [4], [VALUE_REGISTERS])  # fmt: skip
+            (weigh_values, (to_values, KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS)),
+        ], [4, 4], [SCORE_REGISTERS, VALUE_REGISTERS])  # fmt: skip

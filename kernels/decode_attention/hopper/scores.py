@@ -1,4 +1,4 @@
-"""The half of the kernel that scores: tile after tile, handed on in two buffers by turns."""
+"""The warps that score, in groups of four: of two groups each has every other tile and a buffer that it hands on."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -10,204 +10,208 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from palu.kernels.decode_attention.hopper.common import (
-    TILE,
-    WARPS,
-    copied_layout,
-    copy_rows,
-    copy_to_shared,
-    load_seen,
-    synchronize,
-)
-from palu.kernels.decode_attention.hopper.folded import fold, load_pairs, weighed
-from palu.kernels.decode_attention.hopper.rotated import LEAST, load_queries, rotated, store_queries
-from palu.kernels.decode_attention.hopper.turns import load_turns
+from palu.kernels.decode_attention.hopper.common import TILE, WARPS, copy_rows, load_seen, synchronize
+from palu.kernels.decode_attention.hopper.operands import key_operand
+from palu.kernels.decode_attention.hopper.prologue import copy_factors, fold, load_pairs, reorder, store_queries
+from palu.kernels.decode_attention.hopper.turns import LEAST, load_turns, rotated, weighed
 from palu.kernels.latent_scores.tiles import LOG2_E
 
 
 @gluon.jit
-def _hand_on(found, full, empty, index, scores, seen):
-    """Store a tile's scores, each [tile, columns], one after the other, with hidden ones at minus infinity.
-
-    seen: what is added to every token's scores.
-    """
-    columns: gl.constexpr = scores[0].shape[1]
-    mbarrier.wait(empty.index(index % 2), ((index // 2) & 1) ^ 1)
-    for part in gl.static_range(len(scores)):
-        score = scores[part]
-        added = gl.convert_layout(seen, gl.SliceLayout(1, score.type.layout), assert_trivial=True)
-        # Scores of hidden tokens may be anything.
-        score = gl.where((added > float("-inf"))[:, None], score + (added * LOG2_E)[:, None], float("-inf"))
-        found.index(index % 2).slice(part * columns, columns, dim=1).store(score)
-    synchronize()
-    mbarrier.arrive(full.index(index % 2), count=1)
-
-
-@gluon.jit
-def _copy_tile(to, latents, first, step, index, end, latents_t, length, rank):
-    """Start copying a tile's latents; nothing is read from tile `end` on."""
-    ROWS: gl.constexpr = to.shape[0]
+def _copy_tile(to, latents, tiles, index, latents_t, units):
+    """Start copying a tile's latents, `units` numbers of 16 bits each; nothing is read behind the last tile."""
+    first, step, _, end, length = tiles
     until = gl.where(index < end, length, 0)
-    copy_rows(to, latents, (first + index * step) * TILE, latents_t, until, 0, rank, ROWS, to.shape[1])
+    copy_rows(to, latents, (first + index * step) * TILE, latents_t, until, 0, units, TILE, to.shape[1])
     async_copy.commit_group()
 
 
 @gluon.jit
-def _copy_factors(factors, up, up_stride, rank, WIDTH: gl.constexpr):
-    """Start copying kv heads' rows of the up factor, both of a pair side by side, zero where there are none."""
-    KV: gl.constexpr = factors.shape[0]
-    WIDE: gl.constexpr = factors.shape[1]
-    RANK: gl.constexpr = factors.shape[2]
-    layout: gl.constexpr = copied_layout(RANK)
-    row = gl.arange(0, WIDE, gl.SliceLayout(1, layout))
-    latent = gl.arange(0, RANK, gl.SliceLayout(0, layout))
-    ok = (row < WIDTH)[:, None] & (latent < rank)[None, :]
-    at = up + ((row // 2 + row % 2 * (WIDTH // 2)) * up_stride)[:, None] + latent[None, :]
-    for head in gl.static_range(KV):
-        copy_to_shared(factors.index(head), at + head * WIDTH * up_stride, mask=ok)
-    async_copy.commit_group()
+def _load_parameters(
+    keys, values, tiles, index, keys_t, values_t, layout: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr
+):
+    """Scales and shifts of a tile's keys and values as they are stored, [tile] each; of numbers there are none."""
+    parameters = ()
+    if BITS < 16:
+        first, step, _, _, length = tiles
+        token = (first + index * step) * TILE + gl.arange(0, TILE, layout)
+        ok = token < length
+        at_key, at_value = keys + token.to(gl.int64) * keys_t, values + token.to(gl.int64) * values_t
+        parameters = (gl.load(at_key, mask=ok, other=1.0), gl.load(at_value, mask=ok, other=1.0))
+        if ASYMMETRIC:
+            middle: gl.constexpr = float(1 << (BITS - 1))
+            parameters = parameters + (
+                gl.load(at_key + 1, mask=ok, other=middle), gl.load(at_value + 1, mask=ok, other=middle)
+            )  # fmt: skip
+    return parameters
 
 
 @gluon.jit
-def _there(scores, operand):
-    """Scores of which all products are done, but the last one of keys."""
-    result = ()
-    for part in gl.static_range(len(scores) - 1):
-        result = result + (warpgroup_mma_wait(1, deps=[scores[part]]),)
-    last, operand = warpgroup_mma_wait(1, deps=[scores[len(scores) - 1], operand])
-    return result + (last,)
+def _shift(parameters, side: gl.constexpr, layout: gl.constexpr, BITS: gl.constexpr):
+    """A tile's zero points less the middle code, float32 [tile], of keys (0) or values (1)."""
+    if len(parameters) == 4:
+        shift = parameters[2 + side].to(gl.float32) - float(1 << (BITS - 1))
+    else:
+        shift = gl.zeros([TILE], gl.float32, layout)
+    return shift
+
+
+@gluon.jit
+def _hand_on_parameters(scales, buffer, parameters, layout: gl.constexpr, BITS: gl.constexpr):
+    """Store what weights need of a tile's values, 1 / scale and shift; returns the logarithm of their scales."""
+    logarithm = gl.zeros([TILE], gl.float32, layout)
+    if BITS < 16:
+        scale = parameters[1].to(gl.float32)
+        scales.index(2 * buffer).store(1.0 / scale)
+        scales.index(2 * buffer + 1).store(_shift(parameters, 1, layout, BITS))
+        logarithm = gl.log2(scale)
+    return logarithm
+
+
+@gluon.jit
+def _hand_on(to, score, seen, parameters, logarithm, BITS: gl.constexpr):
+    """Store a tile's scores [tile, columns], minus infinity where tokens are hidden; seen: what is added to them."""
+    rows: gl.constexpr = gl.SliceLayout(1, score.type.layout)
+    added = gl.convert_layout(seen, rows, assert_trivial=True)
+    # Scores of hidden tokens may be anything.
+    hidden = (added == float("-inf"))[:, None]
+    if BITS < 16:
+        score = score * gl.convert_layout(parameters[0].to(gl.float32), rows, assert_trivial=True)[:, None]
+        added = added * LOG2_E + gl.convert_layout(logarithm, rows, assert_trivial=True)
+    else:
+        added = added * LOG2_E
+    to.store(gl.where(hidden, float("-inf"), score + added[:, None]))
 
 
 @gluon.jit
 def score_rebuilt(
-    found, full, empty, ring, factors, queries, latents, table, mask, up, query,
-    first, step, begin, end, length, rank, latents_t, table_t, row_mask, mask_t, up_stride, query_stride, scaling,
-    FOLDED: gl.constexpr, TOGETHER: gl.constexpr, QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, WIDTH: gl.constexpr,
-    STAGES: gl.constexpr, MASK: gl.constexpr,
+    found, scales, full, empty, ready, ring, factors, queries, arguments,
+    WHICH: gl.constexpr, FOLDED: gl.constexpr, TOGETHER: gl.constexpr, QUERIES: gl.constexpr,
+    QUERY_SLOTS: gl.constexpr, WIDTH: gl.constexpr, DTYPE: gl.constexpr, BITS: gl.constexpr,
+    ASYMMETRIC: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
-    """Scores of the tiles first + index * step, begin <= index < end, of keys that are rebuilt head after head.
+    """Scores of every other tile of keys that are rebuilt head after head, from tile WHICH (0 or 1) on.
 
-    factors: shared memory [KV, WIDE, RANK], rows of every kv head, a pair's side by side; queries: [KV, LEAST, WIDE],
-    in the same order, where they are not folded into the factors. While a head's products are weighed or turned, those
-    of the next are under way.
+    found: shared memory [places of a tile's scores, tile, columns]; factors: [KV, WIDE, RANK], rows of every kv head, a
+    pair's side by side; queries: [KV, LEAST, WIDE], in the same order, where they are not folded into the factors.
     """
+    (
+        tiles, latents, table, mask, up, query, key_parameters, value_parameters, units, rank, latents_t, table_t,
+        row_mask, mask_t, up_stride, query_stride, key_parameters_t, value_parameters_t, scaling,
+    ) = arguments  # fmt: skip
     KV: gl.constexpr = factors.shape[0]
     WIDE: gl.constexpr = factors.shape[1]
-    AHEAD: gl.constexpr = 2 if KV > 1 else 1
-    dtype: gl.constexpr = factors.dtype
+    STAGES: gl.constexpr = ring.shape[0]
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WIDE, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, LEAST, 16])
-    rows: gl.constexpr = gl.SliceLayout(1, wide if FOLDED else narrow)
-    _copy_factors(factors, up, up_stride, rank, WIDTH)
+    rows: gl.constexpr = gl.SliceLayout(1, wide)
+    first, step, begin, end, length = tiles
+    copy_factors(factors, up, up_stride, rank, WIDTH, WHICH)
     for stage in gl.static_range(STAGES):
-        _copy_tile(ring.index(stage), latents, first, step, begin + stage, end, latents_t, length, rank)
-    turns = load_turns(table, (first + begin * step) * TILE, table_t, length, WIDE // 2)
+        _copy_tile(ring.index(stage), latents, tiles, begin + WHICH + 2 * stage, latents_t, units)
+    turns = load_turns(table, (first + (begin + WHICH) * step) * TILE, table_t, length, WIDE // 2)
+    parameters = _load_parameters(
+        key_parameters, value_parameters, tiles, begin + WHICH, key_parameters_t, value_parameters_t, rows, BITS,
+        ASYMMETRIC,
+    )  # fmt: skip
+    # The same memory with numbers of the type that the codes become.
+    prepared = factors._reinterpret(DTYPE, factors.shape, factors.layout)
     if FOLDED:
-        q_first, q_second = load_pairs(query, query_stride, scaling, KV, WIDE, factors.shape[2], WIDTH)
+        q_first, q_second = load_pairs(query, query_stride, scaling, KV, WIDE, factors.shape[2], WIDTH, WHICH)
         async_copy.wait_group(STAGES)
         synchronize()
-        fold(factors, q_first, q_second)
+        fold(factors, prepared, q_first, q_second, BITS, WHICH)
     else:
-        store_queries(queries, query, query_stride, scaling, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH)
-    async_copy.wait_group(STAGES - 1)
+        store_queries(queries, query, query_stride, scaling, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, WHICH)
+        async_copy.wait_group(STAGES)
+        synchronize()
+        reorder(factors, prepared, BITS, WHICH)
     fence_async_shared()
     synchronize()
-    products, scores = (), ()
-    for head in gl.static_range(AHEAD):
-        zeros = gl.zeros([TILE, WIDE], gl.float32, wide)
-        begun = warpgroup_mma(ring.index(0), factors.index(head).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        products = products + (warpgroup_mma_wait(0, deps=[begun]),)
-    if not FOLDED:
-        for _place in gl.static_range(0, KV, TOGETHER):
-            scores = scores + (gl.zeros([TILE, LEAST], gl.float32, narrow),)
-    for index in range(begin, end):
-        done = index - begin
+    # Each group of warps has made half of the factors.
+    mbarrier.arrive(ready, count=1)
+    mbarrier.wait(ready, 0)
+    for index in range(begin + WHICH, end, 2):
+        done = (index - begin) // 2
         token = (first + index * step) * TILE
         inside = token + gl.arange(0, TILE, rows)
         seen = load_seen(mask, row_mask, mask_t, inside, inside < length, MASK)
-        # Zero, but the compiler must not know: it would keep the addresses of all factors in registers.
-        none = index >> 30
-        if FOLDED:
-            next_turns = load_turns(table, token + step * TILE, table_t, length, WIDE // 2)
-        handed = ()
-        for head in gl.static_range(KV):
-            if head == KV - AHEAD:
-                async_copy.wait_group(STAGES - 2)
-                fence_async_shared()
-                synchronize()
-            product = products[head % AHEAD]
-            # Numbers of a head's own, for less than 2 ** 23 tiles: the assembler would keep them for all heads, and
-            # where the same numbers meet the same registers before and after a product, it takes the second result to
-            # be the first (CUDA 12.8).
-            own_turns = turns ^ (index >> (30 - head))
+        async_copy.wait_group(STAGES - 1)
+        synchronize()
+        slot = ring.index(done % STAGES)
+        operand = key_operand(slot, _shift(parameters, 0, rows, BITS).to(gl.float16), wide, BITS)
+        # All have read the latents.
+        synchronize()
+        _copy_tile(slot, latents, tiles, index + 2 * STAGES, latents_t, units)
+        mbarrier.wait(empty, (done & 1) ^ 1)
+        logarithm = _hand_on_parameters(scales, WHICH, parameters, rows, BITS)
+        scores = gl.zeros([TILE, LEAST], gl.float32, narrow)
+        for head in range(KV):
+            zeros = gl.zeros([TILE, WIDE], gl.float32, wide)
+            begun = warpgroup_mma(operand, prepared.index(head).permute((1, 0)), zeros, use_acc=False, is_async=True)
+            product = warpgroup_mma_wait(0, deps=[begun])
+            # The compiler must not know that these are the same for all heads: it would keep them unpacked.
+            own_turns = turns ^ ((index + head) >> 30)
             if FOLDED:
-                score = weighed(product, own_turns, dtype)
-                # Nothing that reads the product may be moved behind this point.
-                product, score = warpgroup_mma_wait(AHEAD - 1, deps=[product, score])
-                handed = handed + (score[:, None],)
+                score = weighed(product, own_turns, DTYPE)
+                _hand_on(found.index(head), score[:, None], seen, parameters, logarithm, BITS)
             else:
-                operand = rotated(product, own_turns, dtype)
-                score = warpgroup_mma(
-                    operand, queries.index(head + none).permute((1, 0)), scores[head // TOGETHER],
-                    use_acc=head % TOGETHER > 0, is_async=True,
-                )  # fmt: skip
-                scores = scores[: head // TOGETHER] + (score,) + scores[head // TOGETHER + 1 :]
-            if head == KV - 1:
-                # All products of this tile's latents are done.
-                synchronize()
-                if not FOLDED:
-                    # No sooner: before, registers hold what the second product reads.
-                    next_turns = load_turns(table, token + step * TILE, table_t, length, WIDE // 2)
-            ahead = warpgroup_mma(
-                ring.index((done + (head + AHEAD) // KV) % STAGES),
-                factors.index((head + AHEAD) % KV + none).permute((1, 0)), product, use_acc=False, is_async=True,
-            )  # fmt: skip
-            products = products[: head % AHEAD] + (ahead,) + products[head % AHEAD + 1 :]
-            if head < KV - 1:
-                if FOLDED:
-                    ready = warpgroup_mma_wait(AHEAD - 1, deps=[products[(head + 1) % AHEAD]])
-                else:
-                    ready, operand = warpgroup_mma_wait(AHEAD - 1, deps=[products[(head + 1) % AHEAD], operand])
-                products = products[: (head + 1) % AHEAD] + (ready,) + products[(head + 1) % AHEAD + 1 :]
-        _copy_tile(ring.index(done % STAGES), latents, first, step, index + STAGES, end, latents_t, length, rank)
-        if not FOLDED:
-            scores = _there(scores, operand)
-            handed = scores
-        _hand_on(found, full, empty, done, handed, seen)
-        # Nothing may be under way at the end of a loop's body.
-        finished = ()
-        for head in gl.static_range(AHEAD):
-            finished = finished + (warpgroup_mma_wait(0, deps=[products[(KV + head) % AHEAD]]),)
-        products = finished
-        turns = next_turns
+                turned = rotated(product, own_turns, DTYPE)
+                summed = warpgroup_mma(
+                    turned, queries.index(head).permute((1, 0)), scores, use_acc=head % TOGETHER > 0, is_async=True
+                )
+                scores = warpgroup_mma_wait(0, deps=[summed])
+                _hand_on(found.index(head // TOGETHER), scores, seen, parameters, logarithm, BITS)
+        turns = load_turns(table, token + 2 * step * TILE, table_t, length, WIDE // 2)
+        parameters = _load_parameters(
+            key_parameters, value_parameters, tiles, index + 2, key_parameters_t, value_parameters_t, rows, BITS,
+            ASYMMETRIC,
+        )  # fmt: skip
+        synchronize()
+        mbarrier.arrive(full, count=1)
     async_copy.wait_group(0)
 
 
 @gluon.jit
 def score_absorbed(
-    found, full, empty, ring, queries, latents, mask, query,
-    first, step, begin, end, length, rank, latents_t, row_mask, mask_t, query_stride, scaling,
-    QUERIES: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr,
+    found, scales, full, empty, ring, queries, tiles,
+    latents, mask, key_parameters, value_parameters,
+    units, latents_t, row_mask, mask_t, key_parameters_t, value_parameters_t,
+    BITS: gl.constexpr, ASYMMETRIC: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
-    """As `score_rebuilt`, of queries that the up factor is multiplied into: shared memory [slots, RANK]."""
-    slots: gl.constexpr = queries.shape[0]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, slots, 16])
+    """Scores of all tiles with queries that the up factor is multiplied into, [slots, RANK]; two buffers by turns."""
+    SLOTS: gl.constexpr = queries.shape[0]
+    STAGES: gl.constexpr = ring.shape[0]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, SLOTS, 16])
     rows: gl.constexpr = gl.SliceLayout(1, layout)
-    for stage in gl.static_range(STAGES - 1):
-        _copy_tile(ring.index(stage), latents, first, step, begin + stage, end, latents_t, length, rank)
-    loaded = load_queries(query, query_stride, rank, 0, slots, queries.shape[1], QUERIES, False)
-    queries.store((loaded * scaling).to(queries.dtype))
-    zeros = gl.zeros([TILE, slots], gl.float32, layout)
+    first, step, begin, end, length = tiles
+    for stage in gl.static_range(STAGES):
+        _copy_tile(ring.index(stage), latents, tiles, begin + stage, latents_t, units)
+    parameters = _load_parameters(
+        key_parameters, value_parameters, tiles, begin, key_parameters_t, value_parameters_t, rows, BITS, ASYMMETRIC
+    )
+    zeros = gl.zeros([TILE, SLOTS], gl.float32, layout)
     for index in range(begin, end):
         done = index - begin
+        buffer = done % 2
         token = (first + index * step) * TILE + gl.arange(0, TILE, rows)
         seen = load_seen(mask, row_mask, mask_t, token, token < length, MASK)
-        async_copy.wait_group(STAGES - 2)
-        fence_async_shared()
+        async_copy.wait_group(STAGES - 1)
         synchronize()
-        score = warpgroup_mma(ring.index(done % STAGES), queries.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        ahead = index + STAGES - 1
-        _copy_tile(ring.index((done + STAGES - 1) % STAGES), latents, first, step, ahead, end, latents_t, length, rank)
-        score = warpgroup_mma_wait(0, deps=[score])
-        _hand_on(found, full, empty, done, (score,), seen)
+        slot = ring.index(done % STAGES)
+        operand = key_operand(slot, _shift(parameters, 0, rows, BITS).to(gl.float16), layout, BITS)
+        begun = warpgroup_mma(operand, queries.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        # All have read the latents.
+        synchronize()
+        _copy_tile(slot, latents, tiles, index + STAGES, latents_t, units)
+        mbarrier.wait(empty.index(buffer), ((done // 2) & 1) ^ 1)
+        logarithm = _hand_on_parameters(scales, buffer, parameters, rows, BITS)
+        score, operand = warpgroup_mma_wait(0, deps=[begun, operand])
+        _hand_on(found.index(buffer), score, seen, parameters, logarithm, BITS)
+        parameters = _load_parameters(
+            key_parameters, value_parameters, tiles, index + 1, key_parameters_t, value_parameters_t, rows, BITS,
+            ASYMMETRIC,
+        )  # fmt: skip
+        synchronize()
+        mbarrier.arrive(full.index(buffer), count=1)
     async_copy.wait_group(0)

@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from palu.kernels.decode_attention.hopper.common import TILE, WARPS, bits_of, copy_rows, synchronize
+from palu.kernels.decode_attention.hopper.operands import latent_of, value_operand
 from palu.kernels.decode_attention.kernel import LOWEST
 
 # Weights are 2 ** HEADROOM where they are relative to the largest score so far, and never more than 2 ** MOST.
@@ -61,32 +62,36 @@ def _head_of(
 
 
 @gluon.jit
-def _copy_step(rings, stage, latents, first, step, begin, end, number, latents_t, length, rank):
-    """Start copying step `number` of the tiles begin .. end; nothing is read behind them."""
+def _copy_step(rings, stage, latents, tiles, number, latents_t, units):
+    """Start copying step `number` of the tiles begin .. end, `units` numbers of 16 bits each; nothing behind them."""
+    first, step, begin, end, length = tiles
     ROWS: gl.constexpr = rings[0].shape[1]
+    UNITS: gl.constexpr = rings[0].shape[2]
     STEPS: gl.constexpr = TILE // ROWS
     index = begin + number // STEPS
     token = (first + index * step) * TILE + number % STEPS * ROWS
     until = gl.where(index < end, length, 0)
     for chunk in gl.static_range(len(rings)):
-        copy_rows(rings[chunk].index(stage), latents, token, latents_t, until, chunk * CHUNK, rank, ROWS, CHUNK)
+        copy_rows(rings[chunk].index(stage), latents, token, latents_t, until, chunk * UNITS, units, ROWS, UNITS)
     async_copy.commit_group()
 
 
 @gluon.jit
-def _softmax(found, weights, there, reference, total, summed):
+def _softmax(found, scales, buffer, weights, there, reference, total, shifted, summed, BITS: gl.constexpr):
     """Stores the weights of a tile's scores [tile, slots], relative to references [slots].
 
-    References rise where scores are far above them; returns them, the weights added up, and the sums of values, both
-    relative to the new ones.
+    References rise where scores are far above them; returns them, the weights added up, as they are and times the
+    codes' shifts, and the sums of values, all relative to the new ones. Of codes, scores have the logarithm of the
+    values' scales added, so the weights are times the scales.
     """
     STEPS: gl.constexpr = weights.shape[0]
     STEP: gl.constexpr = weights.shape[2]
     layout: gl.constexpr = weights_layout(weights.shape[1], STEP)
+    of_tokens: gl.constexpr = gl.SliceLayout(0, layout)
     scores = ()
     for part in gl.static_range(STEPS):
         score = gl.where(
-            there[:, None], found.slice(part * STEP, STEP, dim=0).permute((1, 0)).load(layout), float("-inf")
+            there[:, None], found.index(buffer).slice(part * STEP, STEP, dim=0).permute((1, 0)).load(layout), float("-inf")
         )
         scores = scores + (score,)
     highest = scores[0]
@@ -98,47 +103,59 @@ def _softmax(found, weights, there, reference, total, summed):
         factor = gl.exp2(reference - higher)
         summed = _rescaled(summed, factor)
         total *= factor[:, None]
+        shifted *= factor[:, None]
         reference = higher
     for part in gl.static_range(STEPS):
         weight = gl.exp2(scores[part] - reference[:, None])
-        total += weight
-        weights.index(part).store(weight.to(weights.dtype))
-    return reference, total, summed
+        rounded = weight.to(weights.dtype)
+        weights.index(part).store(rounded)
+        if BITS < 16:
+            total += weight * scales.index(2 * buffer).slice(part * STEP, STEP).load(of_tokens)[None, :]
+            shifted += rounded.to(gl.float32) * scales.index(2 * buffer + 1).slice(part * STEP, STEP).load(of_tokens)[None, :]
+        else:
+            total += weight
+    return reference, total, shifted, summed
 
 
 @gluon.jit
 def weigh_values(
-    found, full, empty, rings, weights, latents, sums, totals, peaks,
-    first, step, begin, end, length, rank, latents_t, out,
-    KV: gl.constexpr, QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr,
-    STAGES: gl.constexpr, RANK_STRIDE: gl.constexpr,
+    arguments, KV: gl.constexpr, QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, TOGETHER: gl.constexpr,
+    COLUMNS: gl.constexpr, RANK_STRIDE: gl.constexpr, BITS: gl.constexpr,
 ):  # fmt: skip
     """Sums of the value latents of the tiles first + index * step, weighed with the scores' exponentials.
 
-    rings: shared memory [STAGES, tokens of a step, CHUNK] of every chunk; weights: [steps, slots, tokens of a step];
+    rings: shared memory [stages, tokens of a step, units] of every chunk; weights: [steps, slots, tokens of a step];
     out: the group's first head in the part's totals and peaks.
     """
+    found, scales, full, empty, rings, weights, tiles, latents, sums, totals, peaks, rank, latents_t, out = arguments
     STEPS: gl.constexpr = weights.shape[0]
     SLOTS: gl.constexpr = weights.shape[1]
     STEP: gl.constexpr = weights.shape[2]
     CHUNKS: gl.constexpr = len(rings)
+    STAGES: gl.constexpr = rings[0].shape[0]
     layout: gl.constexpr = weights_layout(SLOTS, STEP)
     slot = gl.arange(0, SLOTS, gl.SliceLayout(1, layout))
     head, there = _head_of(slot, KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS)
     result: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, SLOTS, 16])
     reference = gl.full([SLOTS], LOWEST, gl.float32, gl.SliceLayout(1, layout))
     total = gl.zeros([SLOTS, STEP], gl.float32, layout)
+    shifted = gl.zeros([SLOTS, STEP], gl.float32, layout)
     summed = ()
     for _chunk in gl.static_range(CHUNKS):
         summed = summed + (gl.zeros([CHUNK, SLOTS], gl.float32, result),)
+    _, _, begin, end, _ = tiles
+    units = rank * BITS // 16
     for stage in gl.static_range(STAGES - 1):
-        _copy_step(rings, stage, latents, first, step, begin, end, stage, latents_t, length, rank)
+        _copy_step(rings, stage, latents, tiles, stage, latents_t, units)
     for index in range(begin, end):
         done = index - begin
-        mbarrier.wait(full.index(done % 2), (done // 2) & 1)
+        buffer = done % 2
+        mbarrier.wait(full.index(buffer), (done // 2) & 1)
         # Products of the last tile are done in all warps, and its weights may be written over.
         synchronize()
-        reference, total, summed = _softmax(found.index(done % 2), weights, there, reference, total, summed)
+        reference, total, shifted, summed = _softmax(
+            found, scales, buffer, weights, there, reference, total, shifted, summed, BITS
+        )
         for part in gl.static_range(STEPS):
             number = done * STEPS + part
             async_copy.wait_group(STAGES - 2)
@@ -148,15 +165,18 @@ def weigh_values(
             synchronize()
             if part == 0:
                 # All have read the scores.
-                mbarrier.arrive(empty.index(done % 2), count=1)
+                mbarrier.arrive(empty.index(buffer), count=1)
             started = ()
             for chunk in gl.static_range(CHUNKS):
-                here = rings[chunk].index(number % STAGES).permute((1, 0))
-                product = warpgroup_mma(here, weights.index(part).permute((1, 0)), summed[chunk], is_async=True)
+                here = rings[chunk].index(number % STAGES)
+                if BITS < 16:
+                    operand = value_operand(here, result, BITS)
+                else:
+                    operand = here.permute((1, 0))
+                product = warpgroup_mma(operand, weights.index(part).permute((1, 0)), summed[chunk], is_async=True)
                 started = started + (product,)
             summed = started
-            ahead = number + STAGES - 1
-            _copy_step(rings, ahead % STAGES, latents, first, step, begin, end, ahead, latents_t, length, rank)
+            _copy_step(rings, (number + STAGES - 1) % STAGES, latents, tiles, number + STAGES - 1, latents_t, units)
         summed = _there(summed)
     async_copy.wait_group(0)
     gl.store(totals + out + head, gl.sum(total, 1), mask=there)
@@ -164,6 +184,8 @@ def weigh_values(
     column = gl.arange(0, SLOTS, gl.SliceLayout(0, result))
     head, there = _head_of(column, KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS)
     at_head = sums + (out + head).to(gl.int64) * RANK_STRIDE
+    away = gl.convert_layout(gl.sum(shifted, 1), gl.SliceLayout(0, result))[None, :]
     for chunk in gl.static_range(CHUNKS):
-        latent = chunk * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(1, result))
-        gl.store(at_head[None, :] + latent[:, None], summed[chunk], mask=(latent < rank)[:, None] & there[None, :])
+        latent = chunk * CHUNK + latent_of(gl.arange(0, CHUNK, gl.SliceLayout(1, result)), BITS)
+        ok = (latent < rank)[:, None] & there[None, :]
+        gl.store(at_head[None, :] + latent[:, None], summed[chunk] - away, mask=ok)

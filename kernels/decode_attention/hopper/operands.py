@@ -1,0 +1,124 @@
+"""Latents in registers as the left side of a product: as they are, or made of packed codes.
+
+Shared memory holds packed codes as 16-bit units of `16 / bits` neighbouring latents, their fields. One shift and one
+mask make two fp16 numbers of two units that stand side by side, so a product meets all units' first fields, then all
+second ones, .. (`unit_order`). Keys have units of a token side by side, values the same unit of two tokens, which the
+transposing load brings together.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from palu.kernels.decode_attention.hopper.common import TILE, WARPS, bits_of
+
+
+@gluon.constexpr_function
+def swizzled(columns: int) -> gl.NVMMASharedLayout:
+    """Rows of so many 16-bit numbers in shared memory."""
+    return gl.NVMMASharedLayout(min(128, 2 * columns), 16, rank=2)
+
+
+@gluon.constexpr_function
+def _fields(bits: int, shifted: bool) -> tuple[str, str]:
+    """Assembly that makes pairs of fp16 numbers, a field's codes less the middle one, of a pair of units.
+
+    A code or-ed into the mantissa of 1024 is 1024 + code. shifted: another pair is taken away.
+    """
+    mask, middle = {8: ("0x00ff00ff", "0x64806480"), 4: ("0x000f000f", "0x64086408")}[bits]
+    count = 16 // bits
+    lines = [".reg .b32 pair, middle;", f"mov.b32 middle, {middle};"]
+    for field in range(count):
+        lines.append(f"shr.b32 pair, ${count}, {field * bits};")
+        lines.append(f"lop3.b32 pair, pair, {mask}, 0x64006400, 0xea;")
+        lines.append("sub.f16x2 pair, pair, middle;")
+        lines.append(f"sub.f16x2 ${field}, pair, ${count + 1};" if shifted else f"mov.b32 ${field}, pair;")
+    return "{ " + " ".join(lines) + " }", ",".join(["=r"] * count + ["r"] * (2 if shifted else 1))
+
+
+@gluon.constexpr_function
+def _types(bits: int) -> tuple[gl.dtype, ...]:
+    return (gl.float16,) * (16 // bits)
+
+
+@gluon.constexpr_function
+def units_layout(units: int, tokens: int) -> gl.DistributedLinearLayout:
+    """Units [units, tokens] as the matrix units want the fields of them: pairs of tokens, a unit in one lane of four.
+
+    64 units: a field is 64 rows of a product; 32: two fields are.
+    """
+    held = [[0, 8 << bit] for bit in range(bits_of(tokens) - 3)]
+    if units == 64:
+        return gl.DistributedLinearLayout(
+            [[0, 1], [8, 0], *held], [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [units, tokens]
+        )
+    return gl.DistributedLinearLayout(
+        [[0, 1], *held], [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], [[8, 0], [16, 0]], [], [units, tokens]
+    )
+
+
+@gluon.jit
+def key_operand(slot, shift, result: gl.constexpr, BITS: gl.constexpr):
+    """A tile's key latents [tile, RANK] from shared memory; of codes less their shifts [tile] in `unit_order`."""
+    operand: gl.constexpr = gl.DotOperandLayout(0, result, 2)
+    loaded = slot.load(operand)
+    if BITS < 16:
+        UNITS: gl.constexpr = loaded.shape[1]
+        across = gl.convert_layout(shift, gl.SliceLayout(1, operand))[:, None].broadcast_to([TILE, UNITS])
+        fields = gl.inline_asm_elementwise(
+            _fields(BITS, True)[0], _fields(BITS, True)[1], [loaded, across], dtype=_types(BITS), is_pure=True, pack=2
+        )
+        if BITS == 8:
+            loaded = gl.join(fields[0], fields[1]).permute([0, 2, 1]).reshape([TILE, 2 * UNITS])
+        else:
+            joined = gl.join(gl.join(fields[0], fields[1]), gl.join(fields[2], fields[3]))
+            loaded = joined.permute([0, 3, 2, 1]).reshape([TILE, 4 * UNITS])
+        loaded = gl.convert_layout(loaded, operand, assert_trivial=True)
+    return loaded
+
+
+@gluon.jit
+def value_operand(slot, result: gl.constexpr, BITS: gl.constexpr):
+    """Codes of a chunk's values less the middle one, [128, tokens], of shared memory [tokens, units]."""
+    TOKENS: gl.constexpr = slot.shape[0]
+    UNITS: gl.constexpr = slot.shape[1]
+    packed = slot.permute((1, 0)).load(units_layout(UNITS, TOKENS))
+    fields = gl.inline_asm_elementwise(
+        _fields(BITS, False)[0], _fields(BITS, False)[1], [packed], dtype=_types(BITS), is_pure=True, pack=2
+    )
+    if BITS == 8:
+        rows = gl.join(fields[0], fields[1]).permute([2, 0, 1]).reshape([128, TOKENS])
+    else:
+        joined = gl.join(gl.join(fields[0], fields[1]), gl.join(fields[2], fields[3]))
+        # Of warps, their lanes, tokens and fields: a warp's rows of both halves of the product.
+        rows = joined.reshape([4, 8, TOKENS, 2, 2]).permute([4, 0, 3, 1, 2]).reshape([128, TOKENS])
+    return gl.convert_layout(rows, gl.DotOperandLayout(0, result, 2), assert_trivial=True)
+
+
+@gluon.jit
+def latent_of(row, BITS: gl.constexpr):
+    """Which latent of a chunk has a row of `value_operand`."""
+    if BITS == 8:
+        latent = row % 64 * 2 + row // 64
+    elif BITS == 4:
+        latent = (row // 16 % 4 * 8 + row % 8) * 4 + row // 64 * 2 + row // 8 % 2
+    else:
+        latent = row
+    return latent
+
+
+@gluon.jit
+def unit_order(numbers, BITS: gl.constexpr):
+    """Numbers [rows, RANK] in the order in which `key_operand` has the latents."""
+    if BITS < 16:
+        ROWS: gl.constexpr = numbers.shape[0]
+        RANK: gl.constexpr = numbers.shape[1]
+        FIELDS: gl.constexpr = 16 // BITS
+        numbers = numbers.reshape([ROWS, RANK // FIELDS, FIELDS]).permute([0, 2, 1]).reshape([ROWS, RANK])
+    return numbers
+
+
+@gluon.jit
+def latent_at(place, RANK: gl.constexpr, BITS: gl.constexpr):
+    """Which latent stands at a place of `unit_order`."""
+    FIELDS: gl.constexpr = 16 // BITS
+    return place % (RANK // FIELDS) * FIELDS + place // (RANK // FIELDS)

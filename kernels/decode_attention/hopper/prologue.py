@@ -1,0 +1,136 @@
+"""What is made ready before the first tile: up factors in shared memory, with queries folded in or beside them.
+
+q . RoPE_t(B x) = sum_i cos(t w_i) (a_i . x) + sin(t w_i) (b_i . x),
+a_i = q_i B_i + q_{i+D/2} B_{i+D/2},   b_i = q_{i+D/2} B_i - q_i B_{i+D/2}.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy
+
+from palu.kernels.decode_attention.hopper.common import WARPS, copied_layout, copy_to_shared
+from palu.kernels.decode_attention.hopper.operands import latent_at, unit_order
+
+# Rows of a factor that are folded at a time.
+ROWS: gl.constexpr = gl.constexpr(32)
+
+
+@gluon.jit
+def copy_factors(factors, up, up_stride, rank, WIDTH: gl.constexpr, WHICH: gl.constexpr):
+    """Start copying rows of the up factor, both of a pair side by side, zero where there are none.
+
+    WHICH: one of two groups of warps, of which each has every other kv head.
+    """
+    KV: gl.constexpr = factors.shape[0]
+    WIDE: gl.constexpr = factors.shape[1]
+    RANK: gl.constexpr = factors.shape[2]
+    layout: gl.constexpr = copied_layout(RANK)
+    row = gl.arange(0, WIDE, gl.SliceLayout(1, layout))
+    latent = gl.arange(0, RANK, gl.SliceLayout(0, layout))
+    ok = (row < WIDTH)[:, None] & (latent < rank)[None, :]
+    at = up + ((row // 2 + row % 2 * (WIDTH // 2)) * up_stride)[:, None] + latent[None, :]
+    for head in gl.static_range(WHICH, KV, 2):
+        copy_to_shared(factors.index(head), at + head * WIDTH * up_stride, mask=ok)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _rows_of(factor):
+    """Rows of a factor in registers, eight neighbouring latents of two neighbouring rows a thread."""
+    across: gl.constexpr = factor.shape[1] // 8
+    layout: gl.constexpr = gl.BlockedLayout([2, 8], [32 // across, across], [WARPS, 1], [1, 0])
+    return factor.load(layout)
+
+
+@gluon.jit
+def _fold(factor, to, q_first, q_second, BITS: gl.constexpr):
+    """Rows of both numbers of a pair, side by side in shared memory [ROWS, RANK], become a and b of the pair."""
+    RANK: gl.constexpr = factor.shape[1]
+    first, second = gl.split(_rows_of(factor).reshape([ROWS // 2, 2, RANK]).permute([0, 2, 1]))
+    of_pair: gl.constexpr = gl.SliceLayout(1, first.type.layout)
+    q_first = gl.convert_layout(q_first, of_pair)[:, None]
+    q_second = gl.convert_layout(q_second, of_pair)[:, None]
+    first, second = first.to(gl.float32), second.to(gl.float32)
+    a = q_first * first + q_second * second
+    b = q_second * first - q_first * second
+    folded = gl.join(a, b).permute([0, 2, 1]).reshape([ROWS, RANK]).to(to.dtype)
+    to.store(unit_order(folded, BITS))
+
+
+@gluon.jit
+def load_pairs(
+    query, head_step, scaling, KV: gl.constexpr, WIDE: gl.constexpr, RANK: gl.constexpr, WIDTH: gl.constexpr,
+    WHICH: gl.constexpr,
+):  # fmt: skip
+    """Both numbers of every pair of every other kv head's query, in pieces as `fold` needs them."""
+    across: gl.constexpr = RANK // 8
+    layout: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 8], [32 // across, across], [WARPS, 1], [1, 0]))
+    q_first, q_second = (), ()
+    for head in gl.static_range(WHICH, KV, 2):
+        for row in gl.static_range(0, WIDE, ROWS):
+            pair = row // 2 + gl.arange(0, ROWS // 2, layout)
+            ok = pair < WIDTH // 2
+            at = query + head * head_step + pair
+            q_first = q_first + (gl.load(at, mask=ok, other=0.0).to(gl.float32) * scaling,)
+            q_second = q_second + (gl.load(at + WIDTH // 2, mask=ok, other=0.0).to(gl.float32) * scaling,)
+    return q_first, q_second
+
+
+@gluon.jit
+def fold(factors, prepared, q_first, q_second, BITS: gl.constexpr, WHICH: gl.constexpr):
+    """Every other kv head's factor [WIDE, RANK] in shared memory, folded with its query, to the same place."""
+    KV: gl.constexpr = factors.shape[0]
+    PIECES: gl.constexpr = factors.shape[1] // ROWS
+    for head in gl.static_range(WHICH, KV, 2):
+        for piece in gl.static_range(PIECES):
+            _fold(
+                factors.index(head).slice(piece * ROWS, ROWS), prepared.index(head).slice(piece * ROWS, ROWS),
+                q_first[head // 2 * PIECES + piece], q_second[head // 2 * PIECES + piece], BITS,
+            )  # fmt: skip
+
+
+@gluon.jit
+def reorder(factors, prepared, BITS: gl.constexpr, WHICH: gl.constexpr):
+    """Every other kv head's factor with its latents in the order in which a tile's codes come."""
+    if BITS < 16:
+        KV: gl.constexpr = factors.shape[0]
+        WIDE: gl.constexpr = factors.shape[1]
+        for head in gl.static_range(WHICH, KV, 2):
+            for row in gl.static_range(0, WIDE, ROWS):
+                rows = _rows_of(factors.index(head).slice(row, ROWS)).to(prepared.dtype)
+                prepared.index(head).slice(row, ROWS).store(unit_order(rows, BITS))
+
+
+@gluon.jit
+def load_queries(
+    query, head_step, width, first_slot, SLOTS: gl.constexpr, COLUMNS: gl.constexpr, QUERIES: gl.constexpr,
+    PAIRED: gl.constexpr, BITS: gl.constexpr,
+):  # fmt: skip
+    """Queries of a kv head in slots first_slot .. of [SLOTS, COLUMNS], zero elsewhere.
+
+    PAIRED: pairs side by side; else, absorbed, as the latents come.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
+    wanted = gl.arange(0, SLOTS, gl.SliceLayout(1, layout)) - first_slot
+    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+    dim = column // 2 + column % 2 * (width // 2) if PAIRED else latent_at(column, COLUMNS, BITS)
+    ok = ((wanted >= 0) & (wanted < QUERIES))[:, None] & (dim < width)[None, :]
+    return gl.load(query + (wanted * head_step)[:, None] + dim[None, :], mask=ok, other=0.0).to(gl.float32)
+
+
+@gluon.jit
+def store_queries(
+    queries, query, head_step, scaling,
+    TOGETHER: gl.constexpr, QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, WIDTH: gl.constexpr, WHICH: gl.constexpr,
+):  # fmt: skip
+    """Queries of every other kv head to shared memory [KV, slots, WIDE], of TOGETHER heads in columns of their own."""
+    KV: gl.constexpr = queries.shape[0]
+    loaded = ()
+    for head in gl.static_range(WHICH, KV, 2):
+        numbers = load_queries(
+            query + head * QUERIES * head_step, head_step, WIDTH, head % TOGETHER * QUERY_SLOTS, queries.shape[1],
+            queries.shape[2], QUERIES, True, 16,
+        )  # fmt: skip
+        loaded = loaded + (numbers,)
+    for head in gl.static_range(WHICH, KV, 2):
+        queries.index(head).store((loaded[head // 2] * scaling).to(queries.dtype))
