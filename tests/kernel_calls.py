@@ -3,8 +3,8 @@
 import torch
 
 from palu.kernels.decode_attention.spec import REAL_SHAPES, SHAPES, TOLERANCE, Shape
-from palu.kernels.latents import LatentProjection, MixedLatents
-from palu.kernels.quantize import PackedLatents
+from palu.kernels.latents import LatentProjection, MixedLatents, dense
+from palu.kernels.quantize import PackedLatents, Quantization, quantize
 from palu.kernels.rotation import Rotation
 
 LATENTS = (MixedLatents, PackedLatents)
@@ -39,6 +39,15 @@ def random_call(
     mask = torch.rand(shape.batch, 1, shape.queries, shape.length) < 0.7
     mask[..., -1] = True
     return query, *latents, projection(shape.key_ranks), projection(shape.value_ranks), rotation, mask
+
+
+def quantized(latents, bits, *sides, symmetric=False):
+    """Latents of both sides as codes, and what those stand for; 16 bits: as they are."""
+    if bits == 16:
+        return latents, latents
+    settings = [Quantization(bits, tuple(side.ranks), symmetric) for side in sides]
+    packed = [quantize(latent, setting) for latent, setting in zip(latents, settings, strict=True)]
+    return packed, [dense(codes, torch.float32) for codes in packed]
 
 
 def defined(query, key_latents, value_latents, key, value, rotation, mask, scaling, shape, norm):
@@ -89,8 +98,8 @@ def to_device(latents, device):
         return MixedLatents(tuple(to_device(part, device) for part in latents.stretches))
     if isinstance(latents, torch.Tensor):
         return latents.to(device)
-    zeros = None if latents.zeros is None else latents.zeros.to(device)
-    return PackedLatents(latents.codes.to(device), latents.scales.to(device), zeros, latents.quantization)
+    # Parameters as one, so that zero points stay behind their scales.
+    return PackedLatents.of(latents.codes.to(device), latents.parameters.to(device), latents.quantization)
 
 
 class RandomNorm(torch.nn.Module):

@@ -11,7 +11,7 @@ from palu.kernels.decode_attention.spec import HOPPER_SHAPES, Shape
 from palu.kernels.latent_scores.tables import lane_table
 from palu.kernels.latents import LatentProjection
 from palu.kernels.rotation import Rotation
-from tests.kernel_calls import close, defined, name_of, on_device, random_call
+from tests.kernel_calls import close, defined, name_of, on_device, quantized, random_call
 
 MEMORY = 227 << 10
 LLAMA_2, LLAMA_3 = hopper.heads_of(32, 8, 4), hopper.heads_of(32, 2, 4)
@@ -32,17 +32,18 @@ def test_every_query_head_of_a_group_has_one_slot():
         assert len(taken) == kv * queries, (kv, queries)
 
 
-def fitting(heads, key_rank, value_rank, memory=MEMORY, all_of_them=False):
-    return hopper.plans_for(heads, 128, (key_rank,), (value_rank,), memory, all_of_them)
+def fitting(heads, key_rank, value_rank, memory=MEMORY, all_of_them=False, bits=16):
+    return hopper.plans_for(heads, 128, (key_rank,), (value_rank,), bits, memory, all_of_them)
 
 
 def test_real_models_fit_and_more_latents_do_not():
     for heads in (LLAMA_2, LLAMA_3):
-        assert fitting(heads, 128, 384)[0].value_stages >= 4
+        assert fitting(heads, 128, 384)[0].value_stages >= 3
         assert not fitting(heads, 128, 384, 99 << 10)
         assert not fitting(heads, 256, 384)
         assert fitting(heads, 128, 384, all_of_them=True)[:1] == fitting(heads, 128, 384)
         assert len(fitting(heads, 128, 384, all_of_them=True)) > 4
+        assert len(fitting(heads, 128, 384, all_of_them=True, bits=4)) > len(fitting(heads, 128, 384, all_of_them=True))
     assert fitting(hopper.heads_of(32, 8, None), 256, 384)
     # Sixteen query heads per kv head are more than the columns of a product, and narrow groups are left to others.
     assert not fitting(hopper.heads_of(16, 1, 1), 128, 384)
@@ -81,6 +82,25 @@ def test_what_the_kernel_cannot_take_is_left_to_the_others():
     assert not hopper.can_take(query, keys, values, precise, value, None)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_codes_that_the_kernel_cannot_take_are_left_to_the_others(dtype):
+    query, *latents, key, value, _, _ = random_call(HOPPER_SHAPES[0], dtype, False)
+    codes = {bits: quantized(latents, bits, key, value)[0] for bits in (8, 4, 3, 2)}
+    for bits in (8, 4):
+        assert hopper.can_take(query, *codes[bits], key, value, None)
+    for bits in (3, 2):
+        assert not hopper.can_take(query, *codes[bits], key, value, None)
+    assert not hopper.can_take(query, codes[8][0], codes[4][1], key, value, None)
+    assert not hopper.can_take(query, codes[8][0], latents[1], key, value, None)
+    symmetric, _ = quantized(latents, 8, key, value, symmetric=True)
+    assert hopper.can_take(query, *symmetric, key, value, None)
+    assert not hopper.can_take(query, symmetric[0], codes[8][1], key, value, None)
+    # Groups have to begin at multiples of 16 bytes.
+    query, *latents, key, value, _, _ = random_call(HOPPER_SHAPES[1], dtype, False)
+    for bits, taken in ((8, True), (4, False)):
+        assert hopper.can_take(query, *quantized(latents, bits, key, value)[0], key, value, None) == taken
+
+
 @pytest.mark.parametrize("pairs", [32, 48, 64])
 def test_tables_hold_what_each_of_four_lanes_needs_side_by_side(pairs):
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -110,13 +130,16 @@ def masks_of(shape):
     yield "all but one", token == third
 
 
-def checked(call, shape, mask, given, dtype, monkeypatch):
-    """The kernel's output of a call is the definition's, and it was the kernel for Hopper that computed it."""
+def checked(call, shape, mask, given, dtype, monkeypatch, held=None):
+    """The kernel's output of a call is the definition's, and it was the kernel for Hopper that computed it.
+
+    held: what packed latents stand for.
+    """
     launches, launched = [], hopper.launch
     monkeypatch.setattr(hopper, "launch", lambda *args: launches.append(1) or launched(*args))
     scaling = shape.head_dim**-0.5
     seen = torch.ones(shape.batch, 1, shape.queries, shape.length, dtype=torch.bool) if mask is None else mask
-    expected = defined(*call, seen, scaling, shape, None)
+    expected = defined(call[0], *(held or call[1:3]), *call[3:], seen, scaling, shape, None)
     output = launch.decode_attention(*on_device(*call, given), scaling, None, shape.head_dim)
     assert launches
     assert close(output, expected, dtype)
@@ -144,6 +167,24 @@ def test_the_kernel_equals_the_definition(shape, dtype, rope, masked, parts, mon
 @needs_hopper
 @torch.no_grad()
 @pytest.mark.usefixtures("empty_memory_is_nan")
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("shape", HOPPER_SHAPES, ids=name_of)
+@pytest.mark.parametrize("rope", [True, False], ids=["rope", "absorbed"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def test_the_kernel_reads_codes(shape, dtype, rope, symmetric, bits, monkeypatch):
+    if any(rank * bits % 128 for rank in (*shape.key_ranks, *shape.value_ranks)):
+        pytest.skip("groups do not begin at multiples of 16 bytes")
+    monkeypatch.setattr(hopper, "parts_of", lambda *args: 3)
+    query, *latents, key, value, rotation, mask = random_call(shape, getattr(torch, dtype), False)
+    packed, held = quantized([latent * 3 + 0.2 for latent in latents], bits, key, value, symmetric=symmetric)
+    call = (query, *packed, key, value, rotation if rope else None)
+    checked(call, shape, mask, mask, dtype, monkeypatch, held)
+
+
+@needs_hopper
+@torch.no_grad()
+@pytest.mark.usefixtures("empty_memory_is_nan")
 @pytest.mark.parametrize("heads", [(8, 8), (16, 4)], ids=["folded", "rotated"])
 @pytest.mark.parametrize("rope", [True, False], ids=["rope", "absorbed"])
 @pytest.mark.parametrize("kind", ["some", "start", "end", "middle", "all but one"])
@@ -162,23 +203,28 @@ def test_hidden_tiles_change_nothing(heads, rope, kind, monkeypatch):
 @pytest.mark.usefixtures("empty_memory_is_nan")
 @pytest.mark.parametrize("plan", [*hopper.PLANS, hopper.Plan(3, 16, 3), hopper.Plan(2, 64, 2), hopper.Plan(4, 16, 6)])
 @pytest.mark.parametrize("heads", [(2, 2), (8, 2), (2, 2, None)], ids=["folded", "rotated", "absorbed"])
-def test_every_plan_computes_the_same(plan, heads, monkeypatch):
+@pytest.mark.parametrize("bits", [16, 4])
+def test_every_plan_computes_the_same(plan, heads, bits, monkeypatch):
     shape = Shape(1, *heads[:2], 128, 1, 1700, (128,), (256,))
     found = hopper.heads_of(heads[0], 1, heads[1] if len(heads) == 2 else None)
-    if plan not in hopper.plans_for(found, 128, (128,), (256,), MEMORY, True):
+    if plan not in hopper.plans_for(found, 128, (128,), (256,), bits, MEMORY, True):
         pytest.skip("does not fit")
     monkeypatch.setattr(hopper, "plans_for", lambda *args: (plan,))
     monkeypatch.setattr(hopper, "parts_of", lambda *args: 2)
-    *call, rotation, mask = random_call(shape, torch.float16, False)
-    checked((*call, rotation if len(heads) == 2 else None), shape, mask, mask, "float16", monkeypatch)
+    query, *latents, key, value, rotation, mask = random_call(shape, torch.float16, False)
+    packed, held = quantized(latents, bits, key, value)
+    call = (query, *packed, key, value, rotation if len(heads) == 2 else None)
+    checked(call, shape, mask, mask, "float16", monkeypatch, held)
 
 
 @needs_hopper
 @torch.no_grad()
 @pytest.mark.parametrize("heads", [(32, 32), (32, 8)], ids=["folded", "rotated"])
-def test_the_same_call_gives_the_same_numbers_every_time(heads):
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_the_same_call_gives_the_same_numbers_every_time(heads, bits):
     groups = heads[1] // 4
     shape = Shape(1, *heads, 128, 1, 20000, (128,) * groups, (384,) * groups)
-    moved = on_device(*random_call(shape, torch.float16, False)[:-1], None)
+    query, *latents, key, value, rotation, _ = random_call(shape, torch.float16, False)
+    moved = on_device(query, *quantized(latents, bits, key, value)[0], key, value, rotation, None)
     outputs = [launch.decode_attention(*moved, shape.head_dim**-0.5) for _ in range(20)]
     assert all(torch.equal(output, outputs[0]) for output in outputs)

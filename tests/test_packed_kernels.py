@@ -13,20 +13,11 @@ from palu.kernels.latent_scores.spec import SHAPES as SCORE_SHAPES
 from palu.kernels.latents import LatentProjection, MixedLatents, dense
 from palu.kernels.quantize import Quantization, quantize
 from palu.kernels.rotation import Rotation
-from tests.kernel_calls import KERNEL_SHAPES, RandomNorm, close, defined, name_of, on_device, random_call
+from tests.kernel_calls import KERNEL_SHAPES, RandomNorm, close, defined, name_of, on_device, quantized, random_call
 
 pytestmark = pytest.mark.usefixtures("empty_memory_is_nan")
 
 LONG = Shape(2, 2, 2, 64, 1, 700, (32,), (32,))
-
-
-def quantized(latents, bits, *sides, symmetric=False):
-    """Latents of both sides as codes, and what those stand for; 16 bits: as they are."""
-    if bits == 16:
-        return latents, latents
-    settings = [Quantization(bits, tuple(side.ranks), symmetric) for side in sides]
-    packed = [quantize(latent, setting) for latent, setting in zip(latents, settings, strict=True)]
-    return packed, [dense(codes, torch.float32) for codes in packed]
 
 
 @torch.no_grad()

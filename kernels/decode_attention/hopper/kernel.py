@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from palu.kernels.decode_attention.hopper.common import TILE, synchronize, visible_tiles
+from palu.kernels.decode_attention.hopper.common import TILE, seen_as, synchronize, visible_tiles
 from palu.kernels.decode_attention.hopper.operands import swizzled
 from palu.kernels.decode_attention.hopper.prologue import load_queries
 from palu.kernels.decode_attention.hopper.scores import score_absorbed, score_rebuilt
@@ -27,14 +27,14 @@ def hopper_kernel(
     KEY_STAGES: gl.constexpr, KEY_DIVISOR: gl.constexpr, CHUNKS: gl.constexpr, STEP: gl.constexpr,
     VALUE_STAGES: gl.constexpr, VALUE_DIVISOR: gl.constexpr, RANK_STRIDE: gl.constexpr, MASK: gl.constexpr,
     DTYPE: gl.constexpr, UP_DTYPE: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr, BITS: gl.constexpr,
-    ASYMMETRIC: gl.constexpr, SCORE_REGISTERS: gl.constexpr, VALUE_REGISTERS: gl.constexpr,
+    ASYMMETRIC: gl.constexpr, WEIGHERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr, VALUE_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Sums of value latents of a group's heads over every part-th tile of tokens, relative to their peaks.
 
     query: [rows, GROUPS * KV * QUERIES, query_stride]; absorbed, KV is one. keys, values: of codes, bytes. table:
     `lane_table`. parameters: of codes, scales of every group, with their zero points behind them if ASYMMETRIC.
     sums: float32 [parts, rows, heads, RANK_STRIDE]; totals, peaks: [parts, rows, heads], as `combine_kernel` takes
-    them.
+    them: WEIGHERS parts of every program.
     """
     part, group, row = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     parts = gl.num_programs(0)
@@ -60,11 +60,15 @@ def hopper_kernel(
     key_units: gl.constexpr = RANK * BITS // 16
     value_units: gl.constexpr = CHUNK * BITS // 16
     # A buffer for each chunk, so that the compiler sees that copies do not overlap.
-    value_rings = ()
-    for _ in gl.static_range(CHUNKS):
-        ring = gl.allocate_shared_memory(stored, [VALUE_STAGES, STEP, value_units], swizzled(value_units))
-        value_rings = value_rings + (ring,)
-    weights = gl.allocate_shared_memory(DTYPE, [TILE // STEP, SLOTS, STEP], swizzled(STEP))
+    all_rings, all_weights = (), ()
+    for _weigher in gl.static_range(WEIGHERS):
+        value_rings = ()
+        for _chunk in gl.static_range(CHUNKS):
+            ring = gl.allocate_shared_memory(stored, [VALUE_STAGES, STEP, value_units], swizzled(value_units))
+            value_rings = value_rings + (ring,)
+        all_rings = all_rings + (value_rings,)
+        weights = gl.allocate_shared_memory(DTYPE, [TILE // STEP, SLOTS, STEP], swizzled(STEP))
+        all_weights = all_weights + (weights,)
     found = gl.allocate_shared_memory(gl.float32, [2, TILE, SLOTS], gl.SwizzledSharedLayout(1, 1, 1, [0, 1]))
     # Of a tile's values: one over the scale, the shift.
     scales = gl.allocate_shared_memory(gl.float32, [4, TILE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -79,12 +83,10 @@ def hopper_kernel(
     count = gl.maximum(0, gl.cdiv(gl.cdiv(length, TILE) - part, parts))
     begin, end = visible_tiles(mask, row * mask_b, mask_t, part, parts, count, length, MASK)
     tiles = (part, parts, begin, end, length)
-    out = part * rows_heads + first_head
-    to_values = (
-        found, scales, full, empty, value_rings, weights, tiles, at_values, sums, totals, peaks, value_rank, values_t,
-        out,
-    )  # fmt: skip
-    key_units_there = key_rank * BITS // 16
+    # Each group of warps that weighs values has a part of the sums of its own.
+    out = part * WEIGHERS * rows_heads + first_head
+    to_values = (found, scales, full, empty, tiles, at_values, sums, totals, peaks, value_rank, values_t)
+    key_units_there = gl.multiple_of(key_rank * BITS // 16, 8)
     if MODE == "absorbed":
         ring = gl.allocate_shared_memory(stored, [KEY_STAGES, TILE, key_units], swizzled(key_units))
         queries = gl.allocate_shared_memory(DTYPE, [SLOTS, RANK], swizzled(RANK))
@@ -92,14 +94,34 @@ def hopper_kernel(
         queries.store((loaded * scaling).to(DTYPE))
         fence_async_shared()
         synchronize()
-        gl.warp_specialize([
-            (score_absorbed, (
-                found, scales, full, empty, ring, queries, tiles, at_keys, mask, key_parameters, value_parameters,
-                key_units_there, keys_t, row * mask_b, mask_t, key_parameters_t, value_parameters_t,
-                BITS, ASYMMETRIC, MASK,
-            )),
-            (weigh_values, (to_values, KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS)),
-        ], [4], [VALUE_REGISTERS])  # fmt: skip
+        if WEIGHERS == 1:
+            gl.warp_specialize([
+                (score_absorbed, (
+                    found, scales, full, empty, ring, queries, tiles, at_keys, mask, key_parameters, value_parameters,
+                    key_units_there, keys_t, row * mask_b, mask_t, key_parameters_t, value_parameters_t,
+                    BITS, ASYMMETRIC, MASK,
+                )),
+                (weigh_values, (
+                    all_rings[0], all_weights[0], out, to_values, 0, WEIGHERS,
+                    KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
+                )),
+            ], [4], [VALUE_REGISTERS])  # fmt: skip
+        else:
+            gl.warp_specialize([
+                (score_absorbed, (
+                    found, scales, full, empty, ring, queries, tiles, at_keys, mask, key_parameters, value_parameters,
+                    key_units_there, keys_t, row * mask_b, mask_t, key_parameters_t, value_parameters_t,
+                    BITS, ASYMMETRIC, MASK,
+                )),
+                (weigh_values, (
+                    all_rings[0], all_weights[0], out, to_values, 0, WEIGHERS,
+                    KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
+                )),
+                (weigh_values, (
+                    all_rings[1], all_weights[1], out + rows_heads, to_values, 1, WEIGHERS,
+                    KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
+                )),
+            ], [4, 4], [VALUE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
     else:
         factors = gl.allocate_shared_memory(UP_DTYPE, [KV, WIDE, RANK], swizzled(RANK))
         at_table = table + gl.multiple_of(at_row * table_b, 8)
@@ -119,19 +141,43 @@ def hopper_kernel(
         )  # fmt: skip
         places = ()
         for which in gl.static_range(2):
-            place = found.index(which)._reinterpret(
-                gl.float32, [SLOTS // WIDTH_OF_PLACE, TILE, WIDTH_OF_PLACE], gl.SwizzledSharedLayout(1, 1, 1, [0, 1])
-            )
+            place = seen_as(
+                found.index(which), gl.float32, SLOTS // WIDTH_OF_PLACE, TILE, WIDTH_OF_PLACE,
+                gl.SwizzledSharedLayout(1, 1, 1, [0, 1]),
+            )  # fmt: skip
             places = places + (place,)
         synchronize()
-        gl.warp_specialize([
-            (score_rebuilt, (
-                places[0], scales, full.index(0), empty.index(0), ready, rings[0], factors, queries, to_scores,
-                0, MODE == "folded", TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, DTYPE, BITS, ASYMMETRIC, MASK,
-            )),
-            (score_rebuilt, (
-                places[1], scales, full.index(1), empty.index(1), ready, rings[1], factors, queries, to_scores,
-                1, MODE == "folded", TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, DTYPE, BITS, ASYMMETRIC, MASK,
-            )),
-            (weigh_values, (to_values, KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS)),
-        ], [4, 4], [SCORE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
+        if WEIGHERS == 1:
+            gl.warp_specialize([
+                (score_rebuilt, (
+                    places[0], scales, full.index(0), empty.index(0), ready, rings[0], factors, queries, to_scores,
+                    0, MODE == "folded", TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, DTYPE, BITS, ASYMMETRIC, MASK,
+                )),
+                (score_rebuilt, (
+                    places[1], scales, full.index(1), empty.index(1), ready, rings[1], factors, queries, to_scores,
+                    1, MODE == "folded", TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, DTYPE, BITS, ASYMMETRIC, MASK,
+                )),
+                (weigh_values, (
+                    all_rings[0], all_weights[0], out, to_values, 0, WEIGHERS,
+                    KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
+                )),
+            ], [4, 4], [SCORE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
+        else:
+            gl.warp_specialize([
+                (score_rebuilt, (
+                    places[0], scales, full.index(0), empty.index(0), ready, rings[0], factors, queries, to_scores,
+                    0, MODE == "folded", TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, DTYPE, BITS, ASYMMETRIC, MASK,
+                )),
+                (score_rebuilt, (
+                    places[1], scales, full.index(1), empty.index(1), ready, rings[1], factors, queries, to_scores,
+                    1, MODE == "folded", TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, DTYPE, BITS, ASYMMETRIC, MASK,
+                )),
+                (weigh_values, (
+                    all_rings[0], all_weights[0], out, to_values, 0, WEIGHERS,
+                    KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
+                )),
+                (weigh_values, (
+                    all_rings[1], all_weights[1], out + rows_heads, to_values, 1, WEIGHERS,
+                    KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
+                )),
+            ], [4, 4, 4], [SCORE_REGISTERS, VALUE_REGISTERS, VALUE_REGISTERS])  # fmt: skip

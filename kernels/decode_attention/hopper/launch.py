@@ -48,9 +48,10 @@ RESERVED = 1024
 MOST_PARTS = 2 * COMBINE_PARTS
 # What a program costs beside its tiles, in tiles.
 START = 3
-# Registers of a thread of the second group of warps that scores, of two, and of the one that weighs values; and of the
-# latter beside one group that scores.
-SCORE_REGISTERS, VALUE_REGISTERS, VALUE_REGISTERS_BESIDE_ONE = 184, 136, 240
+# Registers of a thread that scores and of one that weighs values, by the mode and the groups of warps that weigh.
+REGISTERS = {
+    ("folded", 1): (184, 136), ("rotated", 1): (168, 168), ("absorbed", 1): (240, 240), ("absorbed", 2): (152, 176),
+}  # fmt: skip
 
 
 class Plan(NamedTuple):
@@ -100,6 +101,11 @@ def heads_of(num_heads: int, groups: int, kv: int | None) -> Heads:
     together = max(1, min(LEAST // query_slots, kv))
     slots = next_power_of_2(LEAST * cdiv(kv, together))
     return Heads("rotated", kv, queries, query_slots, together, LEAST, slots)
+
+
+def weighers_of(mode: str, bits: int) -> int:
+    """Groups of warps that weigh values: two where making numbers of codes takes longer than reading them."""
+    return 2 if bits < 8 and mode == "absorbed" else 1
 
 
 def padded_rank(ranks: Sequence[int], bits: int) -> int:
@@ -168,10 +174,12 @@ def plans_for(
     if chunks * heads.slots > MOST_SUMS:
         return ()
     # Bytes: numbers of 16 bits are kept, those of tiles are codes.
-    kept = 2 * (kept + heads.slots * TILE) + 8 * TILE * (heads.slots + 2) + RESERVED
+    weighers = weighers_of(heads.mode, bits)
+    kept = 2 * (kept + weighers * heads.slots * TILE) + 8 * TILE * (heads.slots + 2) + RESERVED
     fitting = []
     for plan in dict.fromkeys((*PLANS, *(GRID if all_of_them else ()))):
-        tiles = (2 if rebuilt else 1) * plan.key_stages * TILE * rank + plan.value_stages * plan.step * chunks * CHUNK
+        tiles = (2 if rebuilt else 1) * plan.key_stages * TILE * rank
+        tiles += weighers * plan.value_stages * plan.step * chunks * CHUNK
         if kept + tiles * bits // 8 <= memory:
             fitting.append(plan)
     return tuple(fitting if all_of_them else fitting[:1])
@@ -213,11 +221,13 @@ def _launch(
     rows, num_heads, width = query.shape
     absorbed, groups, length, device = key.up is None, len(key.ranks), key_latents.shape[1], query.device
     ranks, value_ranks = tuple(key.ranks), tuple(value.ranks)
-    parts = parts_of(cdiv(length, TILE), groups * rows, processors(device))
-    sums = query.new_empty(parts, rows, num_heads, max(value_ranks), dtype=torch.float32)
-    totals, peaks = query.new_empty(2, parts, rows, num_heads, dtype=torch.float32)
     (keys, key_parameters), key_strides, bits, asymmetric = layout(key_latents)
     (values, value_parameters), value_strides, _, _ = layout(value_latents)
+    parts = parts_of(cdiv(length, TILE), groups * rows, processors(device))
+    weighers = weighers_of(heads.mode, bits)
+    registers = REGISTERS[heads.mode, weighers]
+    sums = query.new_empty(parts * weighers, rows, num_heads, max(value_ranks), dtype=torch.float32)
+    totals, peaks = query.new_empty(2, parts * weighers, rows, num_heads, dtype=torch.float32)
     # Codes become fp16 numbers, whatever the model's.
     dtype = query.dtype if bits == 16 else torch.float16
     table = query if absorbed else lane_table(rotation, dtype)
@@ -236,7 +246,7 @@ def _launch(
         CHUNKS=cdiv(max(value_ranks), CHUNK), STEP=plan.step, VALUE_STAGES=plan.value_stages,
         VALUE_DIVISOR=divisor(value_ranks), RANK_STRIDE=max(value_ranks), MASK=mask_kind(mask),
         DTYPE=DTYPES[dtype], UP_DTYPE=DTYPES[query.dtype], TOGETHER=heads.together, COLUMNS=heads.columns, BITS=bits,
-        ASYMMETRIC=asymmetric, SCORE_REGISTERS=SCORE_REGISTERS,
-        VALUE_REGISTERS=VALUE_REGISTERS_BESIDE_ONE if absorbed else VALUE_REGISTERS, num_warps=4,
+        ASYMMETRIC=asymmetric, WEIGHERS=weighers, SCORE_REGISTERS=registers[0], VALUE_REGISTERS=registers[1],
+        num_warps=4,
     )  # fmt: skip
     return Parts(sums, totals, peaks)

@@ -9,7 +9,7 @@ transposing load brings together.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from palu.kernels.decode_attention.hopper.common import TILE, WARPS, bits_of
+from palu.kernels.decode_attention.hopper.common import TILE, bits_of
 
 
 @gluon.constexpr_function
@@ -22,17 +22,30 @@ def swizzled(columns: int) -> gl.NVMMASharedLayout:
 def _fields(bits: int, shifted: bool) -> tuple[str, str]:
     """Assembly that makes pairs of fp16 numbers, a field's codes less the middle one, of a pair of units.
 
-    A code or-ed into the mantissa of 1024 is 1024 + code. shifted: another pair is taken away.
+    A code or-ed into the mantissa of 1024 is 1024 + code. The second code of a byte gives 1024 + 16 code, which takes a
+    multiply-add instead of a shift. shifted: another pair is taken away.
     """
-    mask, middle = {8: ("0x00ff00ff", "0x64806480"), 4: ("0x000f000f", "0x64086408")}[bits]
     count = 16 // bits
-    lines = [".reg .b32 pair, middle;", f"mov.b32 middle, {middle};"]
-    for field in range(count):
-        lines.append(f"shr.b32 pair, ${count}, {field * bits};")
-        lines.append(f"lop3.b32 pair, pair, {mask}, 0x64006400, 0xea;")
-        lines.append("sub.f16x2 pair, pair, middle;")
-        lines.append(f"sub.f16x2 ${field}, pair, ${count + 1};" if shifted else f"mov.b32 ${field}, pair;")
-    return "{ " + " ".join(lines) + " }", ",".join(["=r"] * count + ["r"] * (2 if shifted else 1))
+    names = [f"${field}" for field in range(count)]
+    packed = f"${count}"
+    lines = [".reg .b32 high, middle, scale, both;", f"shr.b32 high, {packed}, 8;"]
+    if bits == 8:
+        lines.append("mov.b32 middle, 0x64806480;")
+        for name, source in zip(names, (packed, "high"), strict=True):
+            lines += [f"lop3.b32 {name}, {source}, 0x00ff00ff, 0x64006400, 0xea;", f"sub.f16x2 {name}, {name}, middle;"]
+    else:
+        # 1032; a sixteenth, and minus 72.
+        lines.append("mov.b32 middle, 0x64086408; mov.b32 scale, 0x2c002c00; mov.b32 both, 0xd480d480;")
+        for field, source in enumerate((packed, packed, "high", "high")):
+            name, mask = names[field], "0x00f000f0" if field % 2 else "0x000f000f"
+            lines.append(f"lop3.b32 {name}, {source}, {mask}, 0x64006400, 0xea;")
+            lines.append(
+                f"fma.rn.f16x2 {name}, {name}, scale, both;" if field % 2 else f"sub.f16x2 {name}, {name}, middle;"
+            )
+    if shifted:
+        lines += [f"sub.f16x2 {name}, {name}, ${count + 1};" for name in names]
+    # Results are written before all is read.
+    return "{ " + " ".join(lines) + " }", ",".join(["=&r"] * count + ["r"] * (2 if shifted else 1))
 
 
 @gluon.constexpr_function

@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from palu.kernels.decode_attention.hopper.common import TILE, WARPS, copy_rows, load_seen, synchronize
+from palu.kernels.decode_attention.hopper.common import TILE, WARPS, copy_rows, load_seen, seen_as, synchronize
 from palu.kernels.decode_attention.hopper.operands import key_operand
 from palu.kernels.decode_attention.hopper.prologue import copy_factors, fold, load_pairs, reorder, store_queries
 from palu.kernels.decode_attention.hopper.turns import LEAST, load_turns, rotated, weighed
@@ -30,57 +30,69 @@ def _copy_tile(to, latents, tiles, index, latents_t, units):
 def _load_parameters(
     keys, values, tiles, index, keys_t, values_t, layout: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr
 ):
-    """Scales and shifts of a tile's keys and values as they are stored, [tile] each; of numbers there are none."""
+    """Scales of a tile's keys and of its values, [tile] each, as words with the zero points where there are any."""
     parameters = ()
     if BITS < 16:
         first, step, _, _, length = tiles
         token = (first + index * step) * TILE + gl.arange(0, TILE, layout)
-        ok = token < length
         at_key, at_value = keys + token.to(gl.int64) * keys_t, values + token.to(gl.int64) * values_t
-        parameters = (gl.load(at_key, mask=ok, other=1.0), gl.load(at_value, mask=ok, other=1.0))
         if ASYMMETRIC:
-            middle: gl.constexpr = float(1 << (BITS - 1))
-            parameters = parameters + (
-                gl.load(at_key + 1, mask=ok, other=middle), gl.load(at_value + 1, mask=ok, other=middle)
-            )  # fmt: skip
+            at_key = at_key.to(gl.pointer_type(gl.int32), bitcast=True)
+            at_value = at_value.to(gl.pointer_type(gl.int32), bitcast=True)
+        # Behind the last token any positive scale does.
+        one: gl.constexpr = 0x3C00 if ASYMMETRIC else 1.0
+        parameters = (
+            gl.load(at_key, mask=token < length, other=one), gl.load(at_value, mask=token < length, other=one)
+        )  # fmt: skip
     return parameters
 
 
 @gluon.jit
-def _shift(parameters, side: gl.constexpr, layout: gl.constexpr, BITS: gl.constexpr):
-    """A tile's zero points less the middle code, float32 [tile], of keys (0) or values (1)."""
-    if len(parameters) == 4:
-        shift = parameters[2 + side].to(gl.float32) - float(1 << (BITS - 1))
+def _half(word):
+    return word.to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
+
+
+@gluon.jit
+def _scale(parameters, side: gl.constexpr, ASYMMETRIC: gl.constexpr):
+    """A tile's scales, float32 [tile], of keys (0) or values (1)."""
+    return _half(parameters[side]) if ASYMMETRIC else parameters[side].to(gl.float32)
+
+
+@gluon.jit
+def _shift(parameters, side: gl.constexpr, layout: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr):
+    """A tile's zero points less the middle code, float32 [tile], of keys (0) or values (1); zero where symmetric."""
+    if BITS < 16 and ASYMMETRIC:
+        shift = _half(parameters[side] >> 16) - float(1 << (BITS - 1))
     else:
         shift = gl.zeros([TILE], gl.float32, layout)
     return shift
 
 
 @gluon.jit
-def _hand_on_parameters(scales, buffer, parameters, layout: gl.constexpr, BITS: gl.constexpr):
-    """Store what weights need of a tile's values, 1 / scale and shift; returns the logarithm of their scales."""
-    logarithm = gl.zeros([TILE], gl.float32, layout)
+def _hand_on_parameters(scales, buffer, parameters, layout: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr):
+    """Store what weights need of a tile's values, 1 / scale and shift.
+
+    Returns what scores of keys are multiplied with, and what is added to them: the logarithm of the values' scales.
+    """
+    key_scale, logarithm = gl.full([TILE], 1.0, gl.float32, layout), gl.zeros([TILE], gl.float32, layout)
     if BITS < 16:
-        scale = parameters[1].to(gl.float32)
+        scale = _scale(parameters, 1, ASYMMETRIC)
         scales.index(2 * buffer).store(1.0 / scale)
-        scales.index(2 * buffer + 1).store(_shift(parameters, 1, layout, BITS))
-        logarithm = gl.log2(scale)
-    return logarithm
+        scales.index(2 * buffer + 1).store(_shift(parameters, 1, layout, BITS, ASYMMETRIC))
+        key_scale, logarithm = _scale(parameters, 0, ASYMMETRIC), gl.log2(scale)
+    return key_scale, logarithm
 
 
 @gluon.jit
-def _hand_on(to, score, seen, parameters, logarithm, BITS: gl.constexpr):
+def _hand_on(to, score, seen, scale, logarithm):
     """Store a tile's scores [tile, columns], minus infinity where tokens are hidden; seen: what is added to them."""
     rows: gl.constexpr = gl.SliceLayout(1, score.type.layout)
     added = gl.convert_layout(seen, rows, assert_trivial=True)
+    scale = gl.convert_layout(scale, rows, assert_trivial=True)[:, None]
     # Scores of hidden tokens may be anything.
     hidden = (added == float("-inf"))[:, None]
-    if BITS < 16:
-        score = score * gl.convert_layout(parameters[0].to(gl.float32), rows, assert_trivial=True)[:, None]
-        added = added * LOG2_E + gl.convert_layout(logarithm, rows, assert_trivial=True)
-    else:
-        added = added * LOG2_E
-    to.store(gl.where(hidden, float("-inf"), score + added[:, None]))
+    added = added * LOG2_E + gl.convert_layout(logarithm, rows, assert_trivial=True)
+    to.store(gl.where(hidden, float("-inf"), score * scale + added[:, None]))
 
 
 @gluon.jit
@@ -115,9 +127,11 @@ def score_rebuilt(
         ASYMMETRIC,
     )  # fmt: skip
     # The same memory with numbers of the type that the codes become.
-    prepared = factors._reinterpret(DTYPE, factors.shape, factors.layout)
+    layout: gl.constexpr = factors.layout
+    RANK: gl.constexpr = factors.shape[2]
+    prepared = seen_as(factors, DTYPE, KV, WIDE, RANK, layout)
     if FOLDED:
-        q_first, q_second = load_pairs(query, query_stride, scaling, KV, WIDE, factors.shape[2], WIDTH, WHICH)
+        q_first, q_second = load_pairs(query, query_stride, scaling, KV, WIDE, RANK, WIDTH, WHICH)
         async_copy.wait_group(STAGES)
         synchronize()
         fold(factors, prepared, q_first, q_second, BITS, WHICH)
@@ -136,37 +150,36 @@ def score_rebuilt(
         token = (first + index * step) * TILE
         inside = token + gl.arange(0, TILE, rows)
         seen = load_seen(mask, row_mask, mask_t, inside, inside < length, MASK)
+        next_parameters = _load_parameters(
+            key_parameters, value_parameters, tiles, index + 2, key_parameters_t, value_parameters_t, rows, BITS,
+            ASYMMETRIC,
+        )  # fmt: skip
         async_copy.wait_group(STAGES - 1)
         synchronize()
         slot = ring.index(done % STAGES)
-        operand = key_operand(slot, _shift(parameters, 0, rows, BITS).to(gl.float16), wide, BITS)
+        operand = key_operand(slot, _shift(parameters, 0, rows, BITS, ASYMMETRIC).to(gl.float16), wide, BITS)
         # All have read the latents.
         synchronize()
         _copy_tile(slot, latents, tiles, index + 2 * STAGES, latents_t, units)
         mbarrier.wait(empty, (done & 1) ^ 1)
-        logarithm = _hand_on_parameters(scales, WHICH, parameters, rows, BITS)
+        scale, logarithm = _hand_on_parameters(scales, WHICH, parameters, rows, BITS, ASYMMETRIC)
         scores = gl.zeros([TILE, LEAST], gl.float32, narrow)
         for head in range(KV):
             zeros = gl.zeros([TILE, WIDE], gl.float32, wide)
             begun = warpgroup_mma(operand, prepared.index(head).permute((1, 0)), zeros, use_acc=False, is_async=True)
             product = warpgroup_mma_wait(0, deps=[begun])
-            # The compiler must not know that these are the same for all heads: it would keep them unpacked.
-            own_turns = turns ^ ((index + head) >> 30)
             if FOLDED:
-                score = weighed(product, own_turns, DTYPE)
-                _hand_on(found.index(head), score[:, None], seen, parameters, logarithm, BITS)
+                score = weighed(product, turns, DTYPE)
+                _hand_on(found.index(head), score[:, None], seen, scale, logarithm)
             else:
-                turned = rotated(product, own_turns, DTYPE)
+                turned = rotated(product, turns, DTYPE)
                 summed = warpgroup_mma(
                     turned, queries.index(head).permute((1, 0)), scores, use_acc=head % TOGETHER > 0, is_async=True
                 )
                 scores = warpgroup_mma_wait(0, deps=[summed])
-                _hand_on(found.index(head // TOGETHER), scores, seen, parameters, logarithm, BITS)
+                _hand_on(found.index(head // TOGETHER), scores, seen, scale, logarithm)
         turns = load_turns(table, token + 2 * step * TILE, table_t, length, WIDE // 2)
-        parameters = _load_parameters(
-            key_parameters, value_parameters, tiles, index + 2, key_parameters_t, value_parameters_t, rows, BITS,
-            ASYMMETRIC,
-        )  # fmt: skip
+        parameters = next_parameters
         synchronize()
         mbarrier.arrive(full, count=1)
     async_copy.wait_group(0)
@@ -196,22 +209,23 @@ def score_absorbed(
         buffer = done % 2
         token = (first + index * step) * TILE + gl.arange(0, TILE, rows)
         seen = load_seen(mask, row_mask, mask_t, token, token < length, MASK)
+        next_parameters = _load_parameters(
+            key_parameters, value_parameters, tiles, index + 1, key_parameters_t, value_parameters_t, rows, BITS,
+            ASYMMETRIC,
+        )  # fmt: skip
         async_copy.wait_group(STAGES - 1)
         synchronize()
         slot = ring.index(done % STAGES)
-        operand = key_operand(slot, _shift(parameters, 0, rows, BITS).to(gl.float16), layout, BITS)
+        operand = key_operand(slot, _shift(parameters, 0, rows, BITS, ASYMMETRIC).to(gl.float16), layout, BITS)
         begun = warpgroup_mma(operand, queries.permute((1, 0)), zeros, use_acc=False, is_async=True)
         # All have read the latents.
         synchronize()
         _copy_tile(slot, latents, tiles, index + STAGES, latents_t, units)
         mbarrier.wait(empty.index(buffer), ((done // 2) & 1) ^ 1)
-        logarithm = _hand_on_parameters(scales, buffer, parameters, rows, BITS)
+        scale, logarithm = _hand_on_parameters(scales, buffer, parameters, rows, BITS, ASYMMETRIC)
         score, operand = warpgroup_mma_wait(0, deps=[begun, operand])
-        _hand_on(found.index(buffer), score, seen, parameters, logarithm, BITS)
-        parameters = _load_parameters(
-            key_parameters, value_parameters, tiles, index + 1, key_parameters_t, value_parameters_t, rows, BITS,
-            ASYMMETRIC,
-        )  # fmt: skip
+        _hand_on(found.index(buffer), score, seen, scale, logarithm)
+        parameters = next_parameters
         synchronize()
         mbarrier.arrive(full.index(buffer), count=1)
     async_copy.wait_group(0)

@@ -62,13 +62,16 @@ def _head_of(
 
 
 @gluon.jit
-def _copy_step(rings, stage, latents, tiles, number, latents_t, units):
-    """Start copying step `number` of the tiles begin .. end, `units` numbers of 16 bits each; nothing behind them."""
-    first, step, begin, end, length = tiles
+def _copy_step(rings, stage, latents, tiles, begin, number, latents_t, units, EVERY: gl.constexpr):
+    """Start copying step `number` of every EVERY-th tile from `begin` on, `units` numbers of 16 bits each.
+
+    Nothing is read behind the last tile.
+    """
+    first, step, _, end, length = tiles
     ROWS: gl.constexpr = rings[0].shape[1]
     UNITS: gl.constexpr = rings[0].shape[2]
     STEPS: gl.constexpr = TILE // ROWS
-    index = begin + number // STEPS
+    index = begin + number // STEPS * EVERY
     token = (first + index * step) * TILE + number % STEPS * ROWS
     until = gl.where(index < end, length, 0)
     for chunk in gl.static_range(len(rings)):
@@ -91,7 +94,9 @@ def _softmax(found, scales, buffer, weights, there, reference, total, shifted, s
     scores = ()
     for part in gl.static_range(STEPS):
         score = gl.where(
-            there[:, None], found.index(buffer).slice(part * STEP, STEP, dim=0).permute((1, 0)).load(layout), float("-inf")
+            there[:, None],
+            found.index(buffer).slice(part * STEP, STEP, dim=0).permute((1, 0)).load(layout),
+            float("-inf"),
         )
         scores = scores + (score,)
     highest = scores[0]
@@ -103,7 +108,8 @@ def _softmax(found, scales, buffer, weights, there, reference, total, shifted, s
         factor = gl.exp2(reference - higher)
         summed = _rescaled(summed, factor)
         total *= factor[:, None]
-        shifted *= factor[:, None]
+        if BITS < 16:
+            shifted *= factor[:, None]
         reference = higher
     for part in gl.static_range(STEPS):
         weight = gl.exp2(scores[part] - reference[:, None])
@@ -111,7 +117,9 @@ def _softmax(found, scales, buffer, weights, there, reference, total, shifted, s
         weights.index(part).store(rounded)
         if BITS < 16:
             total += weight * scales.index(2 * buffer).slice(part * STEP, STEP).load(of_tokens)[None, :]
-            shifted += rounded.to(gl.float32) * scales.index(2 * buffer + 1).slice(part * STEP, STEP).load(of_tokens)[None, :]
+            shifted += (
+                rounded.to(gl.float32) * scales.index(2 * buffer + 1).slice(part * STEP, STEP).load(of_tokens)[None, :]
+            )
         else:
             total += weight
     return reference, total, shifted, summed
@@ -119,15 +127,17 @@ def _softmax(found, scales, buffer, weights, there, reference, total, shifted, s
 
 @gluon.jit
 def weigh_values(
-    arguments, KV: gl.constexpr, QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, TOGETHER: gl.constexpr,
-    COLUMNS: gl.constexpr, RANK_STRIDE: gl.constexpr, BITS: gl.constexpr,
+    rings, weights, out, arguments, WHICH: gl.constexpr, SHARED_BY: gl.constexpr, KV: gl.constexpr,
+    QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr,
+    RANK_STRIDE: gl.constexpr, BITS: gl.constexpr,
 ):  # fmt: skip
     """Sums of the value latents of the tiles first + index * step, weighed with the scores' exponentials.
 
+    WHICH: of SHARED_BY groups of warps each has every other tile, and a part of the sums of its own.
     rings: shared memory [stages, tokens of a step, units] of every chunk; weights: [steps, slots, tokens of a step];
     out: the group's first head in the part's totals and peaks.
     """
-    found, scales, full, empty, rings, weights, tiles, latents, sums, totals, peaks, rank, latents_t, out = arguments
+    found, scales, full, empty, tiles, latents, sums, totals, peaks, rank, latents_t = arguments
     STEPS: gl.constexpr = weights.shape[0]
     SLOTS: gl.constexpr = weights.shape[1]
     STEP: gl.constexpr = weights.shape[2]
@@ -144,13 +154,15 @@ def weigh_values(
     for _chunk in gl.static_range(CHUNKS):
         summed = summed + (gl.zeros([CHUNK, SLOTS], gl.float32, result),)
     _, _, begin, end, _ = tiles
-    units = rank * BITS // 16
+    begin += WHICH
+    units = gl.multiple_of(rank * BITS // 16, 8)
     for stage in gl.static_range(STAGES - 1):
-        _copy_step(rings, stage, latents, tiles, stage, latents_t, units)
-    for index in range(begin, end):
-        done = index - begin
-        buffer = done % 2
-        mbarrier.wait(full.index(buffer), (done // 2) & 1)
+        _copy_step(rings, stage, latents, tiles, begin, stage, latents_t, units, SHARED_BY)
+    for index in range(begin, end, SHARED_BY):
+        done = (index - begin) // SHARED_BY
+        buffer = WHICH if SHARED_BY == 2 else done % 2
+        round = done if SHARED_BY == 2 else done // 2
+        mbarrier.wait(full.index(buffer), round & 1)
         # Products of the last tile are done in all warps, and its weights may be written over.
         synchronize()
         reference, total, shifted, summed = _softmax(
@@ -169,14 +181,12 @@ def weigh_values(
             started = ()
             for chunk in gl.static_range(CHUNKS):
                 here = rings[chunk].index(number % STAGES)
-                if BITS < 16:
-                    operand = value_operand(here, result, BITS)
-                else:
-                    operand = here.permute((1, 0))
+                operand = value_operand(here, result, BITS) if BITS < 16 else here.permute((1, 0))
                 product = warpgroup_mma(operand, weights.index(part).permute((1, 0)), summed[chunk], is_async=True)
                 started = started + (product,)
             summed = started
-            _copy_step(rings, (number + STAGES - 1) % STAGES, latents, tiles, number + STAGES - 1, latents_t, units)
+            ahead = number + STAGES - 1
+            _copy_step(rings, ahead % STAGES, latents, tiles, begin, ahead, latents_t, units, SHARED_BY)
         summed = _there(summed)
     async_copy.wait_group(0)
     gl.store(totals + out + head, gl.sum(total, 1), mask=there)
@@ -184,8 +194,10 @@ def weigh_values(
     column = gl.arange(0, SLOTS, gl.SliceLayout(0, result))
     head, there = _head_of(column, KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS)
     at_head = sums + (out + head).to(gl.int64) * RANK_STRIDE
-    away = gl.convert_layout(gl.sum(shifted, 1), gl.SliceLayout(0, result))[None, :]
+    away = gl.zeros([SLOTS], gl.float32, gl.SliceLayout(0, result))
+    if BITS < 16:
+        away = gl.convert_layout(gl.sum(shifted, 1), gl.SliceLayout(0, result))
     for chunk in gl.static_range(CHUNKS):
         latent = chunk * CHUNK + latent_of(gl.arange(0, CHUNK, gl.SliceLayout(1, result)), BITS)
         ok = (latent < rank)[:, None] & there[None, :]
-        gl.store(at_head[None, :] + latent[:, None], summed[chunk] - away, mask=ok)
+        gl.store(at_head[None, :] + latent[:, None], summed[chunk] - away[None, :], mask=ok)
