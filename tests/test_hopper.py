@@ -42,7 +42,7 @@ def test_real_models_fit_and_more_latents_do_not():
         assert not fitting(heads, 128, 384, 99 << 10)
         assert not fitting(heads, 256, 384)
         assert fitting(heads, 128, 384, all_of_them=True)[:1] == fitting(heads, 128, 384)
-        assert len(fitting(heads, 128, 384, all_of_them=True)) > 4
+        assert len(fitting(heads, 128, 384, all_of_them=True)) > 1
         assert len(fitting(heads, 128, 384, all_of_them=True, bits=4)) > len(fitting(heads, 128, 384, all_of_them=True))
     assert fitting(hopper.heads_of(32, 8, None), 256, 384)
     # Sixteen query heads per kv head are more than the columns of a product, and narrow groups are left to others.

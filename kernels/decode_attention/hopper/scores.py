@@ -167,6 +167,7 @@ def score_rebuilt(
         for head in range(KV):
             zeros = gl.zeros([TILE, WIDE], gl.float32, wide)
             begun = warpgroup_mma(operand, prepared.index(head).permute((1, 0)), zeros, use_acc=False, is_async=True)
+            # The operand stays in its registers for all heads.
             product = warpgroup_mma_wait(0, deps=[begun])
             if FOLDED:
                 score = weighed(product, turns, DTYPE)
@@ -176,7 +177,7 @@ def score_rebuilt(
                 summed = warpgroup_mma(
                     turned, queries.index(head).permute((1, 0)), scores, use_acc=head % TOGETHER > 0, is_async=True
                 )
-                scores = warpgroup_mma_wait(0, deps=[summed])
+                scores, turned = warpgroup_mma_wait(0, deps=[summed, turned])
                 _hand_on(found.index(head // TOGETHER), scores, seen, scale, logarithm)
         turns = load_turns(table, token + 2 * step * TILE, table_t, length, WIDE // 2)
         parameters = next_parameters

@@ -42,11 +42,13 @@ def _rescaled(sums, factor):
 
 
 @gluon.jit
-def _there(sums):
-    """Sums of which all products are done."""
+def _there(sums, operands):
+    """Sums of which all products are done; until then, operands have to stay in their registers."""
+    waited = warpgroup_mma_wait(0, deps=sums + operands)
     result = ()
     for chunk in gl.static_range(len(sums)):
-        result = result + (warpgroup_mma_wait(0, deps=[sums[chunk]]),)
+        # A single one comes as it is.
+        result = result + (waited if len(sums) + len(operands) == 1 else waited[chunk],)
     return result
 
 
@@ -168,26 +170,29 @@ def weigh_values(
         reference, total, shifted, summed = _softmax(
             found, scales, buffer, weights, there, reference, total, shifted, summed, BITS
         )
+        operands = ()
         for part in gl.static_range(STEPS):
             number = done * STEPS + part
             async_copy.wait_group(STAGES - 2)
             fence_async_shared()
             if part > 0:
-                summed = _there(summed)
+                summed = _there(summed, operands)
             synchronize()
             if part == 0:
                 # All have read the scores.
                 mbarrier.arrive(empty.index(buffer), count=1)
-            started = ()
+            started, read = (), ()
             for chunk in gl.static_range(CHUNKS):
                 here = rings[chunk].index(number % STAGES)
                 operand = value_operand(here, result, BITS) if BITS < 16 else here.permute((1, 0))
+                if BITS < 16:
+                    read = read + (operand,)
                 product = warpgroup_mma(operand, weights.index(part).permute((1, 0)), summed[chunk], is_async=True)
                 started = started + (product,)
-            summed = started
+            summed, operands = started, read
             ahead = number + STAGES - 1
             _copy_step(rings, ahead % STAGES, latents, tiles, begin, ahead, latents_t, units, SHARED_BY)
-        summed = _there(summed)
+        summed = _there(summed, operands)
     async_copy.wait_group(0)
     gl.store(totals + out + head, gl.sum(total, 1), mask=there)
     gl.store(peaks + out + head, reference, mask=there)
