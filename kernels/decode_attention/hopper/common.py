@@ -1,4 +1,4 @@
-"""What both halves of the kernel share: which tiles are theirs, copies of latents into shared memory."""
+"""What all groups of warps share: which tiles are theirs, copies of latents into shared memory."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

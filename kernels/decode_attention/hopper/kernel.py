@@ -1,7 +1,7 @@
-"""Decode attention over latents on Hopper: one launch for scores and values, which half of the warps each compute.
+"""Decode attention over latents on Hopper: one launch in which groups of four warps score and weigh values side by side.
 
-The matrix units of a warp group take both sides from shared memory, so that one group of warps keeps up with what a
-multiprocessor can read. Keys are rebuilt whole, with the group's up factor in shared memory all the time.
+The matrix units take the up factor from shared memory, where it stays, and key latents from registers, where codes
+become numbers. Keys are rebuilt whole.
 """
 
 from triton.experimental import gluon
