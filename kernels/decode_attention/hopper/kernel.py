@@ -1,4 +1,4 @@
-"""Decode attention over latents on Hopper: one launch in which groups of four warps score and weigh values side by side.
+"""Decode attention over latents on Hopper: one launch in which groups of four warps score or weigh values.
 
 The matrix units take the up factor from shared memory, where it stays, and key latents from registers, where codes
 become numbers. Keys are rebuilt whole.
