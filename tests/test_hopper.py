@@ -10,6 +10,7 @@ from palu.kernels.decode_attention.hopper import launch as hopper
 from palu.kernels.decode_attention.spec import HOPPER_SHAPES, Shape
 from palu.kernels.latent_scores.tables import lane_table
 from palu.kernels.latents import LatentProjection
+from palu.kernels.quantize import PackedLatents
 from palu.kernels.rotation import Rotation
 from tests.kernel_calls import close, defined, name_of, on_device, quantized, random_call
 
@@ -180,6 +181,27 @@ def test_the_kernel_reads_codes(shape, dtype, rope, symmetric, bits, monkeypatch
     packed, held = quantized([latent * 3 + 0.2 for latent in latents], bits, key, value, symmetric=symmetric)
     call = (query, *packed, key, value, rotation if rope else None)
     checked(call, shape, mask, mask, dtype, monkeypatch, held)
+
+
+@needs_hopper
+@torch.no_grad()
+@pytest.mark.usefixtures("empty_memory_is_nan")
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("unwritten", [0.0, float("nan")], ids=["zero", "nan"])
+@pytest.mark.parametrize("heads", [(8, 8), (16, 4)], ids=["folded", "rotated"])
+@pytest.mark.parametrize("rope", [True, False], ids=["rope", "absorbed"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def test_scales_of_hidden_tokens_may_be_anything(heads, rope, symmetric, unwritten, bits, monkeypatch):
+    shape = Shape(2, *heads, 128, 1, 500, (128,) * (heads[1] // 4), (256,) * (heads[1] // 4))
+    query, *latents, key, value, rotation, mask = random_call(shape, torch.float16, False)
+    packed, held = quantized(latents, bits, key, value, symmetric=symmetric)
+    hidden = ~mask[:, 0, 0, :, None]
+    packed = [
+        PackedLatents.of(each.codes, each.parameters.masked_fill(hidden, unwritten), each.quantization)
+        for each in packed
+    ]
+    call = (query, *packed, key, value, rotation if rope else None)
+    checked(call, shape, mask, mask, "float16", monkeypatch, held)
 
 
 @needs_hopper

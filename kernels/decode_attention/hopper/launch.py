@@ -40,6 +40,8 @@ CODES = (8, 4)
 MOST_KV = 8
 # Latents of a group's keys at most where they are rebuilt, and registers of a thread for the sums of values.
 MOST_RANK, MOST_SUMS = 256, 96
+# Registers of a thread for sums of values and for what codes became, which stay until their products are done.
+MOST_OPERANDS = 128
 # Latents of a group, keys' and values' together, at least: of less a program reads too little per tile.
 LEAST_WIDTH = 256
 # What the compiler keeps in shared memory.
@@ -125,6 +127,8 @@ def can_take(
     aligned = key.up is None or (_aligned(key.up) and key.up.dtype == query.dtype)
     if not (len(bits) == 1 and None not in bits and aligned and len(key.ranks) == len(value.ranks)):
         return False
+    if key_latents.shape[1] == 0:
+        return False
     (number,) = bits
     if any(rank * number % 128 for rank in (*key.ranks, *value.ranks)):
         return False
@@ -139,7 +143,10 @@ def can_take(
 def _bits(latents: Latents, dtype: torch.dtype) -> int | None:
     """Bits of latents that the kernel can read, None of others."""
     if isinstance(latents, PackedLatents):
-        return latents.quantization.bits if latents.quantization.bits in CODES and _aligned(latents.codes) else None
+        # Scales of neighbouring groups side by side, with their zero points between them if there are any.
+        side_by_side = latents.scales.stride(-1) == (1 if latents.zeros is None else 2)
+        taken = latents.quantization.bits in CODES and _aligned(latents.codes) and side_by_side
+        return latents.quantization.bits if taken else None
     return 16 if isinstance(latents, Tensor) and latents.dtype == dtype and _aligned(latents) else None
 
 
@@ -180,7 +187,8 @@ def plans_for(
     for plan in dict.fromkeys((*PLANS, *(GRID if all_of_them else ()))):
         tiles = (2 if rebuilt else 1) * plan.key_stages * TILE * rank
         tiles += weighers * plan.value_stages * plan.step * chunks * CHUNK
-        if kept + tiles * bits // 8 <= memory:
+        operands = chunks * (heads.slots + plan.step // 2) if bits < 16 else 0
+        if kept + tiles * bits // 8 <= memory and operands <= MOST_OPERANDS:
             fitting.append(plan)
     return tuple(fitting if all_of_them else fitting[:1])
 

@@ -19,11 +19,11 @@ def swizzled(columns: int) -> gl.NVMMASharedLayout:
 
 
 @gluon.constexpr_function
-def _fields(bits: int, shifted: bool) -> tuple[str, str]:
+def _fields(bits: int, shifted: bool, scaled: bool) -> tuple[str, str]:
     """Assembly that makes pairs of fp16 numbers, a field's codes less the middle one, of a pair of units.
 
     A code or-ed into the mantissa of 1024 is 1024 + code. The second code of a byte gives 1024 + 16 code, which takes a
-    multiply-add instead of a shift. shifted: another pair is taken away.
+    multiply-add instead of a shift. shifted: another pair is taken away; scaled: a third is multiplied in.
     """
     count = 16 // bits
     names = [f"${field}" for field in range(count)]
@@ -44,8 +44,10 @@ def _fields(bits: int, shifted: bool) -> tuple[str, str]:
             )
     if shifted:
         lines += [f"sub.f16x2 {name}, {name}, ${count + 1};" for name in names]
+    if scaled:
+        lines += [f"mul.f16x2 {name}, {name}, ${count + 2};" for name in names]
     # Results are written before all is read.
-    return "{ " + " ".join(lines) + " }", ",".join(["=&r"] * count + ["r"] * (2 if shifted else 1))
+    return "{ " + " ".join(lines) + " }", ",".join(["=&r"] * count + ["r"] * (1 + shifted + scaled))
 
 
 @gluon.constexpr_function
@@ -70,16 +72,24 @@ def units_layout(units: int, tokens: int) -> gl.DistributedLinearLayout:
 
 
 @gluon.jit
-def key_operand(slot, shift, result: gl.constexpr, BITS: gl.constexpr):
-    """A tile's key latents [tile, RANK] from shared memory; of codes less their shifts [tile] in `unit_order`."""
+def key_operand(slot, shift, scale, result: gl.constexpr, BITS: gl.constexpr, SCALED: gl.constexpr):
+    """A tile's key latents [tile, RANK] from shared memory; of codes less their shifts [tile] in `unit_order`.
+
+    SCALED: times their scales [tile], else without.
+    """
     operand: gl.constexpr = gl.DotOperandLayout(0, result, 2)
     loaded = slot.load(operand)
     if BITS < 16:
         UNITS: gl.constexpr = loaded.shape[1]
         across = gl.convert_layout(shift, gl.SliceLayout(1, operand))[:, None].broadcast_to([TILE, UNITS])
+        given = [loaded, across]
+        if SCALED:
+            factor = gl.convert_layout(scale.to(gl.float16), gl.SliceLayout(1, operand))
+            given = [loaded, across, factor[:, None].broadcast_to([TILE, UNITS])]
         fields = gl.inline_asm_elementwise(
-            _fields(BITS, True)[0], _fields(BITS, True)[1], [loaded, across], dtype=_types(BITS), is_pure=True, pack=2
-        )
+            _fields(BITS, True, SCALED)[0], _fields(BITS, True, SCALED)[1], given, dtype=_types(BITS), is_pure=True,
+            pack=2,
+        )  # fmt: skip
         if BITS == 8:
             loaded = gl.join(fields[0], fields[1]).permute([0, 2, 1]).reshape([TILE, 2 * UNITS])
         else:
@@ -96,7 +106,12 @@ def value_operand(slot, result: gl.constexpr, BITS: gl.constexpr):
     UNITS: gl.constexpr = slot.shape[1]
     packed = slot.permute((1, 0)).load(units_layout(UNITS, TOKENS))
     fields = gl.inline_asm_elementwise(
-        _fields(BITS, False)[0], _fields(BITS, False)[1], [packed], dtype=_types(BITS), is_pure=True, pack=2
+        _fields(BITS, False, False)[0],
+        _fields(BITS, False, False)[1],
+        [packed],
+        dtype=_types(BITS),
+        is_pure=True,
+        pack=2,
     )
     if BITS == 8:
         rows = gl.join(fields[0], fields[1]).permute([2, 0, 1]).reshape([128, TOKENS])

@@ -59,6 +59,12 @@ def _scale(parameters, side: gl.constexpr, ASYMMETRIC: gl.constexpr):
 
 
 @gluon.jit
+def _key_scale(parameters, layout: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr):
+    """A tile's scales of keys, float32 [tile]; one of numbers."""
+    return _scale(parameters, 0, ASYMMETRIC) if BITS < 16 else gl.full([TILE], 1.0, gl.float32, layout)
+
+
+@gluon.jit
 def _shift(parameters, side: gl.constexpr, layout: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr):
     """A tile's zero points less the middle code, float32 [tile], of keys (0) or values (1); zero where symmetric."""
     if BITS < 16 and ASYMMETRIC:
@@ -69,18 +75,20 @@ def _shift(parameters, side: gl.constexpr, layout: gl.constexpr, BITS: gl.conste
 
 
 @gluon.jit
-def _hand_on_parameters(scales, buffer, parameters, layout: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr):
-    """Store what weights need of a tile's values, 1 / scale and shift.
-
-    Returns what scores of keys are multiplied with, and what is added to them: the logarithm of the values' scales.
-    """
-    key_scale, logarithm = gl.full([TILE], 1.0, gl.float32, layout), gl.zeros([TILE], gl.float32, layout)
+def _hand_on_parameters(
+    scales, buffer, parameters, seen, layout: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr
+):
+    """Store what weights need of a tile's values, 1 / scale and shift; returns the logarithm of their scales."""
+    logarithm = gl.zeros([TILE], gl.float32, layout)
     if BITS < 16:
-        scale = _scale(parameters, 1, ASYMMETRIC)
+        # Parameters of hidden tokens may be anything, zero where a cache has room left.
+        visible = seen > float("-inf")
+        scale = gl.where(visible, _scale(parameters, 1, ASYMMETRIC), 1.0)
         scales.index(2 * buffer).store(1.0 / scale)
-        scales.index(2 * buffer + 1).store(_shift(parameters, 1, layout, BITS, ASYMMETRIC))
-        key_scale, logarithm = _scale(parameters, 0, ASYMMETRIC), gl.log2(scale)
-    return key_scale, logarithm
+        shift = _shift(parameters, 1, layout, BITS, ASYMMETRIC)
+        scales.index(2 * buffer + 1).store(gl.where(visible, shift, 0.0))
+        logarithm = gl.log2(scale)
+    return logarithm
 
 
 @gluon.jit
@@ -145,6 +153,7 @@ def score_rebuilt(
     # Each group of warps has made half of the factors.
     mbarrier.arrive(ready, count=1)
     mbarrier.wait(ready, 0)
+    unscaled = gl.full([TILE], 1.0, gl.float32, rows)
     for index in range(begin + WHICH, end, 2):
         done = (index - begin) // 2
         token = (first + index * step) * TILE
@@ -157,18 +166,24 @@ def score_rebuilt(
         async_copy.wait_group(STAGES - 1)
         synchronize()
         slot = ring.index(done % STAGES)
-        operand = key_operand(slot, _shift(parameters, 0, rows, BITS, ASYMMETRIC).to(gl.float16), wide, BITS)
+        shift = _shift(parameters, 0, rows, BITS, ASYMMETRIC).to(gl.float16)
+        scale = _key_scale(parameters, rows, BITS, ASYMMETRIC)
+        # Rebuilt keys are rounded to fp16 before they meet the queries, in whose range only scaled ones are sure to be.
+        operand = key_operand(slot, shift, scale, wide, BITS, not FOLDED)
         # All have read the latents.
         synchronize()
         _copy_tile(slot, latents, tiles, index + 2 * STAGES, latents_t, units)
         mbarrier.wait(empty, (done & 1) ^ 1)
-        scale, logarithm = _hand_on_parameters(scales, WHICH, parameters, rows, BITS, ASYMMETRIC)
+        logarithm = _hand_on_parameters(scales, WHICH, parameters, seen, rows, BITS, ASYMMETRIC)
         scores = gl.zeros([TILE, LEAST], gl.float32, narrow)
         for head in range(KV):
             zeros = gl.zeros([TILE, WIDE], gl.float32, wide)
             begun = warpgroup_mma(operand, prepared.index(head).permute((1, 0)), zeros, use_acc=False, is_async=True)
-            # The operand stays in its registers for all heads.
-            product = warpgroup_mma_wait(0, deps=[begun])
+            # The operand has to stay in its registers; with several heads it does, for the next.
+            if KV == 1:
+                product, operand = warpgroup_mma_wait(0, deps=[begun, operand])
+            else:
+                product = warpgroup_mma_wait(0, deps=[begun])
             if FOLDED:
                 score = weighed(product, turns, DTYPE)
                 _hand_on(found.index(head), score[:, None], seen, scale, logarithm)
@@ -178,7 +193,7 @@ def score_rebuilt(
                     turned, queries.index(head).permute((1, 0)), scores, use_acc=head % TOGETHER > 0, is_async=True
                 )
                 scores, turned = warpgroup_mma_wait(0, deps=[summed, turned])
-                _hand_on(found.index(head // TOGETHER), scores, seen, scale, logarithm)
+                _hand_on(found.index(head // TOGETHER), scores, seen, unscaled, logarithm)
         turns = load_turns(table, token + 2 * step * TILE, table_t, length, WIDE // 2)
         parameters = next_parameters
         synchronize()
@@ -217,13 +232,15 @@ def score_absorbed(
         async_copy.wait_group(STAGES - 1)
         synchronize()
         slot = ring.index(done % STAGES)
-        operand = key_operand(slot, _shift(parameters, 0, rows, BITS, ASYMMETRIC).to(gl.float16), layout, BITS)
+        shift = _shift(parameters, 0, rows, BITS, ASYMMETRIC).to(gl.float16)
+        scale = _key_scale(parameters, rows, BITS, ASYMMETRIC)
+        operand = key_operand(slot, shift, scale, layout, BITS, False)
         begun = warpgroup_mma(operand, queries.permute((1, 0)), zeros, use_acc=False, is_async=True)
         # All have read the latents.
         synchronize()
         _copy_tile(slot, latents, tiles, index + STAGES, latents_t, units)
         mbarrier.wait(empty.index(buffer), ((done // 2) & 1) ^ 1)
-        scale, logarithm = _hand_on_parameters(scales, buffer, parameters, rows, BITS, ASYMMETRIC)
+        logarithm = _hand_on_parameters(scales, buffer, parameters, seen, rows, BITS, ASYMMETRIC)
         score, operand = warpgroup_mma_wait(0, deps=[begun, operand])
         _hand_on(found.index(buffer), score, seen, scale, logarithm)
         parameters = next_parameters
