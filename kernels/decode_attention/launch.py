@@ -68,7 +68,10 @@ def can_take(
 def _is_plain(latents: Stretch, ranks: Sequence[int], dtype: torch.dtype) -> bool:
     """Codes with one scale per head group in whole words, or latents of the query's dtype, side by side."""
     if isinstance(latents, PackedLatents):
-        aligned = latents.zeros is None or side_by_side(latents.scales, latents.zeros)
+        # Scales of neighbouring groups side by side, with their zero points between them if there are any.
+        step = 1 if latents.zeros is None else 2
+        aligned = latents.scales.shape[-1] == 1 or latents.scales.stride(-1) == step
+        aligned = aligned and (latents.zeros is None or side_by_side(latents.scales, latents.zeros))
         unit = 2 if latents.quantization.bits == 3 else 4
         words = latents.codes.stride(-1) == 1 and all(stride % unit == 0 for stride in latents.codes.stride()[:2])
         return aligned and words and latents.quantization.widths == tuple(ranks)

@@ -9,35 +9,7 @@ from palu.kernels.latent_scores.tiles import HIDING
 # Their names changed between versions of Triton.
 synchronize = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 copy_to_shared = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
-if hasattr(gl.shared_memory_descriptor, "_reinterpret"):
-
-    @gluon.jit
-    def seen_as(
-        memory,
-        dtype: gl.constexpr,
-        PARTS: gl.constexpr,
-        ROWS: gl.constexpr,
-        COLUMNS: gl.constexpr,
-        layout: gl.constexpr,
-    ):
-        """The same shared memory as PARTS matrices [ROWS, COLUMNS] of another type."""
-        return memory._reinterpret(dtype, [PARTS, ROWS, COLUMNS], layout)
-
-else:
-
-    @gluon.jit
-    def seen_as(
-        memory,
-        dtype: gl.constexpr,
-        PARTS: gl.constexpr,
-        ROWS: gl.constexpr,
-        COLUMNS: gl.constexpr,
-        layout: gl.constexpr,
-    ):
-        """The same shared memory as PARTS matrices [ROWS, COLUMNS] of another type."""
-        return memory.reinterpret(dtype, [PARTS, ROWS, COLUMNS], layout)
-
-
+REINTERPRETS: gl.constexpr = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 WARPS: gl.constexpr = gl.constexpr(4)
 TILE: gl.constexpr = gl.constexpr(64)
 # Tiles whose masks are looked at together.
@@ -55,6 +27,18 @@ def copied_layout(columns: int) -> gl.BlockedLayout:
     """Rows of 16-bit numbers, 16 bytes a thread."""
     across = min(32, columns // 8)
     return gl.BlockedLayout([1, 8], [32 // across, across], [WARPS.value, 1], [1, 0])
+
+
+@gluon.jit
+def seen_as(
+    memory, dtype: gl.constexpr, PARTS: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, layout: gl.constexpr
+):
+    """The same shared memory as PARTS matrices [ROWS, COLUMNS] of another type."""
+    if REINTERPRETS:
+        other = memory.reinterpret(dtype, [PARTS, ROWS, COLUMNS], layout)
+    else:
+        other = memory._reinterpret(dtype, [PARTS, ROWS, COLUMNS], layout)
+    return other
 
 
 @gluon.jit

@@ -52,6 +52,7 @@ def hopper_kernel(
         at_keys = at_keys.to(gl.pointer_type(gl.int16), bitcast=True)
         at_values = at_values.to(gl.pointer_type(gl.int16), bitcast=True)
         keys_t, values_t = keys_t // 2, values_t // 2
+    parameters = (key_parameters, value_parameters, key_parameters_t, value_parameters_t)
     at_keys += gl.multiple_of(key_offset * BITS // 16, 8)
     at_values += gl.multiple_of(value_offset * BITS // 16, 8)
     first_head = (row * GROUPS + group) * (KV * QUERIES)
@@ -92,15 +93,12 @@ def hopper_kernel(
         queries = gl.allocate_shared_memory(DTYPE, [SLOTS, RANK], swizzled(RANK))
         loaded = load_queries(at_query, query_stride, key_rank, 0, SLOTS, RANK, QUERIES, False, BITS)
         queries.store((loaded * scaling).to(DTYPE))
+        to_scores = (tiles, at_keys, parameters, mask, key_units_there, keys_t, row * mask_b, mask_t)
         fence_async_shared()
         synchronize()
         if WEIGHERS == 1:
             gl.warp_specialize([
-                (score_absorbed, (
-                    found, scales, full, empty, ring, queries, tiles, at_keys, mask, key_parameters, value_parameters,
-                    key_units_there, keys_t, row * mask_b, mask_t, key_parameters_t, value_parameters_t,
-                    BITS, ASYMMETRIC, MASK,
-                )),
+                (score_absorbed, (found, scales, full, empty, ring, queries, to_scores, BITS, ASYMMETRIC, MASK)),
                 (weigh_values, (
                     all_rings[0], all_weights[0], out, to_values, 0, WEIGHERS,
                     KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
@@ -108,11 +106,7 @@ def hopper_kernel(
             ], [4], [VALUE_REGISTERS])  # fmt: skip
         else:
             gl.warp_specialize([
-                (score_absorbed, (
-                    found, scales, full, empty, ring, queries, tiles, at_keys, mask, key_parameters, value_parameters,
-                    key_units_there, keys_t, row * mask_b, mask_t, key_parameters_t, value_parameters_t,
-                    BITS, ASYMMETRIC, MASK,
-                )),
+                (score_absorbed, (found, scales, full, empty, ring, queries, to_scores, BITS, ASYMMETRIC, MASK)),
                 (weigh_values, (
                     all_rings[0], all_weights[0], out, to_values, 0, WEIGHERS,
                     KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
@@ -135,9 +129,8 @@ def hopper_kernel(
             ring = gl.allocate_shared_memory(stored, [KEY_STAGES, TILE, key_units], swizzled(key_units))
             rings = rings + (ring,)
         to_scores = (
-            tiles, at_keys, at_table, mask, up + key_offset, at_query, key_parameters, value_parameters,
-            key_units_there, key_rank, keys_t, table_t, row * mask_b, mask_t, up_stride, query_stride,
-            key_parameters_t, value_parameters_t, scaling,
+            tiles, at_keys, parameters, at_table, mask, up + key_offset, at_query, key_units_there, key_rank, keys_t,
+            table_t, row * mask_b, mask_t, up_stride, query_stride, scaling,
         )  # fmt: skip
         places = ()
         for which in gl.static_range(2):
@@ -147,37 +140,17 @@ def hopper_kernel(
             )  # fmt: skip
             places = places + (place,)
         synchronize()
-        if WEIGHERS == 1:
-            gl.warp_specialize([
-                (score_rebuilt, (
-                    places[0], scales, full.index(0), empty.index(0), ready, rings[0], factors, queries, to_scores,
-                    0, MODE == "folded", TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, DTYPE, BITS, ASYMMETRIC, MASK,
-                )),
-                (score_rebuilt, (
-                    places[1], scales, full.index(1), empty.index(1), ready, rings[1], factors, queries, to_scores,
-                    1, MODE == "folded", TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, DTYPE, BITS, ASYMMETRIC, MASK,
-                )),
-                (weigh_values, (
-                    all_rings[0], all_weights[0], out, to_values, 0, WEIGHERS,
-                    KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
-                )),
-            ], [4, 4], [SCORE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
-        else:
-            gl.warp_specialize([
-                (score_rebuilt, (
-                    places[0], scales, full.index(0), empty.index(0), ready, rings[0], factors, queries, to_scores,
-                    0, MODE == "folded", TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, DTYPE, BITS, ASYMMETRIC, MASK,
-                )),
-                (score_rebuilt, (
-                    places[1], scales, full.index(1), empty.index(1), ready, rings[1], factors, queries, to_scores,
-                    1, MODE == "folded", TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, DTYPE, BITS, ASYMMETRIC, MASK,
-                )),
-                (weigh_values, (
-                    all_rings[0], all_weights[0], out, to_values, 0, WEIGHERS,
-                    KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
-                )),
-                (weigh_values, (
-                    all_rings[1], all_weights[1], out + rows_heads, to_values, 1, WEIGHERS,
-                    KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
-                )),
-            ], [4, 4, 4], [SCORE_REGISTERS, VALUE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
+        gl.warp_specialize([
+            (score_rebuilt, (
+                places[0], scales, full.index(0), empty.index(0), ready, rings[0], factors, queries, to_scores,
+                0, MODE == "folded", TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, DTYPE, BITS, ASYMMETRIC, MASK,
+            )),
+            (score_rebuilt, (
+                places[1], scales, full.index(1), empty.index(1), ready, rings[1], factors, queries, to_scores,
+                1, MODE == "folded", TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, DTYPE, BITS, ASYMMETRIC, MASK,
+            )),
+            (weigh_values, (
+                all_rings[0], all_weights[0], out, to_values, 0, WEIGHERS,
+                KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
+            )),
+        ], [4, 4], [SCORE_REGISTERS, VALUE_REGISTERS])  # fmt: skip

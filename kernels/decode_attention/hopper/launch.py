@@ -143,10 +143,7 @@ def can_take(
 def _bits(latents: Latents, dtype: torch.dtype) -> int | None:
     """Bits of latents that the kernel can read, None of others."""
     if isinstance(latents, PackedLatents):
-        # Scales of neighbouring groups side by side, with their zero points between them if there are any.
-        side_by_side = latents.scales.stride(-1) == (1 if latents.zeros is None else 2)
-        taken = latents.quantization.bits in CODES and _aligned(latents.codes) and side_by_side
-        return latents.quantization.bits if taken else None
+        return latents.quantization.bits if latents.quantization.bits in CODES and _aligned(latents.codes) else None
     return 16 if isinstance(latents, Tensor) and latents.dtype == dtype and _aligned(latents) else None
 
 
@@ -180,9 +177,10 @@ def plans_for(
     chunks = cdiv(max(value_ranks), CHUNK)
     if chunks * heads.slots > MOST_SUMS:
         return ()
-    # Bytes: numbers of 16 bits are kept, those of tiles are codes.
+    # Bytes: numbers of 16 bits are kept, those of tiles are codes, which have scales and shifts.
     weighers = weighers_of(heads.mode, bits)
-    kept = 2 * (kept + weighers * heads.slots * TILE) + 8 * TILE * (heads.slots + 2) + RESERVED
+    parameters = 2 if bits < 16 else 0
+    kept = 2 * (kept + weighers * heads.slots * TILE) + 8 * TILE * (heads.slots + parameters) + RESERVED
     fitting = []
     for plan in dict.fromkeys((*PLANS, *(GRID if all_of_them else ()))):
         tiles = (2 if rebuilt else 1) * plan.key_stages * TILE * rank

@@ -81,7 +81,9 @@ def key_operand(slot, shift, scale, result: gl.constexpr, BITS: gl.constexpr, SC
     loaded = slot.load(operand)
     if BITS < 16:
         UNITS: gl.constexpr = loaded.shape[1]
-        across = gl.convert_layout(shift, gl.SliceLayout(1, operand))[:, None].broadcast_to([TILE, UNITS])
+        across = gl.convert_layout(shift.to(gl.float16), gl.SliceLayout(1, operand))[:, None].broadcast_to(
+            [TILE, UNITS]
+        )
         given = [loaded, across]
         if SCALED:
             factor = gl.convert_layout(scale.to(gl.float16), gl.SliceLayout(1, operand))
@@ -106,13 +108,9 @@ def value_operand(slot, result: gl.constexpr, BITS: gl.constexpr):
     UNITS: gl.constexpr = slot.shape[1]
     packed = slot.permute((1, 0)).load(units_layout(UNITS, TOKENS))
     fields = gl.inline_asm_elementwise(
-        _fields(BITS, False, False)[0],
-        _fields(BITS, False, False)[1],
-        [packed],
-        dtype=_types(BITS),
-        is_pure=True,
+        _fields(BITS, False, False)[0], _fields(BITS, False, False)[1], [packed], dtype=_types(BITS), is_pure=True,
         pack=2,
-    )
+    )  # fmt: skip
     if BITS == 8:
         rows = gl.join(fields[0], fields[1]).permute([2, 0, 1]).reshape([128, TOKENS])
     else:

@@ -27,12 +27,11 @@ def _copy_tile(to, latents, tiles, index, latents_t, units):
 
 
 @gluon.jit
-def _load_parameters(
-    keys, values, tiles, index, keys_t, values_t, layout: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr
-):
+def _load_parameters(stored, tiles, index, layout: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr):
     """Scales of a tile's keys and of its values, [tile] each, as words with the zero points where there are any."""
     parameters = ()
     if BITS < 16:
+        keys, values, keys_t, values_t = stored
         first, step, _, _, length = tiles
         token = (first + index * step) * TILE + gl.arange(0, TILE, layout)
         at_key, at_value = keys + token.to(gl.int64) * keys_t, values + token.to(gl.int64) * values_t
@@ -59,12 +58,6 @@ def _scale(parameters, side: gl.constexpr, ASYMMETRIC: gl.constexpr):
 
 
 @gluon.jit
-def _key_scale(parameters, layout: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr):
-    """A tile's scales of keys, float32 [tile]; one of numbers."""
-    return _scale(parameters, 0, ASYMMETRIC) if BITS < 16 else gl.full([TILE], 1.0, gl.float32, layout)
-
-
-@gluon.jit
 def _shift(parameters, side: gl.constexpr, layout: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr):
     """A tile's zero points less the middle code, float32 [tile], of keys (0) or values (1); zero where symmetric."""
     if BITS < 16 and ASYMMETRIC:
@@ -72,6 +65,24 @@ def _shift(parameters, side: gl.constexpr, layout: gl.constexpr, BITS: gl.conste
     else:
         shift = gl.zeros([TILE], gl.float32, layout)
     return shift
+
+
+@gluon.jit
+def _operand(
+    slot, parameters, STAGES: gl.constexpr, result: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr,
+    SCALED: gl.constexpr,
+):  # fmt: skip
+    """A tile's key latents in registers, once they are there, and what their scores are multiplied with, [tile].
+
+    SCALED: codes are times their scales.
+    """
+    rows: gl.constexpr = gl.SliceLayout(1, result)
+    async_copy.wait_group(STAGES - 1)
+    synchronize()
+    one = gl.full([TILE], 1.0, gl.float32, rows)
+    scale = _scale(parameters, 0, ASYMMETRIC) if BITS < 16 else one
+    operand = key_operand(slot, _shift(parameters, 0, rows, BITS, ASYMMETRIC), scale, result, BITS, SCALED)
+    return operand, one if SCALED else scale
 
 
 @gluon.jit
@@ -116,8 +127,8 @@ def score_rebuilt(
     pair's side by side; queries: [KV, LEAST, WIDE], in the same order, where they are not folded into the factors.
     """
     (
-        tiles, latents, table, mask, up, query, key_parameters, value_parameters, units, rank, latents_t, table_t,
-        row_mask, mask_t, up_stride, query_stride, key_parameters_t, value_parameters_t, scaling,
+        tiles, latents, stored, table, mask, up, query, units, rank, latents_t, table_t, row_mask, mask_t, up_stride,
+        query_stride, scaling,
     ) = arguments  # fmt: skip
     KV: gl.constexpr = factors.shape[0]
     WIDE: gl.constexpr = factors.shape[1]
@@ -130,10 +141,7 @@ def score_rebuilt(
     for stage in gl.static_range(STAGES):
         _copy_tile(ring.index(stage), latents, tiles, begin + WHICH + 2 * stage, latents_t, units)
     turns = load_turns(table, (first + (begin + WHICH) * step) * TILE, table_t, length, WIDE // 2)
-    parameters = _load_parameters(
-        key_parameters, value_parameters, tiles, begin + WHICH, key_parameters_t, value_parameters_t, rows, BITS,
-        ASYMMETRIC,
-    )  # fmt: skip
+    parameters = _load_parameters(stored, tiles, begin + WHICH, rows, BITS, ASYMMETRIC)
     # The same memory with numbers of the type that the codes become.
     layout: gl.constexpr = factors.layout
     RANK: gl.constexpr = factors.shape[2]
@@ -153,23 +161,15 @@ def score_rebuilt(
     # Each group of warps has made half of the factors.
     mbarrier.arrive(ready, count=1)
     mbarrier.wait(ready, 0)
-    unscaled = gl.full([TILE], 1.0, gl.float32, rows)
     for index in range(begin + WHICH, end, 2):
         done = (index - begin) // 2
         token = (first + index * step) * TILE
         inside = token + gl.arange(0, TILE, rows)
         seen = load_seen(mask, row_mask, mask_t, inside, inside < length, MASK)
-        next_parameters = _load_parameters(
-            key_parameters, value_parameters, tiles, index + 2, key_parameters_t, value_parameters_t, rows, BITS,
-            ASYMMETRIC,
-        )  # fmt: skip
-        async_copy.wait_group(STAGES - 1)
-        synchronize()
+        next_parameters = _load_parameters(stored, tiles, index + 2, rows, BITS, ASYMMETRIC)
         slot = ring.index(done % STAGES)
-        shift = _shift(parameters, 0, rows, BITS, ASYMMETRIC).to(gl.float16)
-        scale = _key_scale(parameters, rows, BITS, ASYMMETRIC)
         # Rebuilt keys are rounded to fp16 before they meet the queries, in whose range only scaled ones are sure to be.
-        operand = key_operand(slot, shift, scale, wide, BITS, not FOLDED)
+        operand, scale = _operand(slot, parameters, STAGES, wide, BITS, ASYMMETRIC, not FOLDED)
         # All have read the latents.
         synchronize()
         _copy_tile(slot, latents, tiles, index + 2 * STAGES, latents_t, units)
@@ -193,7 +193,7 @@ def score_rebuilt(
                     turned, queries.index(head).permute((1, 0)), scores, use_acc=head % TOGETHER > 0, is_async=True
                 )
                 scores, turned = warpgroup_mma_wait(0, deps=[summed, turned])
-                _hand_on(found.index(head // TOGETHER), scores, seen, unscaled, logarithm)
+                _hand_on(found.index(head // TOGETHER), scores, seen, scale, logarithm)
         turns = load_turns(table, token + 2 * step * TILE, table_t, length, WIDE // 2)
         parameters = next_parameters
         synchronize()
@@ -203,12 +203,11 @@ def score_rebuilt(
 
 @gluon.jit
 def score_absorbed(
-    found, scales, full, empty, ring, queries, tiles,
-    latents, mask, key_parameters, value_parameters,
-    units, latents_t, row_mask, mask_t, key_parameters_t, value_parameters_t,
+    found, scales, full, empty, ring, queries, arguments,
     BITS: gl.constexpr, ASYMMETRIC: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
     """Scores of all tiles with queries that the up factor is multiplied into, [slots, RANK]; two buffers by turns."""
+    tiles, latents, stored, mask, units, latents_t, row_mask, mask_t = arguments
     SLOTS: gl.constexpr = queries.shape[0]
     STAGES: gl.constexpr = ring.shape[0]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, SLOTS, 16])
@@ -216,25 +215,16 @@ def score_absorbed(
     first, step, begin, end, length = tiles
     for stage in gl.static_range(STAGES):
         _copy_tile(ring.index(stage), latents, tiles, begin + stage, latents_t, units)
-    parameters = _load_parameters(
-        key_parameters, value_parameters, tiles, begin, key_parameters_t, value_parameters_t, rows, BITS, ASYMMETRIC
-    )
+    parameters = _load_parameters(stored, tiles, begin, rows, BITS, ASYMMETRIC)
     zeros = gl.zeros([TILE, SLOTS], gl.float32, layout)
     for index in range(begin, end):
         done = index - begin
         buffer = done % 2
         token = (first + index * step) * TILE + gl.arange(0, TILE, rows)
         seen = load_seen(mask, row_mask, mask_t, token, token < length, MASK)
-        next_parameters = _load_parameters(
-            key_parameters, value_parameters, tiles, index + 1, key_parameters_t, value_parameters_t, rows, BITS,
-            ASYMMETRIC,
-        )  # fmt: skip
-        async_copy.wait_group(STAGES - 1)
-        synchronize()
+        next_parameters = _load_parameters(stored, tiles, index + 1, rows, BITS, ASYMMETRIC)
         slot = ring.index(done % STAGES)
-        shift = _shift(parameters, 0, rows, BITS, ASYMMETRIC).to(gl.float16)
-        scale = _key_scale(parameters, rows, BITS, ASYMMETRIC)
-        operand = key_operand(slot, shift, scale, layout, BITS, False)
+        operand, scale = _operand(slot, parameters, STAGES, layout, BITS, ASYMMETRIC, False)
         begun = warpgroup_mma(operand, queries.permute((1, 0)), zeros, use_acc=False, is_async=True)
         # All have read the latents.
         synchronize()
