@@ -4,7 +4,7 @@ import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ TOLERANCE = 1e-3
 FAST_PAIRS = (16, 32, 48)
 COLUMNS = (4, 8, 16)
 SPANS = (128, 256, 512, 1024)
+# Positions of a window in which all pairs are interpolated, and its columns.
+WINDOW_SPANS, WINDOW_COLUMNS = (4096, 2048, 1024, 512), 64
 # Bytes of a block's matrix, written and read, cost as much as this many columns of a product.
 COST_OF_BYTES = 300
 TURNS = "turns"
@@ -92,25 +94,54 @@ def best_interpolation(frequencies: tuple[float, ...], queries: int, tolerance: 
     return None
 
 
+class Window(NamedTuple):
+    """Interpolation of all pairs over a window of positions, as a kernel reads it.
+
+    basis: fp16 [1, span, columns], columns in the order of `lane_table`; bases: fp16 [2, columns, pairs], of cosines
+    and sines, pairs padded to a power of two with zeros.
+    """
+
+    basis: Tensor
+    bases: Tensor
+
+    @property
+    def span(self) -> int:
+        """Positions in a window."""
+        return self.basis.shape[1]
+
+
+@functools.lru_cache(maxsize=64)
+def largest_window(frequencies: tuple[float, ...], tolerance: float) -> Interpolation | None:
+    """The interpolation of all pairs over the most positions within the tolerance; None if those are too few."""
+    for span in WINDOW_SPANS:
+        found = interpolate(np.asarray(frequencies), 0, span, WINDOW_COLUMNS)
+        if found.error <= tolerance:
+            return found
+    return None
+
+
+def window_of(interpolation: Interpolation) -> Window:
+    """An interpolation of all pairs in a kernel's order."""
+    span, columns = interpolation.basis.shape
+    by_lane = interpolation.basis.view(span, columns // 8, 4, 2).transpose(1, 2).reshape(1, span, columns)
+    bases = torch.stack([interpolation.cos_basis, interpolation.sin_basis])
+    pairs = bases.shape[2]
+    padded = 1 << (pairs - 1).bit_length()
+    return Window(by_lane.half(), torch.nn.functional.pad(bases, (0, padded - pairs)).half())
+
+
 # The parameters of every model's embedding on the host, and its interpolations on every device.
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def interpolation_of(
-    frequencies: Tensor, queries: int, tolerance: float, device: torch.device, dtype: torch.dtype
-) -> Interpolation | None:
-    """The interpolation of a model's embedding on a device, made once; its basis in `dtype`."""
+def _made_once(frequencies: Tensor, key: tuple, make: Callable[[tuple[float, ...]], tuple | None]) -> Any:
+    """What `make` gives for a model's frequencies on the host."""
     known = _known.setdefault(frequencies, {})
-    key = (queries, tolerance, device, dtype)
     if key not in known:
         with torch.inference_mode(False):
             if "host" not in known:
                 known["host"] = tuple(frequencies.double().tolist())
-            found = best_interpolation(known["host"], queries, tolerance)
-            if found is not None:
-                basis, cos, sin = found.basis.to(device, dtype), found.cos_basis.to(device), found.sin_basis.to(device)
-                found = found._replace(basis=basis, cos_basis=cos, sin_basis=sin)
-            known[key] = found
+            known[key] = make(known["host"])
     return known[key]
 
 
@@ -169,5 +200,24 @@ class Rotation:
         return self.kept(key, lambda: make(self, mask, length, interpolation, dtype))
 
     def interpolation(self, queries: int, dtype: torch.dtype) -> Interpolation | None:
-        """How slow pairs are interpolated for so many query heads per kv head."""
-        return interpolation_of(self.frequencies, queries, self.tolerance, self.positions.device, dtype)
+        """How slow pairs are interpolated for so many query heads per kv head; its basis in `dtype`."""
+        device = self.positions.device
+
+        def make(frequencies: tuple[float, ...]) -> Interpolation | None:
+            found = best_interpolation(frequencies, queries, self.tolerance)
+            if found is None:
+                return None
+            basis, cos, sin = found.basis.to(device, dtype), found.cos_basis.to(device), found.sin_basis.to(device)
+            return found._replace(basis=basis, cos_basis=cos, sin_basis=sin)
+
+        return _made_once(self.frequencies, ("slow", queries, self.tolerance, device, dtype), make)
+
+    def window(self) -> Window | None:
+        """How all pairs are interpolated in windows of positions; None where those would be too small."""
+        device = self.positions.device
+
+        def make(frequencies: tuple[float, ...]) -> Window | None:
+            found = largest_window(frequencies, self.tolerance)
+            return found and Window(*(table.to(device) for table in window_of(found)))
+
+        return _made_once(self.frequencies, ("window", self.tolerance, device), make)

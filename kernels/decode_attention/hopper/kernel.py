@@ -14,15 +14,18 @@ from palu.kernels.decode_attention.hopper.prologue import load_queries
 from palu.kernels.decode_attention.hopper.scores import score_absorbed, score_rebuilt
 from palu.kernels.decode_attention.hopper.turns import LEAST
 from palu.kernels.decode_attention.hopper.values import CHUNK, weigh_values
+from palu.kernels.decode_attention.hopper.windows import COLUMNS as COLUMNS_OF_WINDOW
+from palu.kernels.latent_scores.tiles import GAPS
 
 
-@gluon.jit(do_not_specialize=["length", "table_b", "mask_b", "rows_heads"])
+@gluon.jit(do_not_specialize=["length", "table_b", "mask_b", "spans_b", "rows_heads"])
 def hopper_kernel(
-    query, keys, values, up, table, mask, key_parameters, value_parameters, sums, totals, peaks,
+    query, keys, values, up, table, mask, key_parameters, value_parameters, spans, bases, frequencies,
+    sums, totals, peaks,
     key_rank_of, key_offset_of, value_rank_of, value_offset_of,
     length, keys_b, keys_t, values_b, values_t, key_parameters_b, key_parameters_t, value_parameters_b,
-    value_parameters_t, up_stride, table_b, table_t, mask_b, mask_t, query_stride, rows_heads, scaling,
-    MODE: gl.constexpr, GROUPS: gl.constexpr, KV: gl.constexpr, QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr,
+    value_parameters_t, up_stride, table_b, table_t, mask_b, mask_t, spans_b, query_stride, rows_heads, scaling,
+    MODE: gl.constexpr, TAKES: gl.constexpr, SPAN: gl.constexpr, GROUPS: gl.constexpr, KV: gl.constexpr, QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr,
     SLOTS: gl.constexpr, QUERY_ROWS: gl.constexpr, WIDTH: gl.constexpr, WIDE: gl.constexpr, RANK: gl.constexpr,
     KEY_STAGES: gl.constexpr, KEY_DIVISOR: gl.constexpr, CHUNKS: gl.constexpr, STEP: gl.constexpr,
     VALUE_STAGES: gl.constexpr, VALUE_DIVISOR: gl.constexpr, RANK_STRIDE: gl.constexpr, MASK: gl.constexpr,
@@ -80,13 +83,25 @@ def hopper_kernel(
         mbarrier.init(full.index(buffer), count=1)
         mbarrier.init(empty.index(buffer), count=1)
     mbarrier.init(ready, count=2)
-    # The program's tiles: every parts-th one, so that all have as many visible ones.
-    count = gl.maximum(0, gl.cdiv(gl.cdiv(length, TILE) - part, parts))
-    begin, end = visible_tiles(mask, row * mask_b, mask_t, part, parts, count, length, MASK)
-    tiles = (part, parts, begin, end, length)
+    at_span = spans + row * spans_b
+    lead, ours = 0, True
+    if TAKES != "all":
+        lead = gl.load(at_span)
+        ours = (lead != GAPS) == (TAKES == "gapless")
+    if SPAN > 0:
+        # The program's tiles: neighbours, of those with visible tokens.
+        leading = gl.load(at_span + 1)
+        many = gl.where(ours, gl.load(at_span + 2) - leading, 0)
+        begin, end = leading + many * part // parts, leading + many * (part + 1) // parts
+        tiles = (0, 1, begin, end, length)
+    else:
+        # The program's tiles: every parts-th one, so that all have as many visible ones.
+        count = gl.where(ours, gl.maximum(0, gl.cdiv(gl.cdiv(length, TILE) - part, parts)), 0)
+        begin, end = visible_tiles(mask, row * mask_b, mask_t, part, parts, count, length, MASK)
+        tiles = (part, parts, begin, end, length)
     # Each group of warps that weighs values has a part of the sums of its own.
     out = part * WEIGHERS * rows_heads + first_head
-    to_values = (found, scales, full, empty, tiles, at_values, sums, totals, peaks, value_rank, values_t)
+    to_values = (found, scales, full, empty, tiles, at_values, sums, totals, peaks, value_rank, values_t, ours)
     key_units_there = gl.multiple_of(key_rank * BITS // 16, 8)
     if MODE == "absorbed":
         ring = gl.allocate_shared_memory(stored, [KEY_STAGES, TILE, key_units], swizzled(key_units))
@@ -117,40 +132,71 @@ def hopper_kernel(
                 )),
             ], [4, 4], [VALUE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
     else:
-        factors = gl.allocate_shared_memory(UP_DTYPE, [KV, WIDE, RANK], swizzled(RANK))
+        HEIGHT: gl.constexpr = WIDE if SPAN == 0 else COLUMNS_OF_WINDOW
+        WIDTH_OF_PLACE: gl.constexpr = LEAST if MODE == "rotated" else 1
+        factors = gl.allocate_shared_memory(UP_DTYPE, [KV, HEIGHT, RANK], swizzled(RANK))
         at_table = table + gl.multiple_of(at_row * table_b, 8)
-        # Folded queries need no place of their own.
-        queries = factors
-        if MODE == "rotated":
-            queries = gl.allocate_shared_memory(DTYPE, [KV, LEAST, WIDE], swizzled(WIDE))
-        WIDTH_OF_PLACE: gl.constexpr = 1 if MODE == "folded" else LEAST
-        rings = ()
-        for _ in gl.static_range(2):
+        rings, places, besides = (), (), ()
+        for which in gl.static_range(2):
             ring = gl.allocate_shared_memory(stored, [KEY_STAGES, TILE, key_units], swizzled(key_units))
             rings = rings + (ring,)
-        to_scores = (
-            tiles, at_keys, parameters, at_table, mask, up + key_offset, at_query, key_units_there, key_rank, keys_t,
-            table_t, row * mask_b, mask_t, up_stride, query_stride, scaling,
-        )  # fmt: skip
-        places = ()
-        for which in gl.static_range(2):
             place = seen_as(
                 found.index(which), gl.float32, SLOTS // WIDTH_OF_PLACE, TILE, WIDTH_OF_PLACE,
                 gl.SwizzledSharedLayout(1, 1, 1, [0, 1]),
             )  # fmt: skip
             places = places + (place,)
+            # Folded queries need no place of their own.
+            beside = factors
+            if SPAN > 0:
+                if which == 0:
+                    halves = gl.allocate_shared_memory(gl.float16, [2, HEIGHT, WIDE // 2], swizzled(WIDE // 2))
+                beside = (
+                    gl.allocate_shared_memory(UP_DTYPE, [2, WIDE // 2, RANK], swizzled(RANK)),
+                    gl.allocate_shared_memory(gl.float32, [2, WIDE // 2], gl.SwizzledSharedLayout(1, 1, 1, [0])),
+                    halves,
+                )
+            if MODE == "rotated":
+                if which == 0:
+                    beside = gl.allocate_shared_memory(DTYPE, [KV, LEAST, WIDE], swizzled(WIDE))
+                else:
+                    beside = besides[0]
+            besides = besides + (beside,)
+        to_scores = (
+            tiles, at_keys, parameters, at_table, mask, up + key_offset, at_query, key_units_there, key_rank, keys_t,
+            table_t, row * mask_b, mask_t, up_stride, query_stride, scaling, bases, frequencies, lead + begin * TILE,
+        )  # fmt: skip
         synchronize()
-        gl.warp_specialize([
-            (score_rebuilt, (
-                places[0], scales, full.index(0), empty.index(0), ready, rings[0], factors, queries, to_scores,
-                0, MODE == "folded", TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, DTYPE, BITS, ASYMMETRIC, MASK,
-            )),
-            (score_rebuilt, (
-                places[1], scales, full.index(1), empty.index(1), ready, rings[1], factors, queries, to_scores,
-                1, MODE == "folded", TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, DTYPE, BITS, ASYMMETRIC, MASK,
-            )),
-            (weigh_values, (
-                all_rings[0], all_weights[0], out, to_values, 0, WEIGHERS,
-                KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
-            )),
-        ], [4, 4], [SCORE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
+        if WEIGHERS == 1:
+            gl.warp_specialize([
+                (score_rebuilt, (
+                    places[0], scales, full.index(0), empty.index(0), ready, rings[0], factors, besides[0], to_scores,
+                    0, MODE, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK,
+                )),
+                (score_rebuilt, (
+                    places[1], scales, full.index(1), empty.index(1), ready, rings[1], factors, besides[1], to_scores,
+                    1, MODE, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK,
+                )),
+                (weigh_values, (
+                    all_rings[0], all_weights[0], out, to_values, 0, WEIGHERS,
+                    KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
+                )),
+            ], [4, 4], [SCORE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
+        else:
+            gl.warp_specialize([
+                (score_rebuilt, (
+                    places[0], scales, full.index(0), empty.index(0), ready, rings[0], factors, besides[0], to_scores,
+                    0, MODE, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK,
+                )),
+                (score_rebuilt, (
+                    places[1], scales, full.index(1), empty.index(1), ready, rings[1], factors, besides[1], to_scores,
+                    1, MODE, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK,
+                )),
+                (weigh_values, (
+                    all_rings[0], all_weights[0], out, to_values, 0, WEIGHERS,
+                    KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
+                )),
+                (weigh_values, (
+                    all_rings[1], all_weights[1], out + rows_heads, to_values, 1, WEIGHERS,
+                    KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
+                )),
+            ], [4, 4, 4], [SCORE_REGISTERS, VALUE_REGISTERS, VALUE_REGISTERS])  # fmt: skip

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from palu.kernels.decode_attention.hopper.common import TILE as KERNEL_TILE
 from palu.kernels.decode_attention.hopper.kernel import hopper_kernel
+from palu.kernels.decode_attention.hopper.spans import spans_of
 from palu.kernels.decode_attention.hopper.turns import LEAST as KERNEL_LEAST
 from palu.kernels.decode_attention.hopper.values import CHUNK as KERNEL_CHUNK
+from palu.kernels.decode_attention.hopper.windows import COLUMNS as KERNEL_COLUMNS
 from palu.kernels.decode_attention.parts import COMBINE_PARTS, Parts
 from palu.kernels.integers import cdiv, next_power_of_2
 from palu.kernels.latent_scores.launch import LOG2_E
@@ -28,10 +30,12 @@ from palu.kernels.latent_scores.layout import (
 from palu.kernels.latent_scores.tables import lane_table
 from palu.kernels.latents import LatentProjection, Latents, Stretch
 from palu.kernels.quantize import PackedLatents
-from palu.kernels.rotation import Rotation
+from palu.kernels.rotation import Rotation, Window
 from palu.kernels.tuning import length_class, pick, searches
 
-TILE, CHUNK, LEAST = KERNEL_TILE.value, KERNEL_CHUNK.value, KERNEL_LEAST.value
+TILE, CHUNK, LEAST, COLUMNS = KERNEL_TILE.value, KERNEL_CHUNK.value, KERNEL_LEAST.value, KERNEL_COLUMNS.value
+# Columns of a head that windows halve, and tokens from which on they are worth a launch more.
+WIDE, LEAST_LENGTH = 2 * COLUMNS, 1024
 # Columns of a group's scores at most, and latents of its keys at least, for the matrix units: of numbers and of codes.
 MOST_SLOTS, LEAST_RANK, LEAST_CODES = 32, 32, 64
 # Bits of codes that the kernel can make numbers of.
@@ -53,6 +57,7 @@ START = 3
 # Registers of a thread that scores and of one that weighs values, by the mode and the groups of warps that weigh.
 REGISTERS = {
     ("folded", 1): (184, 136), ("rotated", 1): (168, 168), ("absorbed", 1): (240, 240), ("absorbed", 2): (152, 176),
+    ("windows", 1): (184, 136), ("windows", 2): (136, 120),
 }  # fmt: skip
 
 
@@ -105,9 +110,9 @@ def heads_of(num_heads: int, groups: int, kv: int | None) -> Heads:
     return Heads("rotated", kv, queries, query_slots, together, LEAST, slots)
 
 
-def weighers_of(mode: str, bits: int) -> int:
+def weighers_of(mode: str, bits: int, windows: bool) -> int:
     """Groups of warps that weigh values: two where making numbers of codes takes longer than reading them."""
-    return 2 if bits < 8 and mode == "absorbed" else 1
+    return 2 if bits < 8 and (mode == "absorbed" or windows) else 1
 
 
 def padded_rank(ranks: Sequence[int], bits: int) -> int:
@@ -137,7 +142,7 @@ def can_take(
     _, num_heads, _, width = query.shape
     heads = heads_of(num_heads, len(key.ranks), None if key.up is None else key.up.shape[0] // width)
     ranks = (tuple(key.ranks), tuple(value.ranks))
-    return bool(plans_for(heads, width, *ranks, number, block_memory(query.device), False))
+    return bool(plans_for(heads, width, *ranks, number, block_memory(query.device), False, False))
 
 
 def _bits(latents: Latents, dtype: torch.dtype) -> int | None:
@@ -160,9 +165,13 @@ def plans_for(
     value_ranks: tuple[int, ...],
     bits: int,
     memory: int,
+    windows: bool,
     all_of_them: bool,
 ) -> tuple[Plan, ...]:
-    """How much may be under way at a time in a block of so much shared memory: the best, or all plans that fit."""
+    """How much may be under way at a time in a block of so much shared memory: the best, or all plans that fit.
+
+    windows: keys are interpolated in windows of positions.
+    """
     rank, wide = padded_rank(key_ranks, bits), next_power_of_2(head_dim)
     rebuilt = heads.mode != "absorbed"
     if heads.slots > MOST_SLOTS or (heads.mode == "rotated" and heads.query_slots > LEAST):
@@ -172,13 +181,16 @@ def plans_for(
     if max(key_ranks) + max(value_ranks) < LEAST_WIDTH:
         return ()
     kept = heads.kv * wide * rank if rebuilt else heads.slots * rank
+    if windows:
+        # Each group of warps that scores has a head's factor beside the windows.
+        kept = (heads.kv * COLUMNS + 2 * wide) * rank + (COLUMNS + 4) * wide
     if heads.mode == "rotated":
         kept += heads.kv * wide * LEAST
     chunks = cdiv(max(value_ranks), CHUNK)
     if chunks * heads.slots > MOST_SUMS:
         return ()
     # Bytes: numbers of 16 bits are kept, those of tiles are codes, which have scales and shifts.
-    weighers = weighers_of(heads.mode, bits)
+    weighers = weighers_of(heads.mode, bits, windows)
     parameters = 2 if bits < 16 else 0
     kept = 2 * (kept + weighers * heads.slots * TILE) + 8 * TILE * (heads.slots + parameters) + RESERVED
     fitting = []
@@ -199,54 +211,124 @@ def parts_of(tiles: int, others: int, processors: int) -> int:
     return min(times, key=lambda parts: (times[parts], parts))
 
 
+class Call(NamedTuple):
+    """What is computed: as the arguments of `launch`."""
+
+    query: Tensor
+    key_latents: Stretch
+    value_latents: Stretch
+    key: LatentProjection
+    value: LatentProjection
+    rotation: Rotation | None
+    mask: Tensor | None
+    rows_per_latent: int
+    scaling: float
+
+    @property
+    def heads(self) -> Heads:
+        """How the query heads lie."""
+        kv = None if self.key.up is None else self.key.up.shape[0] // self.query.shape[2]
+        return heads_of(self.query.shape[1], len(self.key.ranks), kv)
+
+    @property
+    def bits(self) -> int:
+        """Bits of the latents."""
+        return layout(self.key_latents)[2]
+
+    def plans(self, windows: bool, all_of_them: bool) -> tuple[Plan, ...]:
+        """As `plans_for`."""
+        ranks, memory = (tuple(self.key.ranks), tuple(self.value.ranks)), block_memory(self.query.device)
+        return plans_for(self.heads, self.query.shape[2], *ranks, self.bits, memory, windows, all_of_them)
+
+
 def launch(
     query: Tensor, key_latents: Stretch, value_latents: Stretch, key: LatentProjection, value: LatentProjection,
     rotation: Rotation | None, mask: Tensor | None, rows_per_latent: int, scaling: float,
 ) -> Parts:  # fmt: skip
     """Sums over parts of the tokens of queries [rows, num_heads, head_dim or, absorbed, width].
 
-    mask: [rows or 1, length] or None; rows_per_latent: rows that read the same row of latents.
+    mask: [rows or 1, length] or None; rows_per_latent: rows that read the same row of latents. Where windows of
+    positions serve, a second launch takes the rows with gaps, and ends at once where there are none.
     """
-    _, num_heads, width = query.shape
-    ranks, device = (tuple(key.ranks), tuple(value.ranks)), query.device
-    heads = heads_of(num_heads, len(key.ranks), None if key.up is None else key.up.shape[0] // width)
-    search, bits = searches(), layout(key_latents)[2]
-    plans = plans_for(heads, width, *ranks, bits, block_memory(device), search)
-    call = (heads, query, key_latents, value_latents, key, value, rotation, mask, rows_per_latent, scaling)
-    if not search:
-        return _launch(plans[0], *call)
-    length = length_class(key_latents.shape[1])
-    shape_class = ("hopper", heads, query.shape, *ranks, bits, query.dtype, mask_kind(mask), length)
-    return _launch(pick(shape_class, plans, lambda plan: _launch(plan, *call), device), *call)
+    call = Call(query, key_latents, value_latents, key, value, rotation, mask, rows_per_latent, scaling)
+    (rows, num_heads, _), heads = query.shape, call.heads
+    parts = parts_of(cdiv(key_latents.shape[1], TILE), len(key.ranks) * rows, processors(query.device))
+    window = _window_of(call)
+    weighers = weighers_of(heads.mode, call.bits, window is not None)
+    sums = query.new_empty(parts * weighers, rows, num_heads, max(value.ranks), dtype=torch.float32)
+    found = Parts(sums, *query.new_empty(2, parts * weighers, rows, num_heads, dtype=torch.float32))
+    if window is None:
+        _launch_best(call, None, "all", parts, found)
+    else:
+        _launch_best(call, window, "gapless", parts, found)
+        _launch_best(call, None, "gaps", parts * weighers, found)
+    return found
+
+
+def _window_of(call: Call) -> Window | None:
+    """In what windows the call's keys are interpolated, if that is faster."""
+    if call.heads.mode != "folded" or next_power_of_2(call.query.shape[2]) != WIDE:
+        return None
+    if call.key_latents.shape[1] < LEAST_LENGTH or not call.plans(True, False):
+        return None
+    return call.rotation.window()
+
+
+def _launch_best(call: Call, window: Window | None, takes: str, parts: int, found: Parts) -> None:
+    """Launch with the best plan."""
+    search = searches()
+    plans = call.plans(window is not None, search)
+    if search:
+        kinds = (call.heads, call.query.shape, tuple(call.key.ranks), tuple(call.value.ranks), call.bits)
+        shape_class = ("hopper", *kinds, call.query.dtype, mask_kind(call.mask), window is None)
+        plan = pick(
+            (*shape_class, length_class(call.key_latents.shape[1])), plans,
+            lambda plan: _launch(plan, call, window, takes, parts, found), call.query.device,
+        )  # fmt: skip
+    else:
+        plan = plans[0]
+    _launch(plan, call, window, takes, parts, found)
+
+
+def _tables(call: Call, window: Window | None, takes: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What weighs products, where the rows' tokens stand, and a window's bases with the frequencies."""
+    query, rotation = call.query, call.rotation
+    if rotation is None:
+        return (query,) * 4
+    length, spans = call.key_latents.shape[1], query
+    if takes != "all":
+        spans = spans_of(rotation, call.mask, length, call.rows_per_latent, TILE)
+    if window is None:
+        # Codes become fp16 numbers, whatever the model's.
+        return lane_table(rotation, query.dtype if call.bits == 16 else torch.float16), spans, query, query
+    return window.basis, spans, window.bases, rotation.frequencies.to(query.device, torch.float32)
 
 
 def _launch(
-    plan: Plan, heads: Heads, query: Tensor, key_latents: Stretch, value_latents: Stretch, key: LatentProjection,
-    value: LatentProjection, rotation: Rotation | None, mask: Tensor | None, rows_per_latent: int, scaling: float,
-) -> Parts:  # fmt: skip
-    rows, num_heads, width = query.shape
+    plan: Plan, call: Call, window: Window | None, takes: str, parts: int, found: Parts
+) -> None:  # fmt: skip
+    query, key_latents, value_latents, key, value, rotation, mask, rows_per_latent, scaling = call
+    (rows, num_heads, width), heads = query.shape, call.heads
     absorbed, groups, length, device = key.up is None, len(key.ranks), key_latents.shape[1], query.device
     ranks, value_ranks = tuple(key.ranks), tuple(value.ranks)
     (keys, key_parameters), key_strides, bits, asymmetric = layout(key_latents)
     (values, value_parameters), value_strides, _, _ = layout(value_latents)
-    parts = parts_of(cdiv(length, TILE), groups * rows, processors(device))
-    weighers = weighers_of(heads.mode, bits)
-    registers = REGISTERS[heads.mode, weighers]
-    sums = query.new_empty(parts * weighers, rows, num_heads, max(value_ranks), dtype=torch.float32)
-    totals, peaks = query.new_empty(2, parts * weighers, rows, num_heads, dtype=torch.float32)
-    # Codes become fp16 numbers, whatever the model's.
+    weighers = weighers_of(heads.mode, bits, window is not None)
+    registers = REGISTERS[heads.mode if window is None else "windows", weighers]
     dtype = query.dtype if bits == 16 else torch.float16
-    table = query if absorbed else lane_table(rotation, dtype)
+    table, spans, bases, frequencies = _tables(call, window, takes)
     scaling *= LOG2_E * (1.0 if rotation is None else rotation.attention_scaling)
     side, value_side = side_of(ranks, 16, device), side_of(value_ranks, 16, device)
     hopper_kernel[(parts, groups, rows)](
         query, keys, values, query if absorbed else key.up, table, query if mask is None else mask,
-        key_parameters, value_parameters, sums, totals, peaks,
+        key_parameters, value_parameters, spans, bases, frequencies, *found,
         side.rank, side.offset, value_side.rank, value_side.offset,
         length, *key_strides[:2], *value_strides[:2], *key_strides[2:], *value_strides[2:],
         0 if absorbed else key.up.stride(0), *((0, 0) if absorbed else row_strides(table)),
-        *((0, 0) if mask is None else row_strides(mask)), query.stride(1), rows * num_heads, scaling,
-        MODE=heads.mode, GROUPS=groups, KV=heads.kv, QUERIES=heads.queries, QUERY_SLOTS=heads.query_slots,
+        *((0, 0) if mask is None else row_strides(mask)), spans.stride(0) if spans.shape[0] > 1 else 0,
+        query.stride(1), rows * num_heads, scaling,
+        MODE=heads.mode, TAKES=takes, SPAN=0 if window is None else window.span,
+        GROUPS=groups, KV=heads.kv, QUERIES=heads.queries, QUERY_SLOTS=heads.query_slots,
         SLOTS=heads.slots, QUERY_ROWS=rows_per_latent, WIDTH=width, WIDE=next_power_of_2(width),
         RANK=padded_rank(ranks, bits), KEY_STAGES=plan.key_stages, KEY_DIVISOR=divisor(ranks),
         CHUNKS=cdiv(max(value_ranks), CHUNK), STEP=plan.step, VALUE_STAGES=plan.value_stages,
@@ -255,4 +337,3 @@ def _launch(
         ASYMMETRIC=asymmetric, WEIGHERS=weighers, SCORE_REGISTERS=registers[0], VALUE_REGISTERS=registers[1],
         num_warps=4,
     )  # fmt: skip
-    return Parts(sums, totals, peaks)

@@ -13,7 +13,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from palu.kernels.decode_attention.hopper.common import TILE, WARPS, copy_rows, load_seen, seen_as, synchronize
 from palu.kernels.decode_attention.hopper.operands import key_operand
 from palu.kernels.decode_attention.hopper.prologue import copy_factors, fold, load_pairs, reorder, store_queries
-from palu.kernels.decode_attention.hopper.turns import LEAST, load_turns, rotated, weighed
+from palu.kernels.decode_attention.hopper.turns import LEAST, load_turns, rotated, unpacked, weighed
+from palu.kernels.decode_attention.hopper.windows import copy_bases, copy_halves, make_window
 from palu.kernels.latent_scores.tiles import LOG2_E
 
 
@@ -115,89 +116,121 @@ def _hand_on(to, score, seen, scale, logarithm):
 
 
 @gluon.jit
+def _turns_of(table, tiles, index, table_t, WORDS: gl.constexpr, SPAN: gl.constexpr):
+    """Of a tile's tokens, what weighs their products: cosines and sines, or rows of the window's basis."""
+    first, step, begin, _, length = tiles
+    if SPAN > 0:
+        words = load_turns(table, (index - begin) * TILE % SPAN, table_t, SPAN, WORDS)
+    else:
+        words = load_turns(table, (first + index * step) * TILE, table_t, length, WORDS)
+    return words
+
+
+@gluon.jit
 def score_rebuilt(
-    found, scales, full, empty, ready, ring, factors, queries, arguments,
-    WHICH: gl.constexpr, FOLDED: gl.constexpr, TOGETHER: gl.constexpr, QUERIES: gl.constexpr,
-    QUERY_SLOTS: gl.constexpr, WIDTH: gl.constexpr, DTYPE: gl.constexpr, BITS: gl.constexpr,
+    found, scales, full, empty, ready, ring, factors, beside, arguments,
+    WHICH: gl.constexpr, MODE: gl.constexpr, TOGETHER: gl.constexpr, QUERIES: gl.constexpr,
+    QUERY_SLOTS: gl.constexpr, WIDTH: gl.constexpr, SPAN: gl.constexpr, DTYPE: gl.constexpr, BITS: gl.constexpr,
     ASYMMETRIC: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
     """Scores of every other tile of keys that are rebuilt head after head, from tile WHICH (0 or 1) on.
 
     found: shared memory [places of a tile's scores, tile, columns]; factors: [KV, WIDE, RANK], rows of every kv head, a
-    pair's side by side; queries: [KV, LEAST, WIDE], in the same order, where they are not folded into the factors.
+    pair's side by side, or a window's columns; beside: queries [KV, LEAST, WIDE], in the same order, where they are not
+    folded into the factors, or a head's factor [2, pairs, RANK] of which windows are made. SPAN: tokens of a window,
+    or 0.
     """
     (
         tiles, latents, stored, table, mask, up, query, units, rank, latents_t, table_t, row_mask, mask_t, up_stride,
-        query_stride, scaling,
+        query_stride, scaling, bases, frequencies, position,
     ) = arguments  # fmt: skip
     KV: gl.constexpr = factors.shape[0]
     WIDE: gl.constexpr = factors.shape[1]
+    RANK: gl.constexpr = factors.shape[2]
     STAGES: gl.constexpr = ring.shape[0]
+    WINDOW: gl.constexpr = SPAN // TILE if SPAN > 0 else 1 << 30
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WIDE, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, LEAST, 16])
     rows: gl.constexpr = gl.SliceLayout(1, wide)
     first, step, begin, end, length = tiles
-    copy_factors(factors, up, up_stride, rank, WIDTH, WHICH)
+    # Nothing is read where there is no tile.
+    wanted = gl.where(begin < end, rank, 0)
+    if SPAN > 0:
+        copy_bases(beside[2], bases, beside[2].shape[2], WHICH)
+        copy_halves(beside[0], up + min(WHICH, KV - 1) * WIDTH * up_stride, up_stride, wanted, WIDTH)
+    else:
+        copy_factors(factors, up, up_stride, wanted, WIDTH, WHICH)
     for stage in gl.static_range(STAGES):
         _copy_tile(ring.index(stage), latents, tiles, begin + WHICH + 2 * stage, latents_t, units)
-    turns = load_turns(table, (first + (begin + WHICH) * step) * TILE, table_t, length, WIDE // 2)
+    turns = _turns_of(table, tiles, begin + WHICH, table_t, WIDE // 2, SPAN)
     parameters = _load_parameters(stored, tiles, begin + WHICH, rows, BITS, ASYMMETRIC)
     # The same memory with numbers of the type that the codes become.
     layout: gl.constexpr = factors.layout
-    RANK: gl.constexpr = factors.shape[2]
     prepared = seen_as(factors, DTYPE, KV, WIDE, RANK, layout)
-    if FOLDED:
-        q_first, q_second = load_pairs(query, query_stride, scaling, KV, WIDE, RANK, WIDTH, WHICH)
-        async_copy.wait_group(STAGES)
-        synchronize()
-        fold(factors, prepared, q_first, q_second, BITS, WHICH)
-    else:
-        store_queries(queries, query, query_stride, scaling, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, WHICH)
-        async_copy.wait_group(STAGES)
-        synchronize()
-        reorder(factors, prepared, BITS, WHICH)
-    fence_async_shared()
-    synchronize()
-    # Each group of warps has made half of the factors.
-    mbarrier.arrive(ready, count=1)
-    mbarrier.wait(ready, 0)
-    for index in range(begin + WHICH, end, 2):
-        done = (index - begin) // 2
-        token = (first + index * step) * TILE
-        inside = token + gl.arange(0, TILE, rows)
-        seen = load_seen(mask, row_mask, mask_t, inside, inside < length, MASK)
-        next_parameters = _load_parameters(stored, tiles, index + 2, rows, BITS, ASYMMETRIC)
-        slot = ring.index(done % STAGES)
-        # Rebuilt keys are rounded to fp16 before they meet the queries, in whose range only scaled ones are sure to be.
-        operand, scale = _operand(slot, parameters, STAGES, wide, BITS, ASYMMETRIC, not FOLDED)
-        # All have read the latents.
-        synchronize()
-        _copy_tile(slot, latents, tiles, index + 2 * STAGES, latents_t, units)
-        mbarrier.wait(empty, (done & 1) ^ 1)
-        logarithm = _hand_on_parameters(scales, WHICH, parameters, seen, rows, BITS, ASYMMETRIC)
-        scores = gl.zeros([TILE, LEAST], gl.float32, narrow)
-        for head in range(KV):
-            zeros = gl.zeros([TILE, WIDE], gl.float32, wide)
-            begun = warpgroup_mma(operand, prepared.index(head).permute((1, 0)), zeros, use_acc=False, is_async=True)
-            # The operand has to stay in its registers; with several heads it does, for the next.
-            if KV == 1:
-                product, operand = warpgroup_mma_wait(0, deps=[begun, operand])
+    for window in range(begin, end, WINDOW):
+        if SPAN > 0:
+            make_window(
+                prepared, beside, ready, frequencies, query, up, (up_stride, rank, query_stride, scaling),
+                position + (window - begin) * TILE, (window + WINDOW < end).to(gl.int32), WIDTH, BITS, WHICH,
+            )  # fmt: skip
+        else:
+            if MODE == "folded":
+                q_first, q_second = load_pairs(query, query_stride, scaling, KV, WIDE, RANK, WIDTH, WHICH)
+                async_copy.wait_group(STAGES)
+                synchronize()
+                fold(factors, prepared, q_first, q_second, BITS, WHICH)
             else:
-                product = warpgroup_mma_wait(0, deps=[begun])
-            if FOLDED:
-                score = weighed(product, turns, DTYPE)
-                _hand_on(found.index(head), score[:, None], seen, scale, logarithm)
-            else:
-                turned = rotated(product, turns, DTYPE)
-                summed = warpgroup_mma(
-                    turned, queries.index(head).permute((1, 0)), scores, use_acc=head % TOGETHER > 0, is_async=True
-                )
-                scores, turned = warpgroup_mma_wait(0, deps=[summed, turned])
-                _hand_on(found.index(head // TOGETHER), scores, seen, scale, logarithm)
-        turns = load_turns(table, token + 2 * step * TILE, table_t, length, WIDE // 2)
-        parameters = next_parameters
-        synchronize()
-        mbarrier.arrive(full, count=1)
+                store_queries(beside, query, query_stride, scaling, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, WHICH)
+                async_copy.wait_group(STAGES)
+                synchronize()
+                reorder(factors, prepared, BITS, WHICH)
+            fence_async_shared()
+            synchronize()
+            # Each group of warps has made half of the factors.
+            mbarrier.arrive(ready, count=1)
+            mbarrier.wait(ready, 0)
+        for index in range(window + WHICH, gl.minimum(window + WINDOW, end), 2):
+            done = (index - begin) // 2
+            inside = (first + index * step) * TILE + gl.arange(0, TILE, rows)
+            seen = load_seen(mask, row_mask, mask_t, inside, inside < length, MASK)
+            next_parameters = _load_parameters(stored, tiles, index + 2, rows, BITS, ASYMMETRIC)
+            slot = ring.index(done % STAGES)
+            # Rebuilt keys are rounded to fp16 before they meet the queries, in whose range only scaled ones are sure
+            # to be.
+            operand, scale = _operand(slot, parameters, STAGES, wide, BITS, ASYMMETRIC, MODE == "rotated")
+            # All have read the latents.
+            synchronize()
+            _copy_tile(slot, latents, tiles, index + 2 * STAGES, latents_t, units)
+            mbarrier.wait(empty, (done & 1) ^ 1)
+            logarithm = _hand_on_parameters(scales, WHICH, parameters, seen, rows, BITS, ASYMMETRIC)
+            scores = gl.zeros([TILE, LEAST], gl.float32, narrow)
+            if SPAN > 0:
+                cos, sin = unpacked(turns, wide, gl.float16)
+            for head in range(KV):
+                zeros = gl.zeros([TILE, WIDE], gl.float32, wide)
+                begun = warpgroup_mma(operand, prepared.index(head).permute((1, 0)), zeros, use_acc=False, is_async=True)
+                # The operand has to stay in its registers; with several heads it does, for the next.
+                if KV == 1:
+                    product, operand = warpgroup_mma_wait(0, deps=[begun, operand])
+                else:
+                    product = warpgroup_mma_wait(0, deps=[begun])
+                # There are no registers to keep those of every pair.
+                if SPAN == 0:
+                    cos, sin = unpacked(turns, wide, DTYPE)
+                if MODE != "rotated":
+                    score = weighed(product, cos, sin)
+                    _hand_on(found.index(head), score[:, None], seen, scale, logarithm)
+                else:
+                    turned = rotated(product, cos, sin, DTYPE)
+                    summed = warpgroup_mma(
+                        turned, beside.index(head).permute((1, 0)), scores, use_acc=head % TOGETHER > 0, is_async=True
+                    )
+                    scores, turned = warpgroup_mma_wait(0, deps=[summed, turned])
+                    _hand_on(found.index(head // TOGETHER), scores, seen, scale, logarithm)
+            turns = _turns_of(table, tiles, index + 2, table_t, WIDE // 2, SPAN)
+            parameters = next_parameters
+            synchronize()
+            mbarrier.arrive(full, count=1)
     async_copy.wait_group(0)
 
 

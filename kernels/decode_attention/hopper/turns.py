@@ -42,11 +42,13 @@ def load_turns(table, first, table_t, length, PAIRS: gl.constexpr):
 
 
 @gluon.jit
-def _unpacked(turns, layout: gl.constexpr, DTYPE: gl.constexpr):
+def unpacked(turns, product: gl.constexpr, DTYPE: gl.constexpr):
     """Cosines and sines, float32 [tile, PAIRS], of the pairs that stand side by side in products of a layout."""
     PAIRS: gl.constexpr = turns.shape[1]
     by_pair = turns.reshape([TILE, 4, PAIRS // 4]).permute([0, 2, 1]).reshape([TILE, PAIRS])
-    by_pair = gl.convert_layout(by_pair, layout, assert_trivial=True)
+    # As `split` leaves the halves of a product.
+    halves, _ = gl.split(gl.zeros([TILE, 2 * PAIRS], gl.float32, product).reshape([TILE, PAIRS, 2]))
+    by_pair = gl.convert_layout(by_pair, halves.type.layout, assert_trivial=True)
     # Not pure: heads after heads meet the same numbers, which would be kept unpacked, but there are no registers.
     return gl.inline_asm_elementwise(
         _halves(DTYPE), "=f,=f,r", [by_pair], dtype=(gl.float32, gl.float32), is_pure=False, pack=1
@@ -54,25 +56,21 @@ def _unpacked(turns, layout: gl.constexpr, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def weighed(product, turns, DTYPE: gl.constexpr):
+def weighed(product, cos, sin):
     """Products [tile, WIDE] with a and b of every pair, times cosines and sines, added up to [tile]."""
     WIDE: gl.constexpr = product.shape[1]
     layout: gl.constexpr = product.type.layout
     along_a, along_b = gl.split(product.reshape([TILE, WIDE // 2, 2]))
-    of_pairs: gl.constexpr = along_a.type.layout
-    cos, sin = _unpacked(turns, of_pairs, DTYPE)
     # Every product of its own: added up, each is one multiply-add.
     total = gl.sum(gl.join(along_a * cos, along_b * sin).reshape([TILE, WIDE]), 1)
     return gl.convert_layout(total, gl.SliceLayout(1, layout), assert_trivial=True)
 
 
 @gluon.jit
-def rotated(product, turns, DTYPE: gl.constexpr):
+def rotated(product, cos, sin, DTYPE: gl.constexpr):
     """Rebuilt keys [tile, WIDE], both numbers of a pair side by side, turned, as the next product wants them."""
     WIDE: gl.constexpr = product.shape[1]
     first, second = gl.split(product.reshape([TILE, WIDE // 2, 2]))
-    of_pairs: gl.constexpr = first.type.layout
-    cos, sin = _unpacked(turns, of_pairs, DTYPE)
     turned = gl.join(first * cos - second * sin, second * cos + first * sin)
     result: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, LEAST, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, result, 2)

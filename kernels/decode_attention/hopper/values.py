@@ -139,7 +139,7 @@ def weigh_values(
     rings: shared memory [stages, tokens of a step, units] of every chunk; weights: [steps, slots, tokens of a step];
     out: the group's first head in the part's totals and peaks.
     """
-    found, scales, full, empty, tiles, latents, sums, totals, peaks, rank, latents_t = arguments
+    found, scales, full, empty, tiles, latents, sums, totals, peaks, rank, latents_t, ours = arguments
     STEPS: gl.constexpr = weights.shape[0]
     SLOTS: gl.constexpr = weights.shape[1]
     STEP: gl.constexpr = weights.shape[2]
@@ -194,6 +194,7 @@ def weigh_values(
             _copy_step(rings, ahead % STAGES, latents, tiles, begin, ahead, latents_t, units, SHARED_BY)
         summed = _there(summed, operands)
     async_copy.wait_group(0)
+    there = there & ours
     gl.store(totals + out + head, gl.sum(total, 1), mask=there)
     gl.store(peaks + out + head, reference, mask=there)
     column = gl.arange(0, SLOTS, gl.SliceLayout(0, result))
@@ -204,5 +205,5 @@ def weigh_values(
         away = gl.convert_layout(gl.sum(shifted, 1), gl.SliceLayout(0, result))
     for chunk in gl.static_range(CHUNKS):
         latent = chunk * CHUNK + latent_of(gl.arange(0, CHUNK, gl.SliceLayout(1, result)), BITS)
-        ok = (latent < rank)[:, None] & there[None, :]
+        ok = (latent < rank)[:, None] & (there & ours)[None, :]
         gl.store(at_head[None, :] + latent[:, None], summed[chunk] - away[None, :], mask=ok)
