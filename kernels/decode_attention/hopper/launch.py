@@ -112,7 +112,7 @@ def heads_of(num_heads: int, groups: int, kv: int | None) -> Heads:
 
 def weighers_of(mode: str, bits: int, windows: bool) -> int:
     """Groups of warps that weigh values: two where making numbers of codes takes longer than reading them."""
-    return 2 if bits < 8 and (mode == "absorbed" or windows) else 1
+    return 2 if bits < 8 and mode == "absorbed" else 1
 
 
 def padded_rank(ranks: Sequence[int], bits: int) -> int:

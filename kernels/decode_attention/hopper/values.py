@@ -23,17 +23,30 @@ CHUNK: gl.constexpr = gl.constexpr(128)
 
 @gluon.constexpr_function
 def weights_layout(slots: int, tokens: int) -> gl.DistributedLinearLayout:
-    """Weights [slots, tokens], whole in each warp: a lane has eight neighbouring tokens of some slots."""
-    across = tokens // 8
-    lanes = [[0, 8 << bit] for bit in range(bits_of(across))]
+    """Weights [slots, tokens], whole in each warp: a lane has up to eight neighbouring tokens of some slots."""
+    each = min(8, max(2, slots * tokens // 32))
+    across = tokens // each
+    lanes = [[0, each << bit] for bit in range(bits_of(across))][:5]
     lanes += [[1 << bit if 1 << bit < slots else 0, 0] for bit in range(5 - len(lanes))]
     held = [[(32 // across) << bit, 0] for bit in range(bits_of(max(1, slots * across // 32)))]
-    return gl.DistributedLinearLayout([[0, 1], [0, 2], [0, 4], *held], lanes, [[0, 0], [0, 0]], [], [slots, tokens])
+    tokens_held = [[0, 1 << bit] for bit in range(bits_of(each))]
+    return gl.DistributedLinearLayout([*tokens_held, *held], lanes, [[0, 0], [0, 0]], [], [slots, tokens])
+
+
+@gluon.jit
+def _of_all_slots(numbers, SLOTS: gl.constexpr, other: gl.constexpr):
+    """Numbers [slots in use] with another one for the slots behind."""
+    USED: gl.constexpr = numbers.shape[0]
+    if USED < SLOTS:
+        both = gl.join(numbers, gl.full_like(numbers, other))
+        numbers = both.permute([1, 0]).reshape([SLOTS])
+    return numbers
 
 
 @gluon.jit
 def _rescaled(sums, factor):
-    """Sums [CHUNK, slots] times factors [slots]."""
+    """Sums [CHUNK, slots] times factors [slots in use]."""
+    factor = _of_all_slots(factor, sums[0].shape[1], 1.0)
     result = ()
     for chunk in gl.static_range(len(sums)):
         by_column = gl.convert_layout(factor, gl.SliceLayout(0, sums[chunk].type.layout))
@@ -82,8 +95,29 @@ def _copy_step(rings, stage, latents, tiles, begin, number, latents_t, units, EV
 
 
 @gluon.jit
+def _scores_of(found, buffer, first, STEP: gl.constexpr, USED: gl.constexpr):
+    """Scores of a step's tokens in the slots in use, shared memory [slots, tokens]."""
+    scores = found.index(buffer).slice(first, STEP, dim=0)
+    if USED < found.shape[2]:
+        scores = scores.slice(0, USED, dim=1)
+    return scores.permute((1, 0))
+
+
+@gluon.jit
+def _stored(weights, part: gl.constexpr, rounded):
+    """Store a step's weights [slots in use, tokens], zero in the other slots."""
+    SLOTS: gl.constexpr = weights.shape[1]
+    USED: gl.constexpr = rounded.shape[0]
+    STEP: gl.constexpr = rounded.shape[1]
+    if USED < SLOTS:
+        both = gl.join(rounded, gl.zeros_like(rounded))
+        rounded = both.permute([2, 0, 1]).reshape([SLOTS, STEP])
+    weights.index(part).store(rounded)
+
+
+@gluon.jit
 def _softmax(found, scales, buffer, weights, there, reference, total, shifted, summed, BITS: gl.constexpr):
-    """Stores the weights of a tile's scores [tile, slots], relative to references [slots].
+    """Stores the weights of a tile's scores [tile, slots], relative to references [slots in use].
 
     References rise where scores are far above them; returns them, the weights added up, as they are and times the
     codes' shifts, and the sums of values, all relative to the new ones. Of codes, scores have the logarithm of the
@@ -91,13 +125,14 @@ def _softmax(found, scales, buffer, weights, there, reference, total, shifted, s
     """
     STEPS: gl.constexpr = weights.shape[0]
     STEP: gl.constexpr = weights.shape[2]
-    layout: gl.constexpr = weights_layout(weights.shape[1], STEP)
+    USED: gl.constexpr = reference.shape[0]
+    layout: gl.constexpr = weights_layout(USED, STEP)
     of_tokens: gl.constexpr = gl.SliceLayout(0, layout)
     scores = ()
     for part in gl.static_range(STEPS):
         score = gl.where(
             there[:, None],
-            found.index(buffer).slice(part * STEP, STEP, dim=0).permute((1, 0)).load(layout),
+            _scores_of(found, buffer, part * STEP, STEP, USED).load(layout),
             float("-inf"),
         )
         scores = scores + (score,)
@@ -116,7 +151,7 @@ def _softmax(found, scales, buffer, weights, there, reference, total, shifted, s
     for part in gl.static_range(STEPS):
         weight = gl.exp2(scores[part] - reference[:, None])
         rounded = weight.to(weights.dtype)
-        weights.index(part).store(rounded)
+        _stored(weights, part, rounded)
         if BITS < 16:
             total += weight * scales.index(2 * buffer).slice(part * STEP, STEP).load(of_tokens)[None, :]
             shifted += (
@@ -125,6 +160,16 @@ def _softmax(found, scales, buffer, weights, there, reference, total, shifted, s
         else:
             total += weight
     return reference, total, shifted, summed
+
+
+@gluon.jit
+def _operands(rings, stage, result: gl.constexpr, BITS: gl.constexpr):
+    """What codes of a step become in registers, of every chunk; nothing where shared memory holds numbers."""
+    read = ()
+    if BITS < 16:
+        for chunk in gl.static_range(len(rings)):
+            read = read + (value_operand(rings[chunk].index(stage), result, BITS),)
+    return read
 
 
 @gluon.jit
@@ -145,13 +190,16 @@ def weigh_values(
     STEP: gl.constexpr = weights.shape[2]
     CHUNKS: gl.constexpr = len(rings)
     STAGES: gl.constexpr = rings[0].shape[0]
-    layout: gl.constexpr = weights_layout(SLOTS, STEP)
-    slot = gl.arange(0, SLOTS, gl.SliceLayout(1, layout))
+    # Few heads leave half of the slots empty.
+    HALF: gl.constexpr = COLUMNS == SLOTS and 2 * ((KV - 1) * QUERY_SLOTS + QUERIES) <= SLOTS
+    USED: gl.constexpr = SLOTS // 2 if HALF else SLOTS
+    layout: gl.constexpr = weights_layout(USED, STEP)
+    slot = gl.arange(0, USED, gl.SliceLayout(1, layout))
     head, there = _head_of(slot, KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS)
     result: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, SLOTS, 16])
-    reference = gl.full([SLOTS], LOWEST, gl.float32, gl.SliceLayout(1, layout))
-    total = gl.zeros([SLOTS, STEP], gl.float32, layout)
-    shifted = gl.zeros([SLOTS, STEP], gl.float32, layout)
+    reference = gl.full([USED], LOWEST, gl.float32, gl.SliceLayout(1, layout))
+    total = gl.zeros([USED, STEP], gl.float32, layout)
+    shifted = gl.zeros([USED, STEP], gl.float32, layout)
     summed = ()
     for _chunk in gl.static_range(CHUNKS):
         summed = summed + (gl.zeros([CHUNK, SLOTS], gl.float32, result),)
@@ -165,31 +213,35 @@ def weigh_values(
         buffer = WHICH if SHARED_BY == 2 else done % 2
         round = done if SHARED_BY == 2 else done // 2
         mbarrier.wait(full.index(buffer), round & 1)
-        # Products of the last tile are done in all warps, and its weights may be written over.
+        async_copy.wait_group(STAGES - 2)
+        if BITS == 16:
+            fence_async_shared()
+        # The first step is there, products of the last tile are done in all warps, its weights may be written over.
         synchronize()
+        # Numbers are made of codes beside the softmax.
+        operands = _operands(rings, done * STEPS % STAGES, result, BITS)
         reference, total, shifted, summed = _softmax(
             found, scales, buffer, weights, there, reference, total, shifted, summed, BITS
         )
-        operands = ()
         for part in gl.static_range(STEPS):
             number = done * STEPS + part
-            async_copy.wait_group(STAGES - 2)
-            fence_async_shared()
             if part > 0:
+                async_copy.wait_group(STAGES - 2)
                 summed = _there(summed, operands)
+            if part == 0 or BITS == 16:
+                fence_async_shared()
             synchronize()
             if part == 0:
                 # All have read the scores.
                 mbarrier.arrive(empty.index(buffer), count=1)
-            started, read = (), ()
+            else:
+                operands = _operands(rings, number % STAGES, result, BITS)
+            started = ()
             for chunk in gl.static_range(CHUNKS):
-                here = rings[chunk].index(number % STAGES)
-                operand = value_operand(here, result, BITS) if BITS < 16 else here.permute((1, 0))
-                if BITS < 16:
-                    read = read + (operand,)
+                operand = operands[chunk] if BITS < 16 else rings[chunk].index(number % STAGES).permute((1, 0))
                 product = warpgroup_mma(operand, weights.index(part).permute((1, 0)), summed[chunk], is_async=True)
                 started = started + (product,)
-            summed, operands = started, read
+            summed = started
             ahead = number + STAGES - 1
             _copy_step(rings, ahead % STAGES, latents, tiles, begin, ahead, latents_t, units, SHARED_BY)
         summed = _there(summed, operands)
@@ -202,7 +254,7 @@ def weigh_values(
     at_head = sums + (out + head).to(gl.int64) * RANK_STRIDE
     away = gl.zeros([SLOTS], gl.float32, gl.SliceLayout(0, result))
     if BITS < 16:
-        away = gl.convert_layout(gl.sum(shifted, 1), gl.SliceLayout(0, result))
+        away = gl.convert_layout(_of_all_slots(gl.sum(shifted, 1), SLOTS, 0.0), gl.SliceLayout(0, result))
     for chunk in gl.static_range(CHUNKS):
         latent = chunk * CHUNK + latent_of(gl.arange(0, CHUNK, gl.SliceLayout(1, result)), BITS)
         ok = (latent < rank)[:, None] & (there & ours)[None, :]
