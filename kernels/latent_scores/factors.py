@@ -1,6 +1,7 @@
 """What key latents are multiplied with, in the order in which packed codes come out of their words."""
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -26,39 +27,47 @@ def latent_order(columns: int, bits: int) -> list[int]:
     return [latent for first in firsts for latent in (first, first + per_word // 2)]
 
 
+def unit_order(columns: int, bits: int) -> list[int]:
+    """Which of `columns` latents stands in each column of what codes become in units of 16 bits: a field after another.
+    """
+    fields = 16 // bits
+    return [unit * fields + field for field in range(fields) for unit in range(columns // fields)]
+
+
+def word_order(columns: int, bits: int) -> list[int]:
+    """`latent_order`, PART by PART."""
+    part = min(columns, PART)
+    return [start + latent for start in range(0, columns, part) for latent in latent_order(part, bits)]
+
+
+Order = Callable[[int, int], list[int]]
 _ordered: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def ordered_factor(key: LatentProjection, bits: int, dtype: torch.dtype) -> Tensor:
-    """The up factor for codes of `bits` bits, [group_dim, groups * padded rank], zero where a group has no latent.
+def ordered_factor(key: LatentProjection, padded: int, bits: int, dtype: torch.dtype, order: Order) -> Tensor:
+    """The up factor in an order of codes of `bits` bits, [group_dim, groups * padded], zero where there is no latent.
 
-    Made once and kept as long as the factor, until that changes.
+    Made once for an order and kept as long as the factor, until that changes.
     """
     kept = _ordered.setdefault(key.up, {})
     version = None if key.up.is_inference() else key.up._version
-    entry = (bits, dtype, tuple(key.ranks), version)
-    if entry not in kept:
-        kept.clear()
+    entry = (padded, bits, dtype, tuple(key.ranks), version)
+    if kept.get(order, (None,))[0] != entry:
         with torch.inference_mode(False), torch.no_grad():
-            kept[entry] = _reordered(key.up.detach().clone(), tuple(key.ranks), bits).to(dtype)
-    return kept[entry]
-
-
-def _reordered(up: Tensor, ranks: tuple[int, ...], bits: int) -> Tensor:
-    padded = padded_rank(ranks)
-    groups = [torch.nn.functional.pad(group, (0, padded - group.shape[1])) for group in up.split(list(ranks), dim=1)]
-    return torch.cat([group[:, _order(padded, bits, up.device)] for group in groups], dim=1)
+            groups = key.up.detach().clone().split(list(key.ranks), dim=1)
+            columns = _columns(padded, bits, order, key.up.device)
+            made = [torch.nn.functional.pad(group, (0, padded - group.shape[1]))[:, columns] for group in groups]
+            kept[order] = (entry, torch.cat(made, dim=1).to(dtype))
+    return kept[order][1]
 
 
 def ordered_query(query: Tensor, padded: int, bits: int) -> Tensor:
     """An absorbed query [rows, heads, largest rank] in the order of the codes, [rows, heads, padded]."""
-    order = _order(padded, bits, query.device)
-    return torch.nn.functional.pad(query, (0, padded - query.shape[-1]))[..., order]
+    columns = _columns(padded, bits, word_order, query.device)
+    return torch.nn.functional.pad(query, (0, padded - query.shape[-1]))[..., columns]
 
 
 @functools.lru_cache(maxsize=64)
-def _order(padded: int, bits: int, device: torch.device) -> Tensor:
-    part = min(padded, PART)
-    order = [start + latent for start in range(0, padded, part) for latent in latent_order(part, bits)]
+def _columns(padded: int, bits: int, order: Order, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return torch.tensor(order, device=device)
+        return torch.tensor(order(padded, bits), device=device)

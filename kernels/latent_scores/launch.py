@@ -8,7 +8,7 @@ from torch import Tensor
 
 from palu.kernels.integers import cdiv, next_power_of_2
 from palu.kernels.latent_scores.configs import EXACT_TILE, Config, configs_for
-from palu.kernels.latent_scores.factors import PART, ordered_factor, ordered_query, padded_rank
+from palu.kernels.latent_scores.factors import PART, ordered_factor, ordered_query, padded_rank, word_order
 from palu.kernels.latent_scores.kernel import scores_kernel
 from palu.kernels.latent_scores.layout import (
     DTYPES,
@@ -174,7 +174,7 @@ def _launch_part(
     if bits < 16 and absorbed:
         query = ordered_query(query, rank, bits).to(dtype)
     elif bits < 16:
-        up = ordered_factor(key, bits, dtype)
+        up = ordered_factor(key, rank, bits, dtype, word_order)
     table = starts = basis = up
     weights = Weights(up, up, up, up)
     blocks = cdiv(length, span)

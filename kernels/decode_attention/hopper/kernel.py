@@ -29,7 +29,7 @@ def hopper_kernel(
     SLOTS: gl.constexpr, QUERY_ROWS: gl.constexpr, WIDTH: gl.constexpr, WIDE: gl.constexpr, RANK: gl.constexpr,
     KEY_STAGES: gl.constexpr, KEY_DIVISOR: gl.constexpr, CHUNKS: gl.constexpr, STEP: gl.constexpr,
     VALUE_STAGES: gl.constexpr, VALUE_DIVISOR: gl.constexpr, RANK_STRIDE: gl.constexpr, MASK: gl.constexpr,
-    DTYPE: gl.constexpr, UP_DTYPE: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr, BITS: gl.constexpr,
+    DTYPE: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr, BITS: gl.constexpr,
     ASYMMETRIC: gl.constexpr, WEIGHERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr, VALUE_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Sums of value latents of a group's heads over every part-th tile of tokens, relative to their peaks.
@@ -132,9 +132,13 @@ def hopper_kernel(
                 )),
             ], [4, 4], [VALUE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
     else:
+        # Factors for codes are in the codes' order, every group as wide as the others.
+        up_offset, up_rank = key_offset, key_rank
+        if BITS < 16:
+            up_offset, up_rank = group * RANK, RANK
         HEIGHT: gl.constexpr = WIDE if SPAN == 0 else COLUMNS_OF_WINDOW
         WIDTH_OF_PLACE: gl.constexpr = LEAST if MODE == "rotated" else 1
-        factors = gl.allocate_shared_memory(UP_DTYPE, [KV, HEIGHT, RANK], swizzled(RANK))
+        factors = gl.allocate_shared_memory(DTYPE, [KV, HEIGHT, RANK], swizzled(RANK))
         at_table = table + gl.multiple_of(at_row * table_b, 8)
         rings, places, besides = (), (), ()
         for which in gl.static_range(2):
@@ -151,8 +155,8 @@ def hopper_kernel(
                 if which == 0:
                     halves = gl.allocate_shared_memory(gl.float16, [2, HEIGHT, WIDE // 2], swizzled(WIDE // 2))
                 beside = (
-                    gl.allocate_shared_memory(UP_DTYPE, [2, WIDE // 2, RANK], swizzled(RANK)),
-                    gl.allocate_shared_memory(gl.float32, [2, WIDE // 2], gl.SwizzledSharedLayout(1, 1, 1, [0])),
+                    gl.allocate_shared_memory(DTYPE, [2, WIDE // 2, RANK], swizzled(RANK)),
+                    gl.allocate_shared_memory(DTYPE, [KV + 1, WIDE // 2], gl.SwizzledSharedLayout(1, 1, 1, [0])),
                     halves,
                 )
             if MODE == "rotated":
@@ -162,7 +166,7 @@ def hopper_kernel(
                     beside = besides[0]
             besides = besides + (beside,)
         to_scores = (
-            tiles, at_keys, parameters, at_table, mask, up + key_offset, at_query, key_units_there, key_rank, keys_t,
+            tiles, at_keys, parameters, at_table, mask, up + up_offset, at_query, key_units_there, up_rank, keys_t,
             table_t, row * mask_b, mask_t, up_stride, query_stride, scaling, bases, frequencies, lead + begin * TILE,
         )  # fmt: skip
         synchronize()

@@ -16,6 +16,7 @@ from palu.kernels.decode_attention.hopper.values import CHUNK as KERNEL_CHUNK
 from palu.kernels.decode_attention.hopper.windows import COLUMNS as KERNEL_COLUMNS
 from palu.kernels.decode_attention.parts import COMBINE_PARTS, Parts
 from palu.kernels.integers import cdiv, next_power_of_2
+from palu.kernels.latent_scores.factors import ordered_factor, unit_order
 from palu.kernels.latent_scores.launch import LOG2_E
 from palu.kernels.latent_scores.layout import (
     DTYPES,
@@ -183,7 +184,7 @@ def plans_for(
     kept = heads.kv * wide * rank if rebuilt else heads.slots * rank
     if windows:
         # Each group of warps that scores has a head's factor beside the windows.
-        kept = (heads.kv * COLUMNS + 2 * wide) * rank + (COLUMNS + 4) * wide
+        kept = (heads.kv * COLUMNS + 2 * wide) * rank + (COLUMNS + heads.kv + 1) * wide
     if heads.mode == "rotated":
         kept += heads.kv * wide * LEAST
     chunks = cdiv(max(value_ranks), CHUNK)
@@ -267,7 +268,8 @@ def launch(
 
 def _window_of(call: Call) -> Window | None:
     """In what windows the call's keys are interpolated, if that is faster."""
-    if call.heads.mode != "folded" or next_power_of_2(call.query.shape[2]) != WIDE:
+    # Numbers take longer to read than to multiply.
+    if call.bits == 16 or call.heads.mode != "folded" or next_power_of_2(call.query.shape[2]) != WIDE:
         return None
     if call.key_latents.shape[1] < LEAST_LENGTH or not call.plans(True, False):
         return None
@@ -317,23 +319,26 @@ def _launch(
     registers = REGISTERS[heads.mode if window is None else "windows", weighers]
     dtype = query.dtype if bits == 16 else torch.float16
     table, spans, bases, frequencies = _tables(call, window, takes)
+    rank, up = padded_rank(ranks, bits), query if absorbed else key.up
+    if bits < 16 and not absorbed:
+        up = ordered_factor(key, rank, bits, dtype, unit_order)
     scaling *= LOG2_E * (1.0 if rotation is None else rotation.attention_scaling)
     side, value_side = side_of(ranks, 16, device), side_of(value_ranks, 16, device)
     hopper_kernel[(parts, groups, rows)](
-        query, keys, values, query if absorbed else key.up, table, query if mask is None else mask,
+        query, keys, values, up, table, query if mask is None else mask,
         key_parameters, value_parameters, spans, bases, frequencies, *found,
         side.rank, side.offset, value_side.rank, value_side.offset,
         length, *key_strides[:2], *value_strides[:2], *key_strides[2:], *value_strides[2:],
-        0 if absorbed else key.up.stride(0), *((0, 0) if absorbed else row_strides(table)),
+        0 if absorbed else up.stride(0), *((0, 0) if absorbed else row_strides(table)),
         *((0, 0) if mask is None else row_strides(mask)), spans.stride(0) if spans.shape[0] > 1 else 0,
         query.stride(1), rows * num_heads, scaling,
         MODE=heads.mode, TAKES=takes, SPAN=0 if window is None else window.span,
         GROUPS=groups, KV=heads.kv, QUERIES=heads.queries, QUERY_SLOTS=heads.query_slots,
         SLOTS=heads.slots, QUERY_ROWS=rows_per_latent, WIDTH=width, WIDE=next_power_of_2(width),
-        RANK=padded_rank(ranks, bits), KEY_STAGES=plan.key_stages, KEY_DIVISOR=divisor(ranks),
+        RANK=rank, KEY_STAGES=plan.key_stages, KEY_DIVISOR=divisor(ranks),
         CHUNKS=cdiv(max(value_ranks), CHUNK), STEP=plan.step, VALUE_STAGES=plan.value_stages,
         VALUE_DIVISOR=divisor(value_ranks), RANK_STRIDE=max(value_ranks), MASK=mask_kind(mask),
-        DTYPE=DTYPES[dtype], UP_DTYPE=DTYPES[query.dtype], TOGETHER=heads.together, COLUMNS=heads.columns, BITS=bits,
+        DTYPE=DTYPES[dtype], TOGETHER=heads.together, COLUMNS=heads.columns, BITS=bits,
         ASYMMETRIC=asymmetric, WEIGHERS=weighers, SCORE_REGISTERS=registers[0], VALUE_REGISTERS=registers[1],
         num_warps=4,
     )  # fmt: skip

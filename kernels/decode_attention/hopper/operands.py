@@ -2,7 +2,7 @@
 
 Shared memory holds packed codes as 16-bit units of `16 / bits` neighbouring latents, their fields. One shift and one
 mask make two fp16 numbers of two units that stand side by side, so a product meets all units' first fields, then all
-second ones, .. (`unit_order`). Keys have units of a token side by side, values the same unit of two tokens, which the
+second ones, .. (`palu.kernels.latent_scores.factors.unit_order`). Keys have units of a token side by side, values the same unit of two tokens, which the
 transposing load brings together.
 """
 
@@ -130,17 +130,6 @@ def latent_of(row, BITS: gl.constexpr):
     else:
         latent = row
     return latent
-
-
-@gluon.jit
-def unit_order(numbers, BITS: gl.constexpr):
-    """Numbers [rows, RANK] in the order in which `key_operand` has the latents."""
-    if BITS < 16:
-        ROWS: gl.constexpr = numbers.shape[0]
-        RANK: gl.constexpr = numbers.shape[1]
-        FIELDS: gl.constexpr = 16 // BITS
-        numbers = numbers.reshape([ROWS, RANK // FIELDS, FIELDS]).permute([0, 2, 1]).reshape([ROWS, RANK])
-    return numbers
 
 
 @gluon.jit

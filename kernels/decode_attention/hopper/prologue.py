@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
 from palu.kernels.decode_attention.hopper.common import WARPS, copied_layout, copy_to_shared
-from palu.kernels.decode_attention.hopper.operands import latent_at, unit_order
+from palu.kernels.decode_attention.hopper.operands import latent_at
 
 # Rows of a factor that are folded at a time.
 ROWS: gl.constexpr = gl.constexpr(32)
@@ -43,7 +43,7 @@ def _rows_of(factor):
 
 
 @gluon.jit
-def _fold(factor, to, q_first, q_second, BITS: gl.constexpr):
+def _fold(factor, q_first, q_second):
     """Rows of both numbers of a pair, side by side in shared memory [ROWS, RANK], become a and b of the pair."""
     RANK: gl.constexpr = factor.shape[1]
     first, second = gl.split(_rows_of(factor).reshape([ROWS // 2, 2, RANK]).permute([0, 2, 1]))
@@ -53,8 +53,7 @@ def _fold(factor, to, q_first, q_second, BITS: gl.constexpr):
     first, second = first.to(gl.float32), second.to(gl.float32)
     a = q_first * first + q_second * second
     b = q_second * first - q_first * second
-    folded = gl.join(a, b).permute([0, 2, 1]).reshape([ROWS, RANK]).to(to.dtype)
-    to.store(unit_order(folded, BITS))
+    factor.store(gl.join(a, b).permute([0, 2, 1]).reshape([ROWS, RANK]).to(factor.dtype))
 
 
 @gluon.jit
@@ -77,28 +76,16 @@ def load_pairs(
 
 
 @gluon.jit
-def fold(factors, prepared, q_first, q_second, BITS: gl.constexpr, WHICH: gl.constexpr):
+def fold(factors, q_first, q_second, WHICH: gl.constexpr):
     """Every other kv head's factor [WIDE, RANK] in shared memory, folded with its query, to the same place."""
     KV: gl.constexpr = factors.shape[0]
     PIECES: gl.constexpr = factors.shape[1] // ROWS
     for head in gl.static_range(WHICH, KV, 2):
         for piece in gl.static_range(PIECES):
             _fold(
-                factors.index(head).slice(piece * ROWS, ROWS), prepared.index(head).slice(piece * ROWS, ROWS),
-                q_first[head // 2 * PIECES + piece], q_second[head // 2 * PIECES + piece], BITS,
+                factors.index(head).slice(piece * ROWS, ROWS),
+                q_first[head // 2 * PIECES + piece], q_second[head // 2 * PIECES + piece],
             )  # fmt: skip
-
-
-@gluon.jit
-def reorder(factors, prepared, BITS: gl.constexpr, WHICH: gl.constexpr):
-    """Every other kv head's factor with its latents in the order in which a tile's codes come."""
-    if BITS < 16:
-        KV: gl.constexpr = factors.shape[0]
-        WIDE: gl.constexpr = factors.shape[1]
-        for head in gl.static_range(WHICH, KV, 2):
-            for row in gl.static_range(0, WIDE, ROWS):
-                rows = _rows_of(factors.index(head).slice(row, ROWS)).to(prepared.dtype)
-                prepared.index(head).slice(row, ROWS).store(unit_order(rows, BITS))
 
 
 @gluon.jit

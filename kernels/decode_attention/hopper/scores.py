@@ -10,11 +10,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from palu.kernels.decode_attention.hopper.common import TILE, WARPS, copy_rows, load_seen, seen_as, synchronize
+from palu.kernels.decode_attention.hopper.common import TILE, WARPS, copy_rows, load_seen, synchronize
 from palu.kernels.decode_attention.hopper.operands import key_operand
-from palu.kernels.decode_attention.hopper.prologue import copy_factors, fold, load_pairs, reorder, store_queries
+from palu.kernels.decode_attention.hopper.prologue import copy_factors, fold, load_pairs, store_queries
 from palu.kernels.decode_attention.hopper.turns import LEAST, load_turns, rotated, unpacked, weighed
-from palu.kernels.decode_attention.hopper.windows import copy_bases, copy_halves, make_window
+from palu.kernels.decode_attention.hopper.windows import copy_bases, copy_halves, load_frequencies, make_window
 from palu.kernels.latent_scores.tiles import LOG2_E
 
 
@@ -146,7 +146,6 @@ def score_rebuilt(
     ) = arguments  # fmt: skip
     KV: gl.constexpr = factors.shape[0]
     WIDE: gl.constexpr = factors.shape[1]
-    RANK: gl.constexpr = factors.shape[2]
     STAGES: gl.constexpr = ring.shape[0]
     WINDOW: gl.constexpr = SPAN // TILE if SPAN > 0 else 1 << 30
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WIDE, 16])
@@ -156,7 +155,9 @@ def score_rebuilt(
     # Nothing is read where there is no tile.
     wanted = gl.where(begin < end, rank, 0)
     if SPAN > 0:
-        copy_bases(beside[2], bases, beside[2].shape[2], WHICH)
+        PAIRS: gl.constexpr = beside[2].shape[2]
+        copy_bases(beside[2], bases, PAIRS, WHICH)
+        frequency = load_frequencies(frequencies, PAIRS, WIDTH)
         copy_halves(beside[0], up + min(WHICH, KV - 1) * WIDTH * up_stride, up_stride, wanted, WIDTH)
     else:
         copy_factors(factors, up, up_stride, wanted, WIDTH, WHICH)
@@ -164,26 +165,22 @@ def score_rebuilt(
         _copy_tile(ring.index(stage), latents, tiles, begin + WHICH + 2 * stage, latents_t, units)
     turns = _turns_of(table, tiles, begin + WHICH, table_t, WIDE // 2, SPAN)
     parameters = _load_parameters(stored, tiles, begin + WHICH, rows, BITS, ASYMMETRIC)
-    # The same memory with numbers of the type that the codes become.
-    layout: gl.constexpr = factors.layout
-    prepared = seen_as(factors, DTYPE, KV, WIDE, RANK, layout)
     for window in range(begin, end, WINDOW):
         if SPAN > 0:
             make_window(
-                prepared, beside, ready, frequencies, query, up, (up_stride, rank, query_stride, scaling),
-                position + (window - begin) * TILE, (window + WINDOW < end).to(gl.int32), WIDTH, BITS, WHICH,
+                factors, beside, ready, frequency, query, up, (up_stride, rank, query_stride, scaling),
+                position + (window - begin) * TILE, (window + WINDOW < end).to(gl.int32), WIDTH, WHICH,
             )  # fmt: skip
         else:
             if MODE == "folded":
-                q_first, q_second = load_pairs(query, query_stride, scaling, KV, WIDE, RANK, WIDTH, WHICH)
+                q_first, q_second = load_pairs(query, query_stride, scaling, KV, WIDE, factors.shape[2], WIDTH, WHICH)
                 async_copy.wait_group(STAGES)
                 synchronize()
-                fold(factors, prepared, q_first, q_second, BITS, WHICH)
+                fold(factors, q_first, q_second, WHICH)
             else:
                 store_queries(beside, query, query_stride, scaling, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, WHICH)
                 async_copy.wait_group(STAGES)
                 synchronize()
-                reorder(factors, prepared, BITS, WHICH)
             fence_async_shared()
             synchronize()
             # Each group of warps has made half of the factors.
@@ -208,7 +205,7 @@ def score_rebuilt(
                 cos, sin = unpacked(turns, wide, gl.float16)
             for head in range(KV):
                 zeros = gl.zeros([TILE, WIDE], gl.float32, wide)
-                begun = warpgroup_mma(operand, prepared.index(head).permute((1, 0)), zeros, use_acc=False, is_async=True)
+                begun = warpgroup_mma(operand, factors.index(head).permute((1, 0)), zeros, use_acc=False, is_async=True)
                 # The operand has to stay in its registers; with several heads it does, for the next.
                 if KV == 1:
                     product, operand = warpgroup_mma_wait(0, deps=[begun, operand])

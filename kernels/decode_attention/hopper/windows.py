@@ -19,7 +19,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from palu.kernels.decode_attention.hopper.common import WARPS, copied_layout, copy_to_shared, synchronize
-from palu.kernels.decode_attention.hopper.operands import unit_order
 from palu.kernels.latent_scores.tiles import turn
 
 # Columns of a window's basis.
@@ -54,28 +53,62 @@ def copy_bases(to, bases, PAIRS: gl.constexpr, WHICH: gl.constexpr):
 
 
 @gluon.jit
+def load_frequencies(frequencies, PAIRS: gl.constexpr, WIDTH: gl.constexpr):
+    """Frequencies of all pairs, one a thread."""
+    pair = gl.arange(0, PAIRS, gl.BlockedLayout([1], [32], [WARPS], [0]))
+    return gl.load(frequencies + pair, mask=pair < WIDTH // 2, other=0.0)
+
+
+@gluon.jit
+def _store_turned(turned, query, query_stride, scaling, angle, KV: gl.constexpr, WIDTH: gl.constexpr, WHICH: gl.constexpr):
+    """Every other query, turned back by angles [pairs], to shared memory [heads * 2, pairs]."""
+    pair = gl.arange(0, angle.shape[0], angle.type.layout)
+    cos, sin = turn(angle)
+    for head in gl.static_range(WHICH, KV, 2):
+        at = query + head * query_stride + pair
+        first = gl.load(at, mask=pair < WIDTH // 2, other=0.0).to(gl.float32) * scaling
+        second = gl.load(at + WIDTH // 2, mask=pair < WIDTH // 2, other=0.0).to(gl.float32) * scaling
+        turned.index(head // 2 * 2).store((first * cos + second * sin).to(turned.dtype))
+        turned.index(head // 2 * 2 + 1).store((second * cos - first * sin).to(turned.dtype))
+
+
+@gluon.jit
+def _with_query(bases, turned, head, operand: gl.constexpr):
+    """What a head's factor is multiplied with from the left, for both numbers of the pairs, fp16 [columns, pairs]."""
+    by_pair: gl.constexpr = gl.SliceLayout(0, operand)
+    along_cos, along_sin = bases.index(0).load(operand), bases.index(1).load(operand)
+    first, second = turned.index(head // 2 * 2).load(by_pair), turned.index(head // 2 * 2 + 1).load(by_pair)
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 other; mul.rn.f16x2 other, $3, $5; fma.rn.f16x2 $0, $2, $4, other; mul.rn.f16x2 other, $3, $4; "
+        "neg.f16x2 other, other; fma.rn.f16x2 $1, $2, $5, other; }",
+        "=&r,=&r,r,r,r,r",
+        [
+            along_cos, along_sin, first[None, :].broadcast_to(along_cos.shape),
+            second[None, :].broadcast_to(along_cos.shape),
+        ],
+        dtype=(gl.float16, gl.float16), is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@gluon.jit
 def make_window(
-    prepared, beside, ready, frequencies, query, up, arguments, position, more,
-    WIDTH: gl.constexpr, BITS: gl.constexpr, WHICH: gl.constexpr,
+    prepared, beside, ready, frequency, query, up, arguments, position, more,
+    WIDTH: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
     """Every other kv head's W, to shared memory [KV, columns, RANK], for the window that begins at a position.
 
     beside: shared memory for a head's factor, the first one on its way, which it will be again where there are more
-    windows; for a turned query [2, pairs]; and C and S. ready: two groups of warps arrive when they need the last
-    window no more, and when theirs is made.
+    windows; for the turned queries; and C and S. ready: two groups of warps arrive when they need the last window no
+    more, and when theirs is made.
     """
     factor, turned, bases = beside
     up_stride, rank, query_stride, scaling = arguments
     KV: gl.constexpr = prepared.shape[0]
     COLUMNS: gl.constexpr = prepared.shape[1]
     RANK: gl.constexpr = prepared.shape[2]
-    PAIRS: gl.constexpr = factor.shape[1]
     result: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, RANK, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, result, 2)
-    by_pair: gl.constexpr = gl.SliceLayout(0, operand)
-    pair = gl.arange(0, PAIRS, gl.BlockedLayout([1], [32], [WARPS], [0]))
-    there = pair < WIDTH // 2
-    cos, sin = turn(position.to(gl.float32) * gl.load(frequencies + pair, mask=there, other=0.0))
+    _store_turned(turned, query, query_stride, scaling, position.to(gl.float32) * frequency, KV, WIDTH, WHICH)
     zeros = gl.zeros([COLUMNS, RANK], gl.float32, result)
     # What was copied is there, and all warps have done their products with the last window.
     async_copy.wait_group(0)
@@ -84,30 +117,21 @@ def make_window(
     mbarrier.arrive(ready, count=1)
     mbarrier.wait(ready, 0)
     for head in range(WHICH, KV, 2):
-        at_query = query + head * query_stride + pair
-        first = gl.load(at_query, mask=there, other=0.0).to(gl.float32) * scaling
-        second = gl.load(at_query + WIDTH // 2, mask=there, other=0.0).to(gl.float32) * scaling
-        turned.index(0).store(first * cos + second * sin)
-        turned.index(1).store(second * cos - first * sin)
+        with_first, with_second = _with_query(bases, turned, head, operand)
         # Of another head than the first, the factor has to arrive.
         async_copy.wait_group(0)
         fence_async_shared()
         synchronize()
-        first, second = turned.index(0).load(by_pair)[None, :], turned.index(1).load(by_pair)[None, :]
-        along_cos = bases.index(0).load(operand).to(gl.float32)
-        along_sin = bases.index(1).load(operand).to(gl.float32)
-        with_first = (along_cos * first + along_sin * second).to(factor.dtype)
-        with_second = (along_cos * second - along_sin * first).to(factor.dtype)
         made = warpgroup_mma(with_first, factor.index(0), zeros, use_acc=False, is_async=True)
         made = warpgroup_mma(with_second, factor.index(1), made, is_async=True)
         made, with_first, with_second = warpgroup_mma_wait(0, deps=[made, with_first, with_second])
-        # All warps have read the turned query and the factor.
+        # All warps have read the factor.
         synchronize()
         last = head + 2 >= KV
         following = gl.where(last, WHICH, head + 2)
         wanted = gl.where(last & (more == 0), 0, rank)
         copy_halves(factor, up + following * WIDTH * up_stride, up_stride, wanted, WIDTH)
-        prepared.index(head).store(unit_order(made, BITS).to(prepared.dtype))
+        prepared.index(head).store(made.to(prepared.dtype))
     fence_async_shared()
     synchronize()
     mbarrier.arrive(ready, count=1)
