@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from palu.kernels.integers import next_power_of_2
+
 # Largest error of an interpolated cosine or sine, about that of rounding them to fp16.
 TOLERANCE = 1e-3
 FAST_PAIRS = (16, 32, 48)
 COLUMNS = (4, 8, 16)
 SPANS = (128, 256, 512, 1024)
-# Positions of a window in which all pairs are interpolated, and its columns.
-WINDOW_SPANS, WINDOW_COLUMNS = (4096, 2048, 1024, 512), 64
+# Positions of a window.
+WINDOW_SPANS = (4096, 2048, 1024, 512)
 # Bytes of a block's matrix, written and read, cost as much as this many columns of a product.
 COST_OF_BYTES = 300
 TURNS = "turns"
@@ -95,10 +97,10 @@ def best_interpolation(frequencies: tuple[float, ...], queries: int, tolerance: 
 
 
 class Window(NamedTuple):
-    """Interpolation of all pairs over a window of positions, as a kernel reads it.
+    """Interpolation over a window of positions, as a kernel reads it.
 
-    basis: fp16 [1, span, columns], columns in the order of `lane_table`; bases: fp16 [2, columns, pairs], of cosines
-    and sines, pairs padded to a power of two with zeros.
+    basis: [span, columns]; bases: fp16 [2, columns, pairs], of cosines and sines, without the fast pairs, padded to a
+    power of two with zeros.
     """
 
     basis: Tensor
@@ -107,27 +109,28 @@ class Window(NamedTuple):
     @property
     def span(self) -> int:
         """Positions in a window."""
-        return self.basis.shape[1]
+        return self.basis.shape[0]
 
 
 @functools.lru_cache(maxsize=64)
-def largest_window(frequencies: tuple[float, ...], tolerance: float) -> Interpolation | None:
-    """The interpolation of all pairs over the most positions within the tolerance; None if those are too few."""
+def largest_window(frequencies: tuple[float, ...], fast: int, columns: int, tolerance: float) -> Window | None:
+    """The interpolation of all but the fast pairs over the most positions within the tolerance.
+
+    None if those are too few.
+    """
     for span in WINDOW_SPANS:
-        found = interpolate(np.asarray(frequencies), 0, span, WINDOW_COLUMNS)
+        found = interpolate(np.asarray(frequencies), fast, span, columns)
         if found.error <= tolerance:
-            return found
+            bases = torch.stack([found.cos_basis, found.sin_basis])[..., fast:]
+            pairs = bases.shape[2]
+            return Window(found.basis, torch.nn.functional.pad(bases, (0, next_power_of_2(pairs) - pairs)).half())
     return None
 
 
-def window_of(interpolation: Interpolation) -> Window:
-    """An interpolation of all pairs in a kernel's order."""
-    span, columns = interpolation.basis.shape
-    by_lane = interpolation.basis.view(span, columns // 8, 4, 2).transpose(1, 2).reshape(1, span, columns)
-    bases = torch.stack([interpolation.cos_basis, interpolation.sin_basis])
-    pairs = bases.shape[2]
-    padded = 1 << (pairs - 1).bit_length()
-    return Window(by_lane.half(), torch.nn.functional.pad(bases, (0, padded - pairs)).half())
+def by_lane(basis: Tensor) -> Tensor:
+    """A basis [span, columns] in the order in which four lanes hold a row of a matrix product, in fp16."""
+    span, columns = basis.shape
+    return basis.view(span, columns // 8, 4, 2).transpose(1, 2).reshape(span, columns).half()
 
 
 # The parameters of every model's embedding on the host, and its interpolations on every device.
@@ -212,12 +215,18 @@ class Rotation:
 
         return _made_once(self.frequencies, ("slow", queries, self.tolerance, device, dtype), make)
 
-    def window(self) -> Window | None:
-        """How all pairs are interpolated in windows of positions; None where those would be too small."""
+    def window(self, fast: int, columns: int) -> Window | None:
+        """How all but the fast pairs are interpolated in windows of positions; None where those would be too small.
+
+        Where it is all pairs, the basis is `by_lane`.
+        """
         device = self.positions.device
 
         def make(frequencies: tuple[float, ...]) -> Window | None:
-            found = largest_window(frequencies, self.tolerance)
-            return found and Window(*(table.to(device) for table in window_of(found)))
+            found = largest_window(frequencies, fast, columns, self.tolerance)
+            if found is None:
+                return None
+            basis = found.basis if fast > 0 else by_lane(found.basis)
+            return Window(basis.to(device), found.bases.to(device))
 
-        return _made_once(self.frequencies, ("window", self.tolerance, device), make)
+        return _made_once(self.frequencies, ("window", fast, columns, self.tolerance, device), make)

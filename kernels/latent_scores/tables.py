@@ -20,14 +20,14 @@ def fast_table(rotation: Rotation, pairs: int, dtype: torch.dtype) -> Tensor:
     return rotation.kept(("fast", pairs, dtype), lambda: (_table(rotation, pairs, pairs, 1, dtype),))[0]
 
 
-def lane_table(rotation: Rotation, dtype: torch.dtype) -> Tensor:
-    """cos and sin of every pair in the order in which four lanes hold a row of a matrix product.
+def lane_table(rotation: Rotation, dtype: torch.dtype, pairs: int | None = None) -> Tensor:
+    """cos and sin of the first pairs, or of all, in the order in which four lanes hold a row of a matrix product.
 
-    [batch or 1, length, columns]: head_dim padded to a power of two with zeros, the numbers of pairs 0, 4, 8, .. first.
+    [batch or 1, length, columns]: pairs padded to a power of two with zeros, the numbers of pairs 0, 4, 8, .. first.
     """
-    pairs = rotation.frequencies.shape[0]
+    pairs = pairs or rotation.frequencies.shape[0]
     columns = next_power_of_2(pairs)
-    return rotation.kept(("lanes", dtype), lambda: (_table(rotation, pairs, columns, 4, dtype),))[0]
+    return rotation.kept(("lanes", pairs, dtype), lambda: (_table(rotation, pairs, columns, 4, dtype),))[0]
 
 
 def _table(rotation: Rotation, pairs: int, stored: int, lanes: int, dtype: torch.dtype) -> Tensor:

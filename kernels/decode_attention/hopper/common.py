@@ -2,7 +2,7 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier
 
 from palu.kernels.latent_scores.tiles import HIDING
 
@@ -27,6 +27,15 @@ def copied_layout(columns: int) -> gl.BlockedLayout:
     """Rows of 16-bit numbers, 16 bytes a thread."""
     across = min(32, columns // 8)
     return gl.BlockedLayout([1, 8], [32 // across, across], [WARPS.value, 1], [1, 0])
+
+
+@gluon.jit
+def hand_over(barrier, phase: gl.constexpr):
+    """What this group of warps stored is ready for the matrix units; go on when the other's is too."""
+    fence_async_shared()
+    synchronize()
+    mbarrier.arrive(barrier, count=1)
+    mbarrier.wait(barrier, phase)
 
 
 @gluon.jit

@@ -20,7 +20,7 @@ from palu.kernels.latent_scores.tiles import GAPS
 
 @gluon.jit(do_not_specialize=["length", "table_b", "mask_b", "spans_b", "rows_heads"])
 def hopper_kernel(
-    query, keys, values, up, table, mask, key_parameters, value_parameters, spans, bases, frequencies,
+    query, keys, values, up, table, mask, key_parameters, value_parameters, spans, bases, basis, frequencies,
     sums, totals, peaks,
     key_rank_of, key_offset_of, value_rank_of, value_offset_of,
     length, keys_b, keys_t, values_b, values_t, key_parameters_b, key_parameters_t, value_parameters_b,
@@ -136,10 +136,23 @@ def hopper_kernel(
         up_offset, up_rank = key_offset, key_rank
         if BITS < 16:
             up_offset, up_rank = group * RANK, RANK
+        # Windows take half of the columns of a head.
         HEIGHT: gl.constexpr = WIDE if SPAN == 0 else COLUMNS_OF_WINDOW
-        WIDTH_OF_PLACE: gl.constexpr = LEAST if MODE == "rotated" else 1
+        WIDTH_OF_PLACE: gl.constexpr = SLOTS if MODE == "mixed" else LEAST if MODE == "rotated" else 1
         factors = gl.allocate_shared_memory(DTYPE, [KV, HEIGHT, RANK], swizzled(RANK))
         at_table = table + gl.multiple_of(at_row * table_b, 8)
+        # Folded queries need no place of their own.
+        beside = factors
+        if MODE == "rotated":
+            beside = gl.allocate_shared_memory(DTYPE, [KV, LEAST, WIDE], swizzled(WIDE))
+        if MODE == "mixed":
+            beside = (
+                gl.allocate_shared_memory(DTYPE, [KV, SLOTS, HEIGHT], swizzled(HEIGHT)),
+                gl.allocate_shared_memory(DTYPE, [KV * 2, HEIGHT // 2, RANK], swizzled(RANK)),
+                gl.allocate_shared_memory(DTYPE, [COLUMNS_OF_WINDOW, RANK], swizzled(RANK)),
+            )
+        if MODE == "windows":
+            halves = gl.allocate_shared_memory(DTYPE, [2, HEIGHT, WIDE // 2], swizzled(WIDE // 2))
         rings, places, besides = (), (), ()
         for which in gl.static_range(2):
             ring = gl.allocate_shared_memory(stored, [KEY_STAGES, TILE, key_units], swizzled(key_units))
@@ -149,25 +162,17 @@ def hopper_kernel(
                 gl.SwizzledSharedLayout(1, 1, 1, [0, 1]),
             )  # fmt: skip
             places = places + (place,)
-            # Folded queries need no place of their own.
-            beside = factors
-            if SPAN > 0:
-                if which == 0:
-                    halves = gl.allocate_shared_memory(gl.float16, [2, HEIGHT, WIDE // 2], swizzled(WIDE // 2))
+            if MODE == "windows":
                 beside = (
                     gl.allocate_shared_memory(DTYPE, [2, WIDE // 2, RANK], swizzled(RANK)),
                     gl.allocate_shared_memory(DTYPE, [KV + 1, WIDE // 2], gl.SwizzledSharedLayout(1, 1, 1, [0])),
                     halves,
                 )
-            if MODE == "rotated":
-                if which == 0:
-                    beside = gl.allocate_shared_memory(DTYPE, [KV, LEAST, WIDE], swizzled(WIDE))
-                else:
-                    beside = besides[0]
             besides = besides + (beside,)
         to_scores = (
             tiles, at_keys, parameters, at_table, mask, up + up_offset, at_query, key_units_there, up_rank, keys_t,
-            table_t, row * mask_b, mask_t, up_stride, query_stride, scaling, bases, frequencies, lead + begin * TILE,
+            table_t, row * mask_b, mask_t, up_stride, query_stride, scaling, bases, basis, frequencies,
+            lead + begin * TILE,
         )  # fmt: skip
         synchronize()
         if WEIGHERS == 1:

@@ -35,8 +35,10 @@ from palu.kernels.rotation import Rotation, Window
 from palu.kernels.tuning import length_class, pick, searches
 
 TILE, CHUNK, LEAST, COLUMNS = KERNEL_TILE.value, KERNEL_CHUNK.value, KERNEL_LEAST.value, KERNEL_COLUMNS.value
-# Columns of a head that windows halve, and tokens from which on they are worth a launch more.
-WIDE, LEAST_LENGTH = 2 * COLUMNS, 1024
+# Tokens from which on windows are worth a launch more.
+LEAST_LENGTH = 1024
+# Pairs of keys with several queries that are rebuilt where the others are interpolated.
+FAST = COLUMNS // 2
 # Columns of a group's scores at most, and latents of its keys at least, for the matrix units: of numbers and of codes.
 MOST_SLOTS, LEAST_RANK, LEAST_CODES = 32, 32, 64
 # Bits of codes that the kernel can make numbers of.
@@ -58,7 +60,7 @@ START = 3
 # Registers of a thread that scores and of one that weighs values, by the mode and the groups of warps that weigh.
 REGISTERS = {
     ("folded", 1): (184, 136), ("rotated", 1): (168, 168), ("absorbed", 1): (240, 240), ("absorbed", 2): (152, 176),
-    ("windows", 1): (184, 136), ("windows", 2): (136, 120),
+    ("windows", 1): (184, 136), ("mixed", 1): (168, 168),
 }  # fmt: skip
 
 
@@ -111,7 +113,13 @@ def heads_of(num_heads: int, groups: int, kv: int | None) -> Heads:
     return Heads("rotated", kv, queries, query_slots, together, LEAST, slots)
 
 
-def weighers_of(mode: str, bits: int, windows: bool) -> int:
+def mode_of(heads: Heads, windows: bool) -> str:
+    """How the kernel scores: with windows of positions all pairs are interpolated, or the slow ones of several queries.
+    """
+    return {"folded": "windows", "rotated": "mixed"}[heads.mode] if windows else heads.mode
+
+
+def weighers_of(mode: str, bits: int) -> int:
     """Groups of warps that weigh values: two where making numbers of codes takes longer than reading them."""
     return 2 if bits < 8 and mode == "absorbed" else 1
 
@@ -181,17 +189,23 @@ def plans_for(
         return ()
     if max(key_ranks) + max(value_ranks) < LEAST_WIDTH:
         return ()
-    kept = heads.kv * wide * rank if rebuilt else heads.slots * rank
-    if windows:
-        # Each group of warps that scores has a head's factor beside the windows.
-        kept = (heads.kv * COLUMNS + 2 * wide) * rank + (COLUMNS + heads.kv + 1) * wide
-    if heads.mode == "rotated":
-        kept += heads.kv * wide * LEAST
+    mode = mode_of(heads, windows)
+    if windows and (wide != 2 * COLUMNS or COLUMNS % heads.slots):
+        return ()
+    kept = {
+        "absorbed": heads.slots * rank,
+        "folded": heads.kv * wide * rank,
+        "rotated": heads.kv * wide * (rank + LEAST),
+        # A head's factor beside for each group of warps that scores, turned queries, bases.
+        "windows": (heads.kv * COLUMNS + 2 * wide) * rank + (COLUMNS + heads.kv + 1) * wide,
+        # Fast and slow pairs, the windows of these.
+        "mixed": (heads.kv * wide + COLUMNS) * rank + heads.kv * heads.slots * COLUMNS,
+    }[mode]
     chunks = cdiv(max(value_ranks), CHUNK)
     if chunks * heads.slots > MOST_SUMS:
         return ()
     # Bytes: numbers of 16 bits are kept, those of tiles are codes, which have scales and shifts.
-    weighers = weighers_of(heads.mode, bits, windows)
+    weighers = weighers_of(mode, bits)
     parameters = 2 if bits < 16 else 0
     kept = 2 * (kept + weighers * heads.slots * TILE) + 8 * TILE * (heads.slots + parameters) + RESERVED
     fitting = []
@@ -255,7 +269,7 @@ def launch(
     (rows, num_heads, _), heads = query.shape, call.heads
     parts = parts_of(cdiv(key_latents.shape[1], TILE), len(key.ranks) * rows, processors(query.device))
     window = _window_of(call)
-    weighers = weighers_of(heads.mode, call.bits, window is not None)
+    weighers = weighers_of(mode_of(heads, window is not None), call.bits)
     sums = query.new_empty(parts * weighers, rows, num_heads, max(value.ranks), dtype=torch.float32)
     found = Parts(sums, *query.new_empty(2, parts * weighers, rows, num_heads, dtype=torch.float32))
     if window is None:
@@ -269,11 +283,13 @@ def launch(
 def _window_of(call: Call) -> Window | None:
     """In what windows the call's keys are interpolated, if that is faster."""
     # Numbers take longer to read than to multiply.
-    if call.bits == 16 or call.heads.mode != "folded" or next_power_of_2(call.query.shape[2]) != WIDE:
+    if call.bits == 16 or call.heads.mode == "absorbed" or not call.plans(True, False):
         return None
-    if call.key_latents.shape[1] < LEAST_LENGTH or not call.plans(True, False):
+    if call.key_latents.shape[1] < LEAST_LENGTH:
         return None
-    return call.rotation.window()
+    if call.heads.mode == "folded":
+        return call.rotation.window(0, COLUMNS)
+    return call.rotation.window(FAST, COLUMNS // call.heads.slots)
 
 
 def _launch_best(call: Call, window: Window | None, takes: str, parts: int, found: Parts) -> None:
@@ -292,47 +308,57 @@ def _launch_best(call: Call, window: Window | None, takes: str, parts: int, foun
     _launch(plan, call, window, takes, parts, found)
 
 
-def _tables(call: Call, window: Window | None, takes: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What weighs products, where the rows' tokens stand, and a window's bases with the frequencies."""
+class Tables(NamedTuple):
+    """What weighs products by token, where the rows' tokens stand, and what windows are made with."""
+
+    table: Tensor
+    spans: Tensor
+    bases: Tensor
+    basis: Tensor
+    frequencies: Tensor
+
+
+def _tables(call: Call, window: Window | None, takes: str, dtype: torch.dtype) -> Tables:
     query, rotation = call.query, call.rotation
     if rotation is None:
-        return (query,) * 4
+        return Tables(*(query,) * 5)
     length, spans = call.key_latents.shape[1], query
     if takes != "all":
         spans = spans_of(rotation, call.mask, length, call.rows_per_latent, TILE)
     if window is None:
-        # Codes become fp16 numbers, whatever the model's.
-        return lane_table(rotation, query.dtype if call.bits == 16 else torch.float16), spans, query, query
-    return window.basis, spans, window.bases, rotation.frequencies.to(query.device, torch.float32)
+        return Tables(lane_table(rotation, dtype), spans, query, query, query)
+    folded = call.heads.mode == "folded"
+    table = window.basis[None] if folded else lane_table(rotation, dtype, FAST)
+    return Tables(table, spans, window.bases, window.basis, rotation.frequencies.to(query.device, torch.float32))
 
 
-def _launch(
-    plan: Plan, call: Call, window: Window | None, takes: str, parts: int, found: Parts
-) -> None:  # fmt: skip
+def _launch(plan: Plan, call: Call, window: Window | None, takes: str, parts: int, found: Parts) -> None:
     query, key_latents, value_latents, key, value, rotation, mask, rows_per_latent, scaling = call
     (rows, num_heads, width), heads = query.shape, call.heads
     absorbed, groups, length, device = key.up is None, len(key.ranks), key_latents.shape[1], query.device
     ranks, value_ranks = tuple(key.ranks), tuple(value.ranks)
     (keys, key_parameters), key_strides, bits, asymmetric = layout(key_latents)
     (values, value_parameters), value_strides, _, _ = layout(value_latents)
-    weighers = weighers_of(heads.mode, bits, window is not None)
-    registers = REGISTERS[heads.mode if window is None else "windows", weighers]
+    mode = mode_of(heads, window is not None)
+    weighers = weighers_of(mode, bits)
+    registers = REGISTERS[mode, weighers]
+    # Codes become fp16 numbers, whatever the model's.
     dtype = query.dtype if bits == 16 else torch.float16
-    table, spans, bases, frequencies = _tables(call, window, takes)
+    tables = _tables(call, window, takes, dtype)
     rank, up = padded_rank(ranks, bits), query if absorbed else key.up
     if bits < 16 and not absorbed:
         up = ordered_factor(key, rank, bits, dtype, unit_order)
     scaling *= LOG2_E * (1.0 if rotation is None else rotation.attention_scaling)
     side, value_side = side_of(ranks, 16, device), side_of(value_ranks, 16, device)
     hopper_kernel[(parts, groups, rows)](
-        query, keys, values, up, table, query if mask is None else mask,
-        key_parameters, value_parameters, spans, bases, frequencies, *found,
+        query, keys, values, up, tables.table, query if mask is None else mask,
+        key_parameters, value_parameters, *tables[1:], *found,
         side.rank, side.offset, value_side.rank, value_side.offset,
         length, *key_strides[:2], *value_strides[:2], *key_strides[2:], *value_strides[2:],
-        0 if absorbed else up.stride(0), *((0, 0) if absorbed else row_strides(table)),
-        *((0, 0) if mask is None else row_strides(mask)), spans.stride(0) if spans.shape[0] > 1 else 0,
+        0 if absorbed else up.stride(0), *((0, 0) if absorbed else row_strides(tables.table)),
+        *((0, 0) if mask is None else row_strides(mask)), tables.spans.stride(0) if tables.spans.shape[0] > 1 else 0,
         query.stride(1), rows * num_heads, scaling,
-        MODE=heads.mode, TAKES=takes, SPAN=0 if window is None else window.span,
+        MODE=mode, TAKES=takes, SPAN=0 if window is None else window.span,
         GROUPS=groups, KV=heads.kv, QUERIES=heads.queries, QUERY_SLOTS=heads.query_slots,
         SLOTS=heads.slots, QUERY_ROWS=rows_per_latent, WIDTH=width, WIDE=next_power_of_2(width),
         RANK=rank, KEY_STAGES=plan.key_stages, KEY_DIVISOR=divisor(ranks),

@@ -137,3 +137,14 @@ def latent_at(place, RANK: gl.constexpr, BITS: gl.constexpr):
     """Which latent stands at a place of `unit_order`."""
     FIELDS: gl.constexpr = 16 // BITS
     return place % (RANK // FIELDS) * FIELDS + place // (RANK // FIELDS)
+
+
+@gluon.jit
+def kv_head_of(slot, QUERY_SLOTS: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr):
+    """Which of the group's kv heads and which of its queries has a slot: COLUMNS slots have TOGETHER kv heads.
+
+    Slots without a kv head give one that there is not.
+    """
+    inside = slot % COLUMNS
+    kv_head = gl.where(inside // QUERY_SLOTS < TOGETHER, slot // COLUMNS * TOGETHER + inside // QUERY_SLOTS, 1 << 20)
+    return kv_head, inside % QUERY_SLOTS

@@ -10,16 +10,19 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
 from palu.kernels.decode_attention.hopper.common import WARPS, copied_layout, copy_to_shared
 from palu.kernels.decode_attention.hopper.operands import latent_at
+from palu.kernels.decode_attention.hopper.turns import LEAST
 
 # Rows of a factor that are folded at a time.
 ROWS: gl.constexpr = gl.constexpr(32)
 
 
 @gluon.jit
-def copy_factors(factors, up, up_stride, rank, WIDTH: gl.constexpr, WHICH: gl.constexpr):
+def copy_factors(
+    factors, up, up_stride, rank, WIDTH: gl.constexpr, WHICH: gl.constexpr, EVERY: gl.constexpr
+):  # fmt: skip
     """Start copying rows of the up factor, both of a pair side by side, zero where there are none.
 
-    WHICH: one of two groups of warps, of which each has every other kv head.
+    WHICH: from which kv head on, EVERY: how many further the next one is.
     """
     KV: gl.constexpr = factors.shape[0]
     WIDE: gl.constexpr = factors.shape[1]
@@ -29,7 +32,7 @@ def copy_factors(factors, up, up_stride, rank, WIDTH: gl.constexpr, WHICH: gl.co
     latent = gl.arange(0, RANK, gl.SliceLayout(0, layout))
     ok = (row < WIDTH)[:, None] & (latent < rank)[None, :]
     at = up + ((row // 2 + row % 2 * (WIDTH // 2)) * up_stride)[:, None] + latent[None, :]
-    for head in gl.static_range(WHICH, KV, 2):
+    for head in gl.static_range(WHICH, KV, EVERY):
         copy_to_shared(factors.index(head), at + head * WIDTH * up_stride, mask=ok)
     async_copy.commit_group()
 
@@ -108,16 +111,22 @@ def load_queries(
 @gluon.jit
 def store_queries(
     queries, query, head_step, scaling,
-    TOGETHER: gl.constexpr, QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, WIDTH: gl.constexpr, WHICH: gl.constexpr,
+    TOGETHER: gl.constexpr, QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, WIDTH: gl.constexpr,
+    WHICH: gl.constexpr, EVERY: gl.constexpr,
 ):  # fmt: skip
-    """Queries of every other kv head to shared memory [KV, slots, WIDE], of TOGETHER heads in columns of their own."""
+    """Queries of kv heads WHICH, WHICH + EVERY, .. to shared memory [KV, slots, WIDE].
+
+    Of TOGETHER heads in columns of their own; where there are more slots, those of others lie behind.
+    """
     KV: gl.constexpr = queries.shape[0]
+    SLOTS: gl.constexpr = queries.shape[1]
     loaded = ()
-    for head in gl.static_range(WHICH, KV, 2):
+    for head in gl.static_range(WHICH, KV, EVERY):
         numbers = load_queries(
-            query + head * QUERIES * head_step, head_step, WIDTH, head % TOGETHER * QUERY_SLOTS, queries.shape[1],
-            queries.shape[2], QUERIES, True, 16,
+            query + head * QUERIES * head_step, head_step, WIDTH,
+            (head // TOGETHER * LEAST + head % TOGETHER * QUERY_SLOTS) % SLOTS, SLOTS, queries.shape[2], QUERIES,
+            True, 16,
         )  # fmt: skip
         loaded = loaded + (numbers,)
-    for head in gl.static_range(WHICH, KV, 2):
-        queries.index(head).store((loaded[head // 2] * scaling).to(queries.dtype))
+    for head in gl.static_range(WHICH, KV, EVERY):
+        queries.index(head).store((loaded[head // EVERY] * scaling).to(queries.dtype))

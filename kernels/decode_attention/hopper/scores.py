@@ -4,15 +4,22 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
-    fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from palu.kernels.decode_attention.hopper.common import TILE, WARPS, copy_rows, load_seen, synchronize
+from palu.kernels.decode_attention.hopper.common import (
+    TILE,
+    WARPS,
+    copy_rows,
+    hand_over,
+    load_seen,
+    synchronize,
+)
 from palu.kernels.decode_attention.hopper.operands import key_operand
 from palu.kernels.decode_attention.hopper.prologue import copy_factors, fold, load_pairs, store_queries
+from palu.kernels.decode_attention.hopper.slow import copy_slow, load_basis, make_slow, slow_scores
 from palu.kernels.decode_attention.hopper.turns import LEAST, load_turns, rotated, unpacked, weighed
 from palu.kernels.decode_attention.hopper.windows import copy_bases, copy_halves, load_frequencies, make_window
 from palu.kernels.latent_scores.tiles import LOG2_E
@@ -117,13 +124,68 @@ def _hand_on(to, score, seen, scale, logarithm):
 
 @gluon.jit
 def _turns_of(table, tiles, index, table_t, WORDS: gl.constexpr, SPAN: gl.constexpr):
-    """Of a tile's tokens, what weighs their products: cosines and sines, or rows of the window's basis."""
+    """Of a tile's tokens, what weighs their products: cosines and sines, or rows of the basis of windows of SPAN."""
     first, step, begin, _, length = tiles
     if SPAN > 0:
         words = load_turns(table, (index - begin) * TILE % SPAN, table_t, SPAN, WORDS)
     else:
         words = load_turns(table, (first + index * step) * TILE, table_t, length, WORDS)
     return words
+
+
+@gluon.jit
+def _start(factors, beside, up, up_stride, rank, bases, WIDTH: gl.constexpr, MODE: gl.constexpr, WHICH: gl.constexpr):
+    """Start copying what this group of warps prepares."""
+    if MODE == "windows":
+        KV: gl.constexpr = factors.shape[0]
+        copy_bases(beside[2], bases, beside[2].shape[2], WHICH)
+        copy_halves(beside[0], up + min(WHICH, KV - 1) * WIDTH * up_stride, up_stride, rank, WIDTH)
+    elif MODE != "mixed":
+        copy_factors(factors, up, up_stride, rank, WIDTH, WHICH, 2)
+    elif WHICH == 0:
+        copy_slow(beside[1], up, up_stride, rank, WIDTH)
+    else:
+        copy_factors(factors, up, up_stride, rank, WIDTH, 0, 1)
+
+
+@gluon.jit
+def _prepare(
+    factors, beside, ready, frequency, bases, frequencies, query, up, numbers, position, more,
+    KEY_STAGES: gl.constexpr, WHICH: gl.constexpr, MODE: gl.constexpr, TOGETHER: gl.constexpr, QUERIES: gl.constexpr,
+    QUERY_SLOTS: gl.constexpr, WIDTH: gl.constexpr,
+):  # fmt: skip
+    """Make what tiles are multiplied with ready: of all, or of a window. Each of two groups of warps does a part."""
+    up_stride, rank, query_stride, scaling = numbers
+    KV: gl.constexpr = factors.shape[0]
+    if MODE == "windows":
+        make_window(factors, beside, ready, frequency, query, up, numbers, position, more, WIDTH, WHICH)
+    elif MODE == "mixed":
+        SLOTS: gl.constexpr = beside[0].shape[1]
+        # All warps have done their products with the last window.
+        synchronize()
+        mbarrier.arrive(ready, count=1)
+        mbarrier.wait(ready, 0)
+        if WHICH == 0:
+            make_slow(
+                beside[2], beside[1], bases, frequencies, query, query_stride, scaling, position,
+                KV, QUERIES, QUERY_SLOTS, TOGETHER, LEAST, SLOTS, WIDTH,
+            )  # fmt: skip
+        else:
+            store_queries(beside[0], query, query_stride, scaling, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, 0, 1)
+            async_copy.wait_group(0)
+        hand_over(ready, 1)
+    else:
+        if MODE == "folded":
+            q_first, q_second = load_pairs(
+                query, query_stride, scaling, KV, factors.shape[1], factors.shape[2], WIDTH, WHICH
+            )
+        else:
+            store_queries(beside, query, query_stride, scaling, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, WHICH, 2)
+        async_copy.wait_group(KEY_STAGES)
+        synchronize()
+        if MODE == "folded":
+            fold(factors, q_first, q_second, WHICH)
+        hand_over(ready, 0)
 
 
 @gluon.jit
@@ -136,75 +198,67 @@ def score_rebuilt(
     """Scores of every other tile of keys that are rebuilt head after head, from tile WHICH (0 or 1) on.
 
     found: shared memory [places of a tile's scores, tile, columns]; factors: [KV, WIDE, RANK], rows of every kv head, a
-    pair's side by side, or a window's columns; beside: queries [KV, LEAST, WIDE], in the same order, where they are not
-    folded into the factors, or a head's factor [2, pairs, RANK] of which windows are made. SPAN: tokens of a window,
+    pair's side by side, or a window's columns; beside: what the mode needs besides, queries [KV, LEAST, WIDE] or what
+    `make_window` takes, or queries [KV, SLOTS, WIDE] and what `make_slow` takes and makes. SPAN: tokens of a window,
     or 0.
     """
     (
         tiles, latents, stored, table, mask, up, query, units, rank, latents_t, table_t, row_mask, mask_t, up_stride,
-        query_stride, scaling, bases, frequencies, position,
+        query_stride, scaling, bases, basis, frequencies, position,
     ) = arguments  # fmt: skip
     KV: gl.constexpr = factors.shape[0]
     WIDE: gl.constexpr = factors.shape[1]
     STAGES: gl.constexpr = ring.shape[0]
+    TURNED: gl.constexpr = MODE == "rotated" or MODE == "mixed"
+    SLOTS: gl.constexpr = found.shape[2] if TURNED else LEAST
     WINDOW: gl.constexpr = SPAN // TILE if SPAN > 0 else 1 << 30
+    # Windows of all pairs have rows of their own, not of tokens.
+    ROWS_SPAN: gl.constexpr = SPAN if MODE == "windows" else 0
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WIDE, 16])
-    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, LEAST, 16])
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, SLOTS, 16])
     rows: gl.constexpr = gl.SliceLayout(1, wide)
     first, step, begin, end, length = tiles
     # Nothing is read where there is no tile.
-    wanted = gl.where(begin < end, rank, 0)
-    if SPAN > 0:
-        PAIRS: gl.constexpr = beside[2].shape[2]
-        copy_bases(beside[2], bases, PAIRS, WHICH)
-        frequency = load_frequencies(frequencies, PAIRS, WIDTH)
-        copy_halves(beside[0], up + min(WHICH, KV - 1) * WIDTH * up_stride, up_stride, wanted, WIDTH)
-    else:
-        copy_factors(factors, up, up_stride, wanted, WIDTH, WHICH)
+    _start(factors, beside, up, up_stride, gl.where(begin < end, rank, 0), bases, WIDTH, MODE, WHICH)
     for stage in gl.static_range(STAGES):
         _copy_tile(ring.index(stage), latents, tiles, begin + WHICH + 2 * stage, latents_t, units)
-    turns = _turns_of(table, tiles, begin + WHICH, table_t, WIDE // 2, SPAN)
+    turns = _turns_of(table, tiles, begin + WHICH, table_t, WIDE // 2, ROWS_SPAN)
     parameters = _load_parameters(stored, tiles, begin + WHICH, rows, BITS, ASYMMETRIC)
+    frequency = 0.0
+    if MODE == "windows":
+        frequency = load_frequencies(frequencies, beside[2].shape[2], WIDTH)
+    numbers = (up_stride, rank, query_stride, scaling)
     for window in range(begin, end, WINDOW):
-        if SPAN > 0:
-            make_window(
-                factors, beside, ready, frequency, query, up, (up_stride, rank, query_stride, scaling),
-                position + (window - begin) * TILE, (window + WINDOW < end).to(gl.int32), WIDTH, WHICH,
-            )  # fmt: skip
-        else:
-            if MODE == "folded":
-                q_first, q_second = load_pairs(query, query_stride, scaling, KV, WIDE, factors.shape[2], WIDTH, WHICH)
-                async_copy.wait_group(STAGES)
-                synchronize()
-                fold(factors, q_first, q_second, WHICH)
-            else:
-                store_queries(beside, query, query_stride, scaling, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, WHICH)
-                async_copy.wait_group(STAGES)
-                synchronize()
-            fence_async_shared()
-            synchronize()
-            # Each group of warps has made half of the factors.
-            mbarrier.arrive(ready, count=1)
-            mbarrier.wait(ready, 0)
+        _prepare(
+            factors, beside, ready, frequency, bases, frequencies, query, up, numbers,
+            position + (window - begin) * TILE, (window + WINDOW < end).to(gl.int32),
+            STAGES, WHICH, MODE, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH,
+        )  # fmt: skip
         for index in range(window + WHICH, gl.minimum(window + WINDOW, end), 2):
             done = (index - begin) // 2
             inside = (first + index * step) * TILE + gl.arange(0, TILE, rows)
             seen = load_seen(mask, row_mask, mask_t, inside, inside < length, MASK)
             next_parameters = _load_parameters(stored, tiles, index + 2, rows, BITS, ASYMMETRIC)
             slot = ring.index(done % STAGES)
+            if MODE == "mixed":
+                shares = load_basis(basis, (index - window) * TILE, beside[2].shape[0] // SLOTS, SLOTS)
             # Rebuilt keys are rounded to fp16 before they meet the queries, in whose range only scaled ones are sure
             # to be.
-            operand, scale = _operand(slot, parameters, STAGES, wide, BITS, ASYMMETRIC, MODE == "rotated")
+            operand, scale = _operand(slot, parameters, STAGES, wide, BITS, ASYMMETRIC, TURNED)
             # All have read the latents.
             synchronize()
             _copy_tile(slot, latents, tiles, index + 2 * STAGES, latents_t, units)
             mbarrier.wait(empty, (done & 1) ^ 1)
             logarithm = _hand_on_parameters(scales, WHICH, parameters, seen, rows, BITS, ASYMMETRIC)
-            scores = gl.zeros([TILE, LEAST], gl.float32, narrow)
+            zeros = gl.zeros([TILE, WIDE], gl.float32, wide)
+            scores = gl.zeros([TILE, SLOTS], gl.float32, narrow)
             if SPAN > 0:
                 cos, sin = unpacked(turns, wide, gl.float16)
+            if MODE == "mixed":
+                begun = warpgroup_mma(operand, beside[2].permute((1, 0)), zeros, use_acc=False, is_async=True)
+                product, operand = warpgroup_mma_wait(0, deps=[begun, operand])
+                scores = slow_scores(product, shares, SLOTS)
             for head in range(KV):
-                zeros = gl.zeros([TILE, WIDE], gl.float32, wide)
                 begun = warpgroup_mma(operand, factors.index(head).permute((1, 0)), zeros, use_acc=False, is_async=True)
                 # The operand has to stay in its registers; with several heads it does, for the next.
                 if KV == 1:
@@ -214,17 +268,22 @@ def score_rebuilt(
                 # There are no registers to keep those of every pair.
                 if SPAN == 0:
                     cos, sin = unpacked(turns, wide, DTYPE)
-                if MODE != "rotated":
+                if TURNED:
+                    turned = rotated(product, cos, sin, narrow, DTYPE)
+                    queries = beside[0] if MODE == "mixed" else beside
+                    summed = warpgroup_mma(
+                        turned, queries.index(head).permute((1, 0)), scores,
+                        use_acc=True if MODE == "mixed" else head % TOGETHER > 0, is_async=True,
+                    )  # fmt: skip
+                    scores, turned = warpgroup_mma_wait(0, deps=[summed, turned])
+                    if MODE == "rotated":
+                        _hand_on(found.index(head // TOGETHER), scores, seen, scale, logarithm)
+                else:
                     score = weighed(product, cos, sin)
                     _hand_on(found.index(head), score[:, None], seen, scale, logarithm)
-                else:
-                    turned = rotated(product, cos, sin, DTYPE)
-                    summed = warpgroup_mma(
-                        turned, beside.index(head).permute((1, 0)), scores, use_acc=head % TOGETHER > 0, is_async=True
-                    )
-                    scores, turned = warpgroup_mma_wait(0, deps=[summed, turned])
-                    _hand_on(found.index(head // TOGETHER), scores, seen, scale, logarithm)
-            turns = _turns_of(table, tiles, index + 2, table_t, WIDE // 2, SPAN)
+            if MODE == "mixed":
+                _hand_on(found.index(0), scores, seen, scale, logarithm)
+            turns = _turns_of(table, tiles, index + 2, table_t, WIDE // 2, ROWS_SPAN)
             parameters = next_parameters
             synchronize()
             mbarrier.arrive(full, count=1)

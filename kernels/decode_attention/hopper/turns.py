@@ -67,11 +67,10 @@ def weighed(product, cos, sin):
 
 
 @gluon.jit
-def rotated(product, cos, sin, DTYPE: gl.constexpr):
-    """Rebuilt keys [tile, WIDE], both numbers of a pair side by side, turned, as the next product wants them."""
+def rotated(product, cos, sin, result: gl.constexpr, DTYPE: gl.constexpr):
+    """Rebuilt keys [tile, WIDE], both numbers of a pair side by side, turned, for a product of layout `result`."""
     WIDE: gl.constexpr = product.shape[1]
     first, second = gl.split(product.reshape([TILE, WIDE // 2, 2]))
     turned = gl.join(first * cos - second * sin, second * cos + first * sin)
-    result: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, LEAST, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, result, 2)
     return gl.convert_layout(turned.reshape([TILE, WIDE]).to(DTYPE), operand, assert_trivial=True)

@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from palu.kernels.decode_attention.hopper.common import TILE, WARPS, bits_of, copy_rows, synchronize
-from palu.kernels.decode_attention.hopper.operands import latent_of, value_operand
+from palu.kernels.decode_attention.hopper.operands import kv_head_of, latent_of, value_operand
 from palu.kernels.decode_attention.kernel import LOWEST
 
 # Weights are 2 ** HEADROOM where they are relative to the largest score so far, and never more than 2 ** MOST.
@@ -70,10 +70,9 @@ def _head_of(
     slot, KV: gl.constexpr, QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, TOGETHER: gl.constexpr,
     COLUMNS: gl.constexpr,
 ):  # fmt: skip
-    """Which of the group's query heads has a slot, and whether any has: COLUMNS slots have TOGETHER kv heads."""
-    inside = slot % COLUMNS
-    kv_head, query = slot // COLUMNS * TOGETHER + inside // QUERY_SLOTS, inside % QUERY_SLOTS
-    return kv_head * QUERIES + query, (inside // QUERY_SLOTS < TOGETHER) & (kv_head < KV) & (query < QUERIES)
+    """Which of the group's query heads has a slot, and whether any has."""
+    kv_head, query = kv_head_of(slot, QUERY_SLOTS, TOGETHER, COLUMNS)
+    return kv_head * QUERIES + query, (kv_head < KV) & (query < QUERIES)
 
 
 @gluon.jit

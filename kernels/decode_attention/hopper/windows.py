@@ -13,12 +13,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
-    mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from palu.kernels.decode_attention.hopper.common import WARPS, copied_layout, copy_to_shared, synchronize
+from palu.kernels.decode_attention.hopper.common import WARPS, copied_layout, copy_to_shared, hand_over, synchronize
 from palu.kernels.latent_scores.tiles import turn
 
 # Columns of a window's basis.
@@ -112,10 +111,7 @@ def make_window(
     zeros = gl.zeros([COLUMNS, RANK], gl.float32, result)
     # What was copied is there, and all warps have done their products with the last window.
     async_copy.wait_group(0)
-    fence_async_shared()
-    synchronize()
-    mbarrier.arrive(ready, count=1)
-    mbarrier.wait(ready, 0)
+    hand_over(ready, 0)
     for head in range(WHICH, KV, 2):
         with_first, with_second = _with_query(bases, turned, head, operand)
         # Of another head than the first, the factor has to arrive.
@@ -132,7 +128,4 @@ def make_window(
         wanted = gl.where(last & (more == 0), 0, rank)
         copy_halves(factor, up + following * WIDTH * up_stride, up_stride, wanted, WIDTH)
         prepared.index(head).store(made.to(prepared.dtype))
-    fence_async_shared()
-    synchronize()
-    mbarrier.arrive(ready, count=1)
-    mbarrier.wait(ready, 1)
+    hand_over(ready, 1)

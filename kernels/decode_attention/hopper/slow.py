@@ -1,0 +1,120 @@
+"""Slow pairs of keys with several queries, interpolated in windows of positions; the fast ones are rebuilt and turned.
+
+As in `windows`, but of slow pairs only, whose cosines and sines take few columns: a product of a tile with
+
+W_mq = sum_i (C_mi q1_i + S_mi q2_i) B_i + (C_mi q2_i - S_mi q1_i) B_{i+D/2}   (i: the slow pairs)
+
+of every column m and query q, times P_m(s) and added up over m, is their share of the scores.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from palu.kernels.decode_attention.hopper.common import TILE, WARPS, copied_layout, copy_to_shared, synchronize
+from palu.kernels.decode_attention.hopper.operands import kv_head_of
+from palu.kernels.latent_scores.tiles import turn
+
+
+@gluon.jit
+def copy_slow(to, up, up_stride, rank, WIDTH: gl.constexpr):
+    """Start copying the slow pairs of every kv head's up factor: [KV * 2, pairs, RANK], both numbers of the pairs."""
+    HALVES: gl.constexpr = to.shape[0]
+    PAIRS: gl.constexpr = to.shape[1]
+    RANK: gl.constexpr = to.shape[2]
+    layout: gl.constexpr = copied_layout(RANK)
+    pair = PAIRS + gl.arange(0, PAIRS, gl.SliceLayout(1, layout))
+    latent = gl.arange(0, RANK, gl.SliceLayout(0, layout))
+    ok = (pair < WIDTH // 2)[:, None] & (latent < rank)[None, :]
+    at = up + (pair * up_stride)[:, None] + latent[None, :]
+    for half in gl.static_range(HALVES):
+        copy_to_shared(to.index(half), at + half * (WIDTH // 2) * up_stride, mask=ok)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def make_slow(
+    to, factor, bases, frequencies, query, query_stride, scaling, position,
+    KV: gl.constexpr, QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, TOGETHER: gl.constexpr,
+    PLACE: gl.constexpr, SLOTS: gl.constexpr, WIDTH: gl.constexpr,
+):  # fmt: skip
+    """W of all columns and slots, to shared memory [columns * SLOTS, RANK], for the window that begins at a position.
+
+    factor: as `copy_slow` copies it, on its way; bases: fp16 [2, columns, pairs], C and S.
+    """
+    ROWS: gl.constexpr = to.shape[0]
+    RANK: gl.constexpr = to.shape[1]
+    PAIRS: gl.constexpr = factor.shape[1]
+    result: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, RANK, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, result, 2)
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, operand))
+    pair = gl.arange(0, PAIRS, gl.SliceLayout(0, operand))
+    kv_head, inside = kv_head_of(row % SLOTS, QUERY_SLOTS, TOGETHER, PLACE)
+    there = (kv_head < KV) & (inside < QUERIES)
+    dim = PAIRS + pair
+    cos, sin = turn(position.to(gl.float32) * gl.load(frequencies + dim, mask=dim < WIDTH // 2, other=0.0))
+    ok = there[:, None] & (dim < WIDTH // 2)[None, :]
+    at = query + ((kv_head * QUERIES + inside) * query_stride)[:, None] + dim[None, :]
+    first = gl.load(at, mask=ok, other=0.0).to(gl.float32) * scaling
+    second = gl.load(at + WIDTH // 2, mask=ok, other=0.0).to(gl.float32) * scaling
+    first, second = first * cos[None, :] + second * sin[None, :], second * cos[None, :] - first * sin[None, :]
+    at_bases = bases + (row // SLOTS * PAIRS)[:, None] + pair[None, :]
+    along_cos, along_sin = gl.load(at_bases).to(gl.float32), gl.load(at_bases + ROWS // SLOTS * PAIRS).to(gl.float32)
+    with_first = (along_cos * first + along_sin * second).to(to.dtype)
+    with_second = (along_cos * second - along_sin * first).to(to.dtype)
+    made = gl.zeros([ROWS, RANK], gl.float32, result)
+    async_copy.wait_group(0)
+    fence_async_shared()
+    synchronize()
+    for head in gl.static_range(KV):
+        own = (kv_head == head)[:, None]
+        own_first, own_second = gl.where(own, with_first, 0.0), gl.where(own, with_second, 0.0)
+        begun = warpgroup_mma(own_first, factor.index(2 * head), made, is_async=True)
+        begun = warpgroup_mma(own_second, factor.index(2 * head + 1), begun, is_async=True)
+        made, own_first, own_second = warpgroup_mma_wait(0, deps=[begun, own_first, own_second])
+    to.store(made.to(to.dtype))
+
+
+@gluon.constexpr_function
+def _of_scores(slots: int) -> gl.NVMMADistributedLayout:
+    return gl.NVMMADistributedLayout([3, 0], [WARPS.value, 1], [16, slots, 16])
+
+
+@gluon.jit
+def load_basis(basis, first, COLUMNS: gl.constexpr, SLOTS: gl.constexpr):
+    """P of a tile's tokens, a tuple of float32 [tile], from token `first` of the window on."""
+    token = first + gl.arange(0, TILE, gl.SliceLayout(1, _of_scores(SLOTS)))
+    result = ()
+    for column in gl.static_range(COLUMNS):
+        result = result + (gl.load(basis + token * COLUMNS + column).to(gl.float32),)
+    return result
+
+
+@gluon.jit
+def _halves(product):
+    """The first and the second half of the columns."""
+    WIDE: gl.constexpr = product.shape[1]
+    low, high = gl.split(product.reshape([TILE, 2, WIDE // 2]).permute([0, 2, 1]))
+    return low, high
+
+
+@gluon.jit
+def slow_scores(product, basis, SLOTS: gl.constexpr):
+    """Scores [tile, SLOTS] of a product with W [tile, columns * SLOTS], as more products can be added to them."""
+    COLUMNS: gl.constexpr = len(basis)
+    scores: gl.constexpr = _of_scores(SLOTS)
+    # Column after column: neighbours in a row of the product are slots.
+    parts = _halves(product)
+    if COLUMNS >= 4:
+        parts = _halves(parts[0]) + _halves(parts[1])
+    if COLUMNS == 8:
+        parts = _halves(parts[0]) + _halves(parts[1]) + _halves(parts[2]) + _halves(parts[3])
+    total = gl.zeros([TILE, SLOTS], gl.float32, scores)
+    for column in gl.static_range(COLUMNS):
+        total += gl.convert_layout(parts[column], scores, assert_trivial=True) * basis[column][:, None]
+    return total
