@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from palu.kernels.integers import next_power_of_2
-
 # Largest error of an interpolated cosine or sine, about that of rounding them to fp16.
 TOLERANCE = 1e-3
 FAST_PAIRS = (16, 32, 48)
@@ -99,8 +97,8 @@ def best_interpolation(frequencies: tuple[float, ...], queries: int, tolerance: 
 class Window(NamedTuple):
     """Interpolation over a window of positions, as a kernel reads it.
 
-    basis: [span, columns]; bases: fp16 [2, columns, pairs], of cosines and sines, without the fast pairs, padded to a
-    power of two with zeros.
+    basis: [span, columns]; bases: fp16 [2, columns, pairs], of cosines and sines, without the fast pairs, zero behind
+    the last one.
     """
 
     basis: Tensor
@@ -113,17 +111,18 @@ class Window(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def largest_window(frequencies: tuple[float, ...], fast: int, columns: int, tolerance: float) -> Window | None:
+def largest_window(
+    frequencies: tuple[float, ...], fast: int, slow: int, columns: int, tolerance: float
+) -> Window | None:
     """The interpolation of all but the fast pairs over the most positions within the tolerance.
 
-    None if those are too few.
+    None if those are too few. slow: room for so many pairs.
     """
     for span in WINDOW_SPANS:
         found = interpolate(np.asarray(frequencies), fast, span, columns)
         if found.error <= tolerance:
             bases = torch.stack([found.cos_basis, found.sin_basis])[..., fast:]
-            pairs = bases.shape[2]
-            return Window(found.basis, torch.nn.functional.pad(bases, (0, next_power_of_2(pairs) - pairs)).half())
+            return Window(found.basis, torch.nn.functional.pad(bases, (0, slow - bases.shape[2])).half())
     return None
 
 
@@ -215,18 +214,18 @@ class Rotation:
 
         return _made_once(self.frequencies, ("slow", queries, self.tolerance, device, dtype), make)
 
-    def window(self, fast: int, columns: int) -> Window | None:
+    def window(self, fast: int, slow: int, columns: int) -> Window | None:
         """How all but the fast pairs are interpolated in windows of positions; None where those would be too small.
 
-        Where it is all pairs, the basis is `by_lane`.
+        Where it is all pairs, the basis is `by_lane`. slow: room for so many pairs.
         """
         device = self.positions.device
 
         def make(frequencies: tuple[float, ...]) -> Window | None:
-            found = largest_window(frequencies, fast, columns, self.tolerance)
+            found = largest_window(frequencies, fast, slow, columns, self.tolerance)
             if found is None:
                 return None
             basis = found.basis if fast > 0 else by_lane(found.basis)
             return Window(basis.to(device), found.bases.to(device))
 
-        return _made_once(self.frequencies, ("window", fast, columns, self.tolerance, device), make)
+        return _made_once(self.frequencies, ("window", fast, slow, columns, self.tolerance, device), make)

@@ -74,6 +74,7 @@ def hopper_kernel(
         weights = gl.allocate_shared_memory(DTYPE, [TILE // STEP, SLOTS, STEP], swizzled(STEP))
         all_weights = all_weights + (weights,)
     found = gl.allocate_shared_memory(gl.float32, [2, TILE, SLOTS], gl.SwizzledSharedLayout(1, 1, 1, [0, 1]))
+    excess = gl.allocate_shared_memory(gl.float32, [WEIGHERS, SLOTS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     # Of a tile's values: one over the scale, the shift.
     scales = gl.allocate_shared_memory(gl.float32, [4, TILE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -115,7 +116,7 @@ def hopper_kernel(
             gl.warp_specialize([
                 (score_absorbed, (found, scales, full, empty, ring, queries, to_scores, BITS, ASYMMETRIC, MASK)),
                 (weigh_values, (
-                    all_rings[0], all_weights[0], out, to_values, 0, WEIGHERS,
+                    all_rings[0], all_weights[0], excess.index(0), out, to_values, 0, WEIGHERS,
                     KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
                 )),
             ], [4], [VALUE_REGISTERS])  # fmt: skip
@@ -123,11 +124,11 @@ def hopper_kernel(
             gl.warp_specialize([
                 (score_absorbed, (found, scales, full, empty, ring, queries, to_scores, BITS, ASYMMETRIC, MASK)),
                 (weigh_values, (
-                    all_rings[0], all_weights[0], out, to_values, 0, WEIGHERS,
+                    all_rings[0], all_weights[0], excess.index(0), out, to_values, 0, WEIGHERS,
                     KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
                 )),
                 (weigh_values, (
-                    all_rings[1], all_weights[1], out + rows_heads, to_values, 1, WEIGHERS,
+                    all_rings[1], all_weights[1], excess.index(1), out + rows_heads, to_values, 1, WEIGHERS,
                     KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
                 )),
             ], [4, 4], [VALUE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
@@ -186,7 +187,7 @@ def hopper_kernel(
                     1, MODE, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK,
                 )),
                 (weigh_values, (
-                    all_rings[0], all_weights[0], out, to_values, 0, WEIGHERS,
+                    all_rings[0], all_weights[0], excess.index(0), out, to_values, 0, WEIGHERS,
                     KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
                 )),
             ], [4, 4], [SCORE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
@@ -201,11 +202,11 @@ def hopper_kernel(
                     1, MODE, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK,
                 )),
                 (weigh_values, (
-                    all_rings[0], all_weights[0], out, to_values, 0, WEIGHERS,
+                    all_rings[0], all_weights[0], excess.index(0), out, to_values, 0, WEIGHERS,
                     KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
                 )),
                 (weigh_values, (
-                    all_rings[1], all_weights[1], out + rows_heads, to_values, 1, WEIGHERS,
+                    all_rings[1], all_weights[1], excess.index(1), out + rows_heads, to_values, 1, WEIGHERS,
                     KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
                 )),
             ], [4, 4, 4], [SCORE_REGISTERS, VALUE_REGISTERS, VALUE_REGISTERS])  # fmt: skip

@@ -288,8 +288,8 @@ def _window_of(call: Call) -> Window | None:
     if call.key_latents.shape[1] < LEAST_LENGTH:
         return None
     if call.heads.mode == "folded":
-        return call.rotation.window(0, COLUMNS)
-    return call.rotation.window(FAST, COLUMNS // call.heads.slots)
+        return call.rotation.window(0, COLUMNS, COLUMNS)
+    return call.rotation.window(FAST, COLUMNS - FAST, COLUMNS // call.heads.slots)
 
 
 def _launch_best(call: Call, window: Window | None, takes: str, parts: int, found: Parts) -> None:

@@ -23,20 +23,33 @@ CHUNK: gl.constexpr = gl.constexpr(128)
 
 @gluon.constexpr_function
 def weights_layout(slots: int, tokens: int) -> gl.DistributedLinearLayout:
-    """Weights [slots, tokens], whole in each warp: a lane has up to eight neighbouring tokens of some slots."""
-    each = min(8, max(2, slots * tokens // 32))
-    across = tokens // each
-    lanes = [[0, each << bit] for bit in range(bits_of(across))][:5]
-    lanes += [[1 << bit if 1 << bit < slots else 0, 0] for bit in range(5 - len(lanes))]
-    held = [[(32 // across) << bit, 0] for bit in range(bits_of(max(1, slots * across // 32)))]
-    tokens_held = [[0, 1 << bit] for bit in range(bits_of(each))]
-    return gl.DistributedLinearLayout([*tokens_held, *held], lanes, [[0, 0], [0, 0]], [], [slots, tokens])
+    """Weights [slots, tokens]: a warp has a quarter of the slots, a lane up to eight neighbouring tokens of some."""
+    own = slots // WARPS.value
+    each = min(8, max(1, own * tokens // 32))
+    lanes = [[0, each << bit] for bit in range(bits_of(tokens // each))][:5]
+    held = [[0, 1 << bit] for bit in range(bits_of(each))]
+    inside = [[1 << bit, 0] for bit in range(bits_of(own))]
+    # Slots of a warp to the lanes that are left, then to a lane's registers; lanes without any have the same again.
+    left = 5 - len(lanes)
+    lanes += (inside[:left] + [[0, 0]] * left)[:left]
+    warps = [[own << bit, 0] for bit in range(bits_of(WARPS.value))]
+    return gl.DistributedLinearLayout([*held, *inside[left:]], lanes, warps, [], [slots, tokens])
+
+
+@gluon.constexpr_function
+def _everywhere(slots: int) -> gl.DistributedLinearLayout:
+    """Numbers [slots], all of them in every thread."""
+    return gl.DistributedLinearLayout(
+        [[1 << bit] for bit in range(bits_of(slots))], [[0]] * 5, [[0]] * bits_of(WARPS.value), [], [slots]
+    )
 
 
 @gluon.jit
 def _of_all_slots(numbers, SLOTS: gl.constexpr, other: gl.constexpr):
     """Numbers [slots in use] with another one for the slots behind."""
     USED: gl.constexpr = numbers.shape[0]
+    everywhere: gl.constexpr = _everywhere(USED)
+    numbers = gl.convert_layout(numbers, everywhere)
     if USED < SLOTS:
         both = gl.join(numbers, gl.full_like(numbers, other))
         numbers = both.permute([1, 0]).reshape([SLOTS])
@@ -115,31 +128,40 @@ def _stored(weights, part: gl.constexpr, rounded):
 
 
 @gluon.jit
-def _softmax(found, scales, buffer, weights, there, reference, total, shifted, summed, BITS: gl.constexpr):
-    """Stores the weights of a tile's scores [tile, slots], relative to references [slots in use].
-
-    References rise where scores are far above them; returns them, the weights added up, as they are and times the
-    codes' shifts, and the sums of values, all relative to the new ones. Of codes, scores have the logarithm of the
-    values' scales added, so the weights are times the scales.
-    """
-    STEPS: gl.constexpr = weights.shape[0]
-    STEP: gl.constexpr = weights.shape[2]
-    USED: gl.constexpr = reference.shape[0]
+def _load_scores(found, buffer, there, STEPS: gl.constexpr, STEP: gl.constexpr, USED: gl.constexpr):
+    """A tile's scores [slots in use, tokens], step by step."""
     layout: gl.constexpr = weights_layout(USED, STEP)
-    of_tokens: gl.constexpr = gl.SliceLayout(0, layout)
     scores = ()
     for part in gl.static_range(STEPS):
-        score = gl.where(
-            there[:, None],
-            _scores_of(found, buffer, part * STEP, STEP, USED).load(layout),
-            float("-inf"),
-        )
-        scores = scores + (score,)
+        score = _scores_of(found, buffer, part * STEP, STEP, USED).load(layout)
+        scores = scores + (gl.where(there[:, None], score, float("-inf")),)
+    return scores
+
+
+@gluon.jit
+def _peaks(scores):
+    """The largest score of every slot."""
     highest = scores[0]
-    for part in gl.static_range(1, STEPS):
+    for part in gl.static_range(1, len(scores)):
         highest = gl.maximum(highest, scores[part])
-    peak = gl.max(highest, 1)
-    if gl.max(peak - reference, 0) > MOST:
+    return gl.max(highest, 1)
+
+
+@gluon.jit
+def _softmax(
+    scores, peak, excess, scales, buffer, weights, reference, total, shifted, summed, BITS: gl.constexpr
+):  # fmt: skip
+    """Stores the weights of a tile's scores, relative to references [slots in use].
+
+    References rise where scores are far above them, by `excess`, shared memory [slots in use]; returns them, the
+    weights added up, as they are and times the codes' shifts, and the sums of values, all relative to the new ones. Of
+    codes, scores have the logarithm of the values' scales added, so the weights are times the scales.
+    """
+    STEP: gl.constexpr = weights.shape[2]
+    USED: gl.constexpr = reference.shape[0]
+    of_tokens: gl.constexpr = gl.SliceLayout(0, weights_layout(USED, STEP))
+    everywhere: gl.constexpr = _everywhere(USED)
+    if gl.max(excess.load(everywhere), 0) > MOST:
         higher = gl.where(peak - reference > MOST, peak - HEADROOM, reference)
         factor = gl.exp2(reference - higher)
         summed = _rescaled(summed, factor)
@@ -147,7 +169,7 @@ def _softmax(found, scales, buffer, weights, there, reference, total, shifted, s
         if BITS < 16:
             shifted *= factor[:, None]
         reference = higher
-    for part in gl.static_range(STEPS):
+    for part in gl.static_range(len(scores)):
         weight = gl.exp2(scores[part] - reference[:, None])
         rounded = weight.to(weights.dtype)
         _stored(weights, part, rounded)
@@ -173,7 +195,7 @@ def _operands(rings, stage, result: gl.constexpr, BITS: gl.constexpr):
 
 @gluon.jit
 def weigh_values(
-    rings, weights, out, arguments, WHICH: gl.constexpr, SHARED_BY: gl.constexpr, KV: gl.constexpr,
+    rings, weights, excess, out, arguments, WHICH: gl.constexpr, SHARED_BY: gl.constexpr, KV: gl.constexpr,
     QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr,
     RANK_STRIDE: gl.constexpr, BITS: gl.constexpr,
 ):  # fmt: skip
@@ -181,6 +203,7 @@ def weigh_values(
 
     WHICH: of SHARED_BY groups of warps each has every other tile, and a part of the sums of its own.
     rings: shared memory [stages, tokens of a step, units] of every chunk; weights: [steps, slots, tokens of a step];
+    excess: [slots], for scores above the references;
     out: the group's first head in the part's totals and peaks.
     """
     found, scales, full, empty, tiles, latents, sums, totals, peaks, rank, latents_t, ours = arguments
@@ -194,6 +217,8 @@ def weigh_values(
     USED: gl.constexpr = SLOTS // 2 if HALF else SLOTS
     layout: gl.constexpr = weights_layout(USED, STEP)
     slot = gl.arange(0, USED, gl.SliceLayout(1, layout))
+    if USED < SLOTS:
+        excess = excess.slice(0, USED)
     head, there = _head_of(slot, KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS)
     result: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, SLOTS, 16])
     reference = gl.full([USED], LOWEST, gl.float32, gl.SliceLayout(1, layout))
@@ -215,12 +240,15 @@ def weigh_values(
         async_copy.wait_group(STAGES - 2)
         if BITS == 16:
             fence_async_shared()
+        scores = _load_scores(found, buffer, there, STEPS, STEP, USED)
+        peak = _peaks(scores)
+        excess.store(peak - reference)
         # The first step is there, products of the last tile are done in all warps, its weights may be written over.
         synchronize()
         # Numbers are made of codes beside the softmax.
         operands = _operands(rings, done * STEPS % STAGES, result, BITS)
         reference, total, shifted, summed = _softmax(
-            found, scales, buffer, weights, there, reference, total, shifted, summed, BITS
+            scores, peak, excess, scales, buffer, weights, reference, total, shifted, summed, BITS
         )
         for part in gl.static_range(STEPS):
             number = done * STEPS + part
