@@ -7,23 +7,19 @@ import torch
 
 from palu.kernels.decode_attention import launch
 from palu.kernels.decode_attention.hopper import launch as hopper
+from palu.kernels.decode_attention.hopper import plans
 from palu.kernels.decode_attention.spec import HOPPER_SHAPES, Shape
 from palu.kernels.latent_scores.tables import lane_table
 from palu.kernels.latents import LatentProjection
 from palu.kernels.quantize import PackedLatents
 from palu.kernels.rotation import Rotation
-from tests.kernel_calls import close, defined, name_of, on_device, quantized, random_call
-
-MEMORY = 227 << 10
-LLAMA_2, LLAMA_3 = hopper.heads_of(32, 8, 4), hopper.heads_of(32, 2, 4)
-needs_hopper = pytest.mark.skipif(
-    not (torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9), reason="needs compute capability 9"
-)
+from tests.hopper_calls import LLAMA_2, LLAMA_3, MEMORY, checked, fitting, needs_hopper
+from tests.kernel_calls import name_of, on_device, quantized, random_call
 
 
 def test_every_query_head_of_a_group_has_one_slot():
     for kv, queries in itertools.product((1, 2, 3, 4, 6), (1, 2, 3, 4, 7, 8)):
-        heads = hopper.heads_of(kv * queries, 1, kv)
+        heads = plans.heads_of(kv * queries, 1, kv)
         taken = set()
         for slot in range(heads.slots):
             inside = slot % heads.columns
@@ -31,10 +27,6 @@ def test_every_query_head_of_a_group_has_one_slot():
             if inside // heads.query_slots < heads.together and kv_head < kv and inside % heads.query_slots < queries:
                 taken.add((kv_head, inside % heads.query_slots))
         assert len(taken) == kv * queries, (kv, queries)
-
-
-def fitting(heads, key_rank, value_rank, memory=MEMORY, all_of_them=False, bits=16):
-    return hopper.plans_for(heads, 128, (key_rank,), (value_rank,), bits, memory, all_of_them)
 
 
 def test_real_models_fit_and_more_latents_do_not():
@@ -47,24 +39,24 @@ def test_real_models_fit_and_more_latents_do_not():
     assert len(fitting(LLAMA_2, 128, 384, all_of_them=True)) > 4
     # Its queries stand beside the factors, and each group of warps that scores has a tile of its own.
     assert len(fitting(LLAMA_3, 128, 384, all_of_them=True)) == 4
-    assert fitting(hopper.heads_of(32, 8, None), 256, 384)
+    assert fitting(plans.heads_of(32, 8, None), 256, 384)
     # Sixteen query heads per kv head are more than the columns of a product, and narrow groups are left to others.
-    assert not fitting(hopper.heads_of(16, 1, 1), 128, 384)
+    assert not fitting(plans.heads_of(16, 1, 1), 128, 384)
     assert not fitting(LLAMA_2, 32, 96)
     # More kv heads than the kernel tells apart, more latents than it can fold, sums that do not fit into registers.
-    assert not fitting(hopper.heads_of(12, 1, 12), 32, 256)
-    assert not fitting(hopper.heads_of(1, 1, 1), 512, 128)
-    assert not fitting(hopper.heads_of(32, 1, None), 128, 640)
+    assert not fitting(plans.heads_of(12, 1, 12), 32, 256)
+    assert not fitting(plans.heads_of(1, 1, 1), 512, 128)
+    assert not fitting(plans.heads_of(32, 1, None), 128, 640)
 
 
 @pytest.mark.parametrize(("tiles", "others"), [(1, 1), (64, 2), (1024, 2), (1024, 8), (256, 64), (1024, 200)])
 def test_no_other_number_of_parts_would_end_sooner(tiles, others):
     def cost(parts):
-        return -(-parts * others // 132) * (-(-tiles // parts) + hopper.START)
+        return -(-parts * others // 132) * (-(-tiles // parts) + plans.START)
 
-    parts = hopper.parts_of(tiles, others, 132)
-    assert 1 <= parts <= min(tiles, hopper.MOST_PARTS)
-    assert all(cost(parts) <= cost(other) for other in range(1, min(tiles, hopper.MOST_PARTS, 528 // others + 1) + 1))
+    parts = plans.parts_of(tiles, others, 132)
+    assert 1 <= parts <= min(tiles, plans.MOST_PARTS)
+    assert all(cost(parts) <= cost(other) for other in range(1, min(tiles, plans.MOST_PARTS, 528 // others + 1) + 1))
 
 
 def test_what_the_kernel_cannot_take_is_left_to_the_others():
@@ -131,21 +123,6 @@ def masks_of(shape):
     yield "end", token <= third
     yield "middle", (token < third) | (token >= 2 * third)
     yield "all but one", token == third
-
-
-def checked(call, shape, mask, given, dtype, monkeypatch, held=None):
-    """The kernel's output of a call is the definition's, and it was the kernel for Hopper that computed it.
-
-    held: what packed latents stand for.
-    """
-    launches, launched = [], hopper.launch
-    monkeypatch.setattr(hopper, "launch", lambda *args: launches.append(1) or launched(*args))
-    scaling = shape.head_dim**-0.5
-    seen = torch.ones(shape.batch, 1, shape.queries, shape.length, dtype=torch.bool) if mask is None else mask
-    expected = defined(call[0], *(held or call[1:3]), *call[3:], seen, scaling, shape, None)
-    output = launch.decode_attention(*on_device(*call, given), scaling, None, shape.head_dim)
-    assert launches
-    assert close(output, expected, dtype)
 
 
 @needs_hopper
@@ -225,13 +202,13 @@ def test_hidden_tiles_change_nothing(heads, rope, kind, monkeypatch):
 @needs_hopper
 @torch.no_grad()
 @pytest.mark.usefixtures("empty_memory_is_nan")
-@pytest.mark.parametrize("plan", [*hopper.PLANS, hopper.Plan(3, 16, 3), hopper.Plan(2, 64, 2), hopper.Plan(4, 16, 6)])
+@pytest.mark.parametrize("plan", [*plans.PLANS, plans.Plan(3, 16, 3), plans.Plan(2, 64, 2), plans.Plan(4, 16, 6)])
 @pytest.mark.parametrize("heads", [(2, 2), (8, 2), (2, 2, None)], ids=["folded", "rotated", "absorbed"])
 @pytest.mark.parametrize("bits", [16, 4])
 def test_every_plan_computes_the_same(plan, heads, bits, monkeypatch):
     shape = Shape(1, *heads[:2], 128, 1, 1700, (128,), (256,))
-    found = hopper.heads_of(heads[0], 1, heads[1] if len(heads) == 2 else None)
-    if plan not in hopper.plans_for(found, 128, (128,), (256,), bits, MEMORY, True):
+    found = plans.heads_of(heads[0], 1, heads[1] if len(heads) == 2 else None)
+    if plan not in plans.plans_for(found, 128, (128,), (256,), bits, MEMORY, False, True):
         pytest.skip("does not fit")
     monkeypatch.setattr(hopper, "plans_for", lambda *args: (plan,))
     monkeypatch.setattr(hopper, "parts_of", lambda *args: 2)

@@ -9,7 +9,16 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from palu.kernels.latent_scores.tables import fast_table
-from palu.kernels.rotation import COLUMNS, FAST_PAIRS, SPANS, TOLERANCE, Rotation, best_interpolation, interpolate
+from palu.kernels.rotation import (
+    COLUMNS,
+    FAST_PAIRS,
+    SPANS,
+    TOLERANCE,
+    Rotation,
+    best_interpolation,
+    by_lane,
+    interpolate,
+)
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3["original_max_position_embeddings"] = 8192
@@ -83,6 +92,31 @@ def test_an_unfillable_basis_is_padded_with_zeros():
     assert found.basis.shape == (128, 8)
     assert not found.basis[:, 2:].any()
     assert found.error < 1e-6
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("head_dim", [96, 128])
+@pytest.mark.parametrize(("fast", "columns"), [(0, 64), (32, 4), (32, 8)])
+def test_windows_are_within_the_tolerance_and_as_large_as_that_allows(base, head_dim, fast, columns):
+    frequencies = frequencies_of(base, head_dim)
+    found = Rotation(torch.arange(9)[None], frequencies).window(fast, 64 - fast, columns)
+    host = tuple(frequencies.double().tolist())
+    if found is None:
+        assert interpolate(np.asarray(host), fast, 512, columns).error > TOLERANCE
+        return
+    assert found.bases.shape == (2, columns, 64 - fast)
+    assert found.span == 4096 or interpolate(np.asarray(host), fast, 2 * found.span, columns).error > TOLERANCE
+    basis = found.basis.double()
+    if fast == 0:
+        # Back from the order of four lanes.
+        basis = basis.view(found.span, 4, columns // 8, 2).transpose(1, 2).reshape(found.span, columns)
+        assert torch.equal(by_lane(basis.float()), found.basis)
+    angles = torch.arange(found.span)[:, None] * frequencies[fast:].double()
+    pairs = angles.shape[1]
+    for exact, factor in zip((angles.cos(), angles.sin()), found.bases.double(), strict=True):
+        # Rounded to fp16 on top of the tolerance.
+        assert (basis @ factor[:, :pairs] - exact).abs().max() < 4 * TOLERANCE
+    assert not found.bases[..., pairs:].any()
 
 
 @pytest.mark.parametrize("base", BASES)

@@ -28,8 +28,7 @@ def latent_order(columns: int, bits: int) -> list[int]:
 
 
 def unit_order(columns: int, bits: int) -> list[int]:
-    """Which of `columns` latents stands in each column of what codes become in units of 16 bits: a field after another.
-    """
+    """Which of `columns` latents stands in each column of what units of 16 bits become: a field after another."""
     fields = 16 // bits
     return [unit * fields + field for field in range(fields) for unit in range(columns // fields)]
 

@@ -25,12 +25,13 @@ def hopper_kernel(
     key_rank_of, key_offset_of, value_rank_of, value_offset_of,
     length, keys_b, keys_t, values_b, values_t, key_parameters_b, key_parameters_t, value_parameters_b,
     value_parameters_t, up_stride, table_b, table_t, mask_b, mask_t, spans_b, query_stride, rows_heads, scaling,
-    MODE: gl.constexpr, TAKES: gl.constexpr, SPAN: gl.constexpr, GROUPS: gl.constexpr, KV: gl.constexpr, QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr,
-    SLOTS: gl.constexpr, QUERY_ROWS: gl.constexpr, WIDTH: gl.constexpr, WIDE: gl.constexpr, RANK: gl.constexpr,
-    KEY_STAGES: gl.constexpr, KEY_DIVISOR: gl.constexpr, CHUNKS: gl.constexpr, STEP: gl.constexpr,
-    VALUE_STAGES: gl.constexpr, VALUE_DIVISOR: gl.constexpr, RANK_STRIDE: gl.constexpr, MASK: gl.constexpr,
-    DTYPE: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr, BITS: gl.constexpr,
-    ASYMMETRIC: gl.constexpr, WEIGHERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr, VALUE_REGISTERS: gl.constexpr,
+    MODE: gl.constexpr, TAKES: gl.constexpr, SPAN: gl.constexpr, GROUPS: gl.constexpr, KV: gl.constexpr,
+    QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, SLOTS: gl.constexpr, QUERY_ROWS: gl.constexpr,
+    WIDTH: gl.constexpr, WIDE: gl.constexpr, RANK: gl.constexpr, KEY_STAGES: gl.constexpr, KEY_DIVISOR: gl.constexpr,
+    CHUNKS: gl.constexpr, STEP: gl.constexpr, VALUE_STAGES: gl.constexpr, VALUE_DIVISOR: gl.constexpr,
+    RANK_STRIDE: gl.constexpr, MASK: gl.constexpr, DTYPE: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr,
+    BITS: gl.constexpr, ASYMMETRIC: gl.constexpr, WEIGHERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr,
+    VALUE_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Sums of value latents of a group's heads over every part-th tile of tokens, relative to their peaks.
 
@@ -176,37 +177,17 @@ def hopper_kernel(
             lead + begin * TILE,
         )  # fmt: skip
         synchronize()
-        if WEIGHERS == 1:
-            gl.warp_specialize([
-                (score_rebuilt, (
-                    places[0], scales, full.index(0), empty.index(0), ready, rings[0], factors, besides[0], to_scores,
-                    0, MODE, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK,
-                )),
-                (score_rebuilt, (
-                    places[1], scales, full.index(1), empty.index(1), ready, rings[1], factors, besides[1], to_scores,
-                    1, MODE, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK,
-                )),
-                (weigh_values, (
-                    all_rings[0], all_weights[0], excess.index(0), out, to_values, 0, WEIGHERS,
-                    KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
-                )),
-            ], [4, 4], [SCORE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
-        else:
-            gl.warp_specialize([
-                (score_rebuilt, (
-                    places[0], scales, full.index(0), empty.index(0), ready, rings[0], factors, besides[0], to_scores,
-                    0, MODE, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK,
-                )),
-                (score_rebuilt, (
-                    places[1], scales, full.index(1), empty.index(1), ready, rings[1], factors, besides[1], to_scores,
-                    1, MODE, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK,
-                )),
-                (weigh_values, (
-                    all_rings[0], all_weights[0], excess.index(0), out, to_values, 0, WEIGHERS,
-                    KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
-                )),
-                (weigh_values, (
-                    all_rings[1], all_weights[1], excess.index(1), out + rows_heads, to_values, 1, WEIGHERS,
-                    KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
-                )),
-            ], [4, 4, 4], [SCORE_REGISTERS, VALUE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
+        gl.warp_specialize([
+            (score_rebuilt, (
+                places[0], scales, full.index(0), empty.index(0), ready, rings[0], factors, besides[0], to_scores,
+                0, MODE, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK,
+            )),
+            (score_rebuilt, (
+                places[1], scales, full.index(1), empty.index(1), ready, rings[1], factors, besides[1], to_scores,
+                1, MODE, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK,
+            )),
+            (weigh_values, (
+                all_rings[0], all_weights[0], excess.index(0), out, to_values, 0, WEIGHERS,
+                KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
+            )),
+        ], [4, 4], [SCORE_REGISTERS, VALUE_REGISTERS])  # fmt: skip

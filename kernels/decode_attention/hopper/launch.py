@@ -1,20 +1,26 @@
 """Which calls Hopper's kernel takes, and its launch."""
 
-import functools
-import itertools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from palu.kernels.decode_attention.hopper.common import TILE as KERNEL_TILE
 from palu.kernels.decode_attention.hopper.kernel import hopper_kernel
+from palu.kernels.decode_attention.hopper.plans import (
+    CHUNK,
+    COLUMNS,
+    TILE,
+    Heads,
+    Plan,
+    heads_of,
+    mode_of,
+    padded_rank,
+    parts_of,
+    plans_for,
+    weighers_of,
+)
 from palu.kernels.decode_attention.hopper.spans import spans_of
-from palu.kernels.decode_attention.hopper.turns import LEAST as KERNEL_LEAST
-from palu.kernels.decode_attention.hopper.values import CHUNK as KERNEL_CHUNK
-from palu.kernels.decode_attention.hopper.windows import COLUMNS as KERNEL_COLUMNS
-from palu.kernels.decode_attention.parts import COMBINE_PARTS, Parts
+from palu.kernels.decode_attention.parts import Parts
 from palu.kernels.integers import cdiv, next_power_of_2
 from palu.kernels.latent_scores.factors import ordered_factor, unit_order
 from palu.kernels.latent_scores.launch import LOG2_E
@@ -34,99 +40,17 @@ from palu.kernels.quantize import PackedLatents
 from palu.kernels.rotation import Rotation, Window
 from palu.kernels.tuning import length_class, pick, searches
 
-TILE, CHUNK, LEAST, COLUMNS = KERNEL_TILE.value, KERNEL_CHUNK.value, KERNEL_LEAST.value, KERNEL_COLUMNS.value
-# Tokens from which on windows are worth a launch more.
-LEAST_LENGTH = 1024
+# Tiles of a program from which on windows, and a launch more, are worth their making.
+LEAST_TILES = 8
 # Pairs of keys with several queries that are rebuilt where the others are interpolated.
 FAST = COLUMNS // 2
-# Columns of a group's scores at most, and latents of its keys at least, for the matrix units: of numbers and of codes.
-MOST_SLOTS, LEAST_RANK, LEAST_CODES = 32, 32, 64
 # Bits of codes that the kernel can make numbers of.
 CODES = (8, 4)
-# kv heads of a group at most: what tells heads apart in the kernel counts on few.
-MOST_KV = 8
-# Latents of a group's keys at most where they are rebuilt, and registers of a thread for the sums of values.
-MOST_RANK, MOST_SUMS = 256, 96
-# Registers of a thread for sums of values and for what codes became, which stay until their products are done.
-MOST_OPERANDS = 128
-# Latents of a group, keys' and values' together, at least: of less a program reads too little per tile.
-LEAST_WIDTH = 256
-# What the compiler keeps in shared memory.
-RESERVED = 1024
-# Parts that are added up at once.
-MOST_PARTS = 2 * COMBINE_PARTS
-# What a program costs beside its tiles, in tiles.
-START = 3
 # Registers of a thread that scores and of one that weighs values, by the mode and the groups of warps that weigh.
 REGISTERS = {
     ("folded", 1): (184, 136), ("rotated", 1): (168, 168), ("absorbed", 1): (240, 240), ("absorbed", 2): (152, 176),
     ("windows", 1): (184, 136), ("mixed", 1): (168, 168),
 }  # fmt: skip
-
-
-class Plan(NamedTuple):
-    """Tiles of keys under way for each group of warps that scores, tokens per step of the values, steps under way."""
-
-    key_stages: int
-    step: int
-    value_stages: int
-
-
-# In the order of preference, of which the first that fits is taken.
-PLANS = (
-    Plan(2, 32, 4), Plan(1, 32, 4), Plan(1, 32, 3), Plan(1, 16, 5), Plan(1, 16, 4), Plan(1, 16, 3), Plan(1, 16, 2),
-)  # fmt: skip
-
-# What the full search tries.
-GRID = tuple(Plan(*each) for each in itertools.product((1, 2, 3, 4), (16, 32, 64), (2, 3, 4, 5, 6)))
-
-
-class Heads(NamedTuple):
-    """How a group's query heads lie, and how they are scored.
-
-    kv: kv heads; queries: heads of each, with room for `query_slots`; together: kv heads that share `columns` columns
-    of scores; slots: columns in all.
-    """
-
-    mode: str
-    kv: int
-    queries: int
-    query_slots: int
-    together: int
-    columns: int
-    slots: int
-
-
-@functools.lru_cache(maxsize=4096)
-def heads_of(num_heads: int, groups: int, kv: int | None) -> Heads:
-    """The heads of one group of so many kv heads; None: keys are absorbed, all queries have the group for a kv head."""
-    queries = num_heads // groups // (kv or 1)
-    if kv is None:
-        slots = max(LEAST, next_power_of_2(queries))
-        return Heads("absorbed", 1, queries, slots, 1, slots, slots)
-    if queries == 1:
-        slots = max(LEAST, next_power_of_2(kv))
-        return Heads("folded", kv, 1, 1, kv, slots, slots)
-    query_slots = next_power_of_2(queries)
-    together = max(1, min(LEAST // query_slots, kv))
-    slots = next_power_of_2(LEAST * cdiv(kv, together))
-    return Heads("rotated", kv, queries, query_slots, together, LEAST, slots)
-
-
-def mode_of(heads: Heads, windows: bool) -> str:
-    """How the kernel scores: with windows of positions all pairs are interpolated, or the slow ones of several queries.
-    """
-    return {"folded": "windows", "rotated": "mixed"}[heads.mode] if windows else heads.mode
-
-
-def weighers_of(mode: str, bits: int) -> int:
-    """Groups of warps that weigh values: two where making numbers of codes takes longer than reading them."""
-    return 2 if bits < 8 and mode == "absorbed" else 1
-
-
-def padded_rank(ranks: Sequence[int], bits: int) -> int:
-    """Latents that a program reads of each group of keys."""
-    return max(LEAST_RANK if bits == 16 else LEAST_CODES, next_power_of_2(max(ranks)))
 
 
 def can_take(
@@ -164,66 +88,6 @@ def _bits(latents: Latents, dtype: torch.dtype) -> int | None:
 def _aligned(numbers: Tensor) -> bool:
     rows = all(stride % 16 == 0 for stride in numbers.stride()[:-1])
     return rows and numbers.data_ptr() % 16 == 0 and numbers.stride(-1) == 1
-
-
-@functools.lru_cache(maxsize=4096)
-def plans_for(
-    heads: Heads,
-    head_dim: int,
-    key_ranks: tuple[int, ...],
-    value_ranks: tuple[int, ...],
-    bits: int,
-    memory: int,
-    windows: bool,
-    all_of_them: bool,
-) -> tuple[Plan, ...]:
-    """How much may be under way at a time in a block of so much shared memory: the best, or all plans that fit.
-
-    windows: keys are interpolated in windows of positions.
-    """
-    rank, wide = padded_rank(key_ranks, bits), next_power_of_2(head_dim)
-    rebuilt = heads.mode != "absorbed"
-    if heads.slots > MOST_SLOTS or (heads.mode == "rotated" and heads.query_slots > LEAST):
-        return ()
-    if rank > MOST_RANK or (rebuilt and heads.kv > MOST_KV):
-        return ()
-    if max(key_ranks) + max(value_ranks) < LEAST_WIDTH:
-        return ()
-    mode = mode_of(heads, windows)
-    if windows and (wide != 2 * COLUMNS or COLUMNS % heads.slots):
-        return ()
-    kept = {
-        "absorbed": heads.slots * rank,
-        "folded": heads.kv * wide * rank,
-        "rotated": heads.kv * wide * (rank + LEAST),
-        # A head's factor beside for each group of warps that scores, turned queries, bases.
-        "windows": (heads.kv * COLUMNS + 2 * wide) * rank + (COLUMNS + heads.kv + 1) * wide,
-        # Fast and slow pairs, the windows of these.
-        "mixed": (heads.kv * wide + COLUMNS) * rank + heads.kv * heads.slots * COLUMNS,
-    }[mode]
-    chunks = cdiv(max(value_ranks), CHUNK)
-    if chunks * heads.slots > MOST_SUMS:
-        return ()
-    # Bytes: numbers of 16 bits are kept, those of tiles are codes, which have scales and shifts.
-    weighers = weighers_of(mode, bits)
-    parameters = 2 if bits < 16 else 0
-    kept = 2 * (kept + weighers * heads.slots * TILE) + 8 * TILE * (heads.slots + parameters) + RESERVED
-    fitting = []
-    for plan in dict.fromkeys((*PLANS, *(GRID if all_of_them else ()))):
-        tiles = (2 if rebuilt else 1) * plan.key_stages * TILE * rank
-        tiles += weighers * plan.value_stages * plan.step * chunks * CHUNK
-        operands = chunks * (heads.slots + plan.step // 2) if bits < 16 else 0
-        if kept + tiles * bits // 8 <= memory and operands <= MOST_OPERANDS:
-            fitting.append(plan)
-    return tuple(fitting if all_of_them else fitting[:1])
-
-
-@functools.lru_cache(maxsize=4096)
-def parts_of(tiles: int, others: int, processors: int) -> int:
-    """Programs that share the tiles, where there are so many others at a time: those that end first, if in waves."""
-    most = max(1, min(tiles, MOST_PARTS, cdiv(4 * processors, others)))
-    times = {n: cdiv(n * others, processors) * (cdiv(tiles, n) + START) for n in range(1, most + 1)}
-    return min(times, key=lambda parts: (times[parts], parts))
 
 
 class Call(NamedTuple):
@@ -267,8 +131,9 @@ def launch(
     """
     call = Call(query, key_latents, value_latents, key, value, rotation, mask, rows_per_latent, scaling)
     (rows, num_heads, _), heads = query.shape, call.heads
-    parts = parts_of(cdiv(key_latents.shape[1], TILE), len(key.ranks) * rows, processors(query.device))
-    window = _window_of(call)
+    tiles = cdiv(key_latents.shape[1], TILE)
+    parts = parts_of(tiles, len(key.ranks) * rows, processors(query.device))
+    window = _window_of(call) if cdiv(tiles, parts) >= LEAST_TILES else None
     weighers = weighers_of(mode_of(heads, window is not None), call.bits)
     sums = query.new_empty(parts * weighers, rows, num_heads, max(value.ranks), dtype=torch.float32)
     found = Parts(sums, *query.new_empty(2, parts * weighers, rows, num_heads, dtype=torch.float32))
@@ -281,11 +146,9 @@ def launch(
 
 
 def _window_of(call: Call) -> Window | None:
-    """In what windows the call's keys are interpolated, if that is faster."""
+    """In what windows of positions the call's keys can be interpolated, where that is faster."""
     # Numbers take longer to read than to multiply.
     if call.bits == 16 or call.heads.mode == "absorbed" or not call.plans(True, False):
-        return None
-    if call.key_latents.shape[1] < LEAST_LENGTH:
         return None
     if call.heads.mode == "folded":
         return call.rotation.window(0, COLUMNS, COLUMNS)

@@ -2,8 +2,8 @@
 
 Shared memory holds packed codes as 16-bit units of `16 / bits` neighbouring latents, their fields. One shift and one
 mask make two fp16 numbers of two units that stand side by side, so a product meets all units' first fields, then all
-second ones, .. (`palu.kernels.latent_scores.factors.unit_order`). Keys have units of a token side by side, values the same unit of two tokens, which the
-transposing load brings together.
+second ones, .. (`palu.kernels.latent_scores.factors.unit_order`). Keys have units of a token side by side, values the
+same unit of two tokens, which the transposing load brings together.
 """
 
 from triton.experimental import gluon

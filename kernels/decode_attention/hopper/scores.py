@@ -18,6 +18,7 @@ from palu.kernels.decode_attention.hopper.common import (
     synchronize,
 )
 from palu.kernels.decode_attention.hopper.operands import key_operand
+from palu.kernels.decode_attention.hopper.parameters import hand_on_parameters, load_parameters, scale_of, shift_of
 from palu.kernels.decode_attention.hopper.prologue import copy_factors, fold, load_pairs, store_queries
 from palu.kernels.decode_attention.hopper.slow import copy_slow, load_basis, make_slow, slow_scores
 from palu.kernels.decode_attention.hopper.turns import LEAST, load_turns, rotated, unpacked, weighed
@@ -35,47 +36,6 @@ def _copy_tile(to, latents, tiles, index, latents_t, units):
 
 
 @gluon.jit
-def _load_parameters(stored, tiles, index, layout: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr):
-    """Scales of a tile's keys and of its values, [tile] each, as words with the zero points where there are any."""
-    parameters = ()
-    if BITS < 16:
-        keys, values, keys_t, values_t = stored
-        first, step, _, _, length = tiles
-        token = (first + index * step) * TILE + gl.arange(0, TILE, layout)
-        at_key, at_value = keys + token.to(gl.int64) * keys_t, values + token.to(gl.int64) * values_t
-        if ASYMMETRIC:
-            at_key = at_key.to(gl.pointer_type(gl.int32), bitcast=True)
-            at_value = at_value.to(gl.pointer_type(gl.int32), bitcast=True)
-        # Behind the last token any positive scale does.
-        one: gl.constexpr = 0x3C00 if ASYMMETRIC else 1.0
-        parameters = (
-            gl.load(at_key, mask=token < length, other=one), gl.load(at_value, mask=token < length, other=one)
-        )  # fmt: skip
-    return parameters
-
-
-@gluon.jit
-def _half(word):
-    return word.to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
-
-
-@gluon.jit
-def _scale(parameters, side: gl.constexpr, ASYMMETRIC: gl.constexpr):
-    """A tile's scales, float32 [tile], of keys (0) or values (1)."""
-    return _half(parameters[side]) if ASYMMETRIC else parameters[side].to(gl.float32)
-
-
-@gluon.jit
-def _shift(parameters, side: gl.constexpr, layout: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr):
-    """A tile's zero points less the middle code, float32 [tile], of keys (0) or values (1); zero where symmetric."""
-    if BITS < 16 and ASYMMETRIC:
-        shift = _half(parameters[side] >> 16) - float(1 << (BITS - 1))
-    else:
-        shift = gl.zeros([TILE], gl.float32, layout)
-    return shift
-
-
-@gluon.jit
 def _operand(
     slot, parameters, STAGES: gl.constexpr, result: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr,
     SCALED: gl.constexpr,
@@ -88,26 +48,9 @@ def _operand(
     async_copy.wait_group(STAGES - 1)
     synchronize()
     one = gl.full([TILE], 1.0, gl.float32, rows)
-    scale = _scale(parameters, 0, ASYMMETRIC) if BITS < 16 else one
-    operand = key_operand(slot, _shift(parameters, 0, rows, BITS, ASYMMETRIC), scale, result, BITS, SCALED)
+    scale = scale_of(parameters, 0, ASYMMETRIC) if BITS < 16 else one
+    operand = key_operand(slot, shift_of(parameters, 0, rows, BITS, ASYMMETRIC), scale, result, BITS, SCALED)
     return operand, one if SCALED else scale
-
-
-@gluon.jit
-def _hand_on_parameters(
-    scales, buffer, parameters, seen, layout: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr
-):
-    """Store what weights need of a tile's values, 1 / scale and shift; returns the logarithm of their scales."""
-    logarithm = gl.zeros([TILE], gl.float32, layout)
-    if BITS < 16:
-        # Parameters of hidden tokens may be anything, zero where a cache has room left.
-        visible = seen > float("-inf")
-        scale = gl.where(visible, _scale(parameters, 1, ASYMMETRIC), 1.0)
-        scales.index(2 * buffer).store(1.0 / scale)
-        shift = _shift(parameters, 1, layout, BITS, ASYMMETRIC)
-        scales.index(2 * buffer + 1).store(gl.where(visible, shift, 0.0))
-        logarithm = gl.log2(scale)
-    return logarithm
 
 
 @gluon.jit
@@ -155,7 +98,7 @@ def _prepare(
     QUERY_SLOTS: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
     """Make what tiles are multiplied with ready: of all, or of a window. Each of two groups of warps does a part."""
-    up_stride, rank, query_stride, scaling = numbers
+    _, _, query_stride, scaling = numbers
     KV: gl.constexpr = factors.shape[0]
     if MODE == "windows":
         make_window(factors, beside, ready, frequency, query, up, numbers, position, more, WIDTH, WHICH)
@@ -223,7 +166,7 @@ def score_rebuilt(
     for stage in gl.static_range(STAGES):
         _copy_tile(ring.index(stage), latents, tiles, begin + WHICH + 2 * stage, latents_t, units)
     turns = _turns_of(table, tiles, begin + WHICH, table_t, WIDE // 2, ROWS_SPAN)
-    parameters = _load_parameters(stored, tiles, begin + WHICH, rows, BITS, ASYMMETRIC)
+    parameters = load_parameters(stored, tiles, begin + WHICH, rows, BITS, ASYMMETRIC)
     frequency = 0.0
     if MODE == "windows":
         frequency = load_frequencies(frequencies, beside[2].shape[2], WIDTH)
@@ -238,7 +181,7 @@ def score_rebuilt(
             done = (index - begin) // 2
             inside = (first + index * step) * TILE + gl.arange(0, TILE, rows)
             seen = load_seen(mask, row_mask, mask_t, inside, inside < length, MASK)
-            next_parameters = _load_parameters(stored, tiles, index + 2, rows, BITS, ASYMMETRIC)
+            next_parameters = load_parameters(stored, tiles, index + 2, rows, BITS, ASYMMETRIC)
             slot = ring.index(done % STAGES)
             if MODE == "mixed":
                 shares = load_basis(basis, (index - window) * TILE, beside[2].shape[0] // SLOTS, SLOTS)
@@ -249,7 +192,7 @@ def score_rebuilt(
             synchronize()
             _copy_tile(slot, latents, tiles, index + 2 * STAGES, latents_t, units)
             mbarrier.wait(empty, (done & 1) ^ 1)
-            logarithm = _hand_on_parameters(scales, WHICH, parameters, seen, rows, BITS, ASYMMETRIC)
+            logarithm = hand_on_parameters(scales, WHICH, parameters, seen, rows, BITS, ASYMMETRIC)
             zeros = gl.zeros([TILE, WIDE], gl.float32, wide)
             scores = gl.zeros([TILE, SLOTS], gl.float32, narrow)
             if SPAN > 0:
@@ -304,14 +247,14 @@ def score_absorbed(
     first, step, begin, end, length = tiles
     for stage in gl.static_range(STAGES):
         _copy_tile(ring.index(stage), latents, tiles, begin + stage, latents_t, units)
-    parameters = _load_parameters(stored, tiles, begin, rows, BITS, ASYMMETRIC)
+    parameters = load_parameters(stored, tiles, begin, rows, BITS, ASYMMETRIC)
     zeros = gl.zeros([TILE, SLOTS], gl.float32, layout)
     for index in range(begin, end):
         done = index - begin
         buffer = done % 2
         token = (first + index * step) * TILE + gl.arange(0, TILE, rows)
         seen = load_seen(mask, row_mask, mask_t, token, token < length, MASK)
-        next_parameters = _load_parameters(stored, tiles, index + 1, rows, BITS, ASYMMETRIC)
+        next_parameters = load_parameters(stored, tiles, index + 1, rows, BITS, ASYMMETRIC)
         slot = ring.index(done % STAGES)
         operand, scale = _operand(slot, parameters, STAGES, layout, BITS, ASYMMETRIC, False)
         begun = warpgroup_mma(operand, queries.permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -319,7 +262,7 @@ def score_absorbed(
         synchronize()
         _copy_tile(slot, latents, tiles, index + STAGES, latents_t, units)
         mbarrier.wait(empty.index(buffer), ((done // 2) & 1) ^ 1)
-        logarithm = _hand_on_parameters(scales, buffer, parameters, seen, rows, BITS, ASYMMETRIC)
+        logarithm = hand_on_parameters(scales, buffer, parameters, seen, rows, BITS, ASYMMETRIC)
         score, operand = warpgroup_mma_wait(0, deps=[begun, operand])
         _hand_on(found.index(buffer), score, seen, scale, logarithm)
         parameters = next_parameters

@@ -1,4 +1,4 @@
-"""Which rows' visible tokens stand without gaps, where windows of positions can take the place of every pair's turns."""
+"""Which rows' visible tokens stand without gaps, so that windows of positions can be laid over them."""
 
 import torch
 from torch import Tensor

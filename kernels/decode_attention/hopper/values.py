@@ -110,7 +110,7 @@ def _copy_step(rings, stage, latents, tiles, begin, number, latents_t, units, EV
 def _scores_of(found, buffer, first, STEP: gl.constexpr, USED: gl.constexpr):
     """Scores of a step's tokens in the slots in use, shared memory [slots, tokens]."""
     scores = found.index(buffer).slice(first, STEP, dim=0)
-    if USED < found.shape[2]:
+    if found.shape[2] > USED:
         scores = scores.slice(0, USED, dim=1)
     return scores.permute((1, 0))
 

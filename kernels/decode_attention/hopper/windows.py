@@ -59,7 +59,9 @@ def load_frequencies(frequencies, PAIRS: gl.constexpr, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def _store_turned(turned, query, query_stride, scaling, angle, KV: gl.constexpr, WIDTH: gl.constexpr, WHICH: gl.constexpr):
+def _store_turned(
+    turned, query, query_stride, scaling, angle, KV: gl.constexpr, WIDTH: gl.constexpr, WHICH: gl.constexpr
+):
     """Every other query, turned back by angles [pairs], to shared memory [heads * 2, pairs]."""
     pair = gl.arange(0, angle.shape[0], angle.type.layout)
     cos, sin = turn(angle)

@@ -1,0 +1,64 @@
+"""Scales and zero points of a tile's codes."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from palu.kernels.decode_attention.hopper.common import TILE
+
+
+@gluon.jit
+def load_parameters(stored, tiles, index, layout: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr):
+    """Scales of a tile's keys and of its values, [tile] each, as words with the zero points where there are any."""
+    parameters = ()
+    if BITS < 16:
+        keys, values, keys_t, values_t = stored
+        first, step, _, _, length = tiles
+        token = (first + index * step) * TILE + gl.arange(0, TILE, layout)
+        at_key, at_value = keys + token.to(gl.int64) * keys_t, values + token.to(gl.int64) * values_t
+        if ASYMMETRIC:
+            at_key = at_key.to(gl.pointer_type(gl.int32), bitcast=True)
+            at_value = at_value.to(gl.pointer_type(gl.int32), bitcast=True)
+        # Behind the last token any positive scale does.
+        one: gl.constexpr = 0x3C00 if ASYMMETRIC else 1.0
+        parameters = (
+            gl.load(at_key, mask=token < length, other=one), gl.load(at_value, mask=token < length, other=one)
+        )  # fmt: skip
+    return parameters
+
+
+@gluon.jit
+def _half(word):
+    return word.to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
+
+
+@gluon.jit
+def scale_of(parameters, side: gl.constexpr, ASYMMETRIC: gl.constexpr):
+    """A tile's scales, float32 [tile], of keys (0) or values (1)."""
+    return _half(parameters[side]) if ASYMMETRIC else parameters[side].to(gl.float32)
+
+
+@gluon.jit
+def shift_of(parameters, side: gl.constexpr, layout: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr):
+    """A tile's zero points less the middle code, float32 [tile], of keys (0) or values (1); zero where symmetric."""
+    if BITS < 16 and ASYMMETRIC:
+        shift = _half(parameters[side] >> 16) - float(1 << (BITS - 1))
+    else:
+        shift = gl.zeros([TILE], gl.float32, layout)
+    return shift
+
+
+@gluon.jit
+def hand_on_parameters(
+    scales, buffer, parameters, seen, layout: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr
+):
+    """Store what weights need of a tile's values, 1 / scale and shift; returns the logarithm of their scales."""
+    logarithm = gl.zeros([TILE], gl.float32, layout)
+    if BITS < 16:
+        # Parameters of hidden tokens may be anything, zero where a cache has room left.
+        visible = seen > float("-inf")
+        scale = gl.where(visible, scale_of(parameters, 1, ASYMMETRIC), 1.0)
+        scales.index(2 * buffer).store(1.0 / scale)
+        shift = shift_of(parameters, 1, layout, BITS, ASYMMETRIC)
+        scales.index(2 * buffer + 1).store(gl.where(visible, shift, 0.0))
+        logarithm = gl.log2(scale)
+    return logarithm

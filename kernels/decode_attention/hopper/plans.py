@@ -1,0 +1,157 @@
+"""How a group's heads lie in the kernel for Hopper, and how much of it fits into a block."""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from palu.kernels.decode_attention.hopper.common import TILE as KERNEL_TILE
+from palu.kernels.decode_attention.hopper.turns import LEAST as KERNEL_LEAST
+from palu.kernels.decode_attention.hopper.values import CHUNK as KERNEL_CHUNK
+from palu.kernels.decode_attention.hopper.windows import COLUMNS as KERNEL_COLUMNS
+from palu.kernels.decode_attention.parts import COMBINE_PARTS
+from palu.kernels.integers import cdiv, next_power_of_2
+
+TILE, CHUNK, LEAST, COLUMNS = KERNEL_TILE.value, KERNEL_CHUNK.value, KERNEL_LEAST.value, KERNEL_COLUMNS.value
+# Columns of a group's scores at most, and latents of its keys at least, for the matrix units: of numbers and of codes.
+MOST_SLOTS, LEAST_RANK, LEAST_CODES = 32, 32, 64
+# Columns of slow pairs at least.
+LEAST_COLUMNS = 4
+# kv heads of a group at most: what tells heads apart in the kernel counts on few.
+MOST_KV = 8
+# Latents of a group's keys at most where they are rebuilt, and registers of a thread for the sums of values.
+MOST_RANK, MOST_SUMS = 256, 96
+# Registers of a thread for sums of values and for what codes became, which stay until their products are done.
+MOST_OPERANDS = 128
+# Latents of a group, keys' and values' together, at least: of less a program reads too little per tile.
+LEAST_WIDTH = 256
+# What the compiler keeps in shared memory.
+RESERVED = 1024
+# Parts that are added up at once.
+MOST_PARTS = 2 * COMBINE_PARTS
+# What a program costs beside its tiles, in tiles.
+START = 3
+
+
+class Plan(NamedTuple):
+    """Tiles of keys under way for each group of warps that scores, tokens per step of the values, steps under way."""
+
+    key_stages: int
+    step: int
+    value_stages: int
+
+
+# In the order of preference, of which the first that fits is taken.
+PLANS = (
+    Plan(2, 32, 4), Plan(1, 32, 4), Plan(1, 32, 3), Plan(1, 16, 5), Plan(1, 16, 4), Plan(1, 16, 3), Plan(1, 16, 2),
+)  # fmt: skip
+
+# What the full search tries.
+GRID = tuple(Plan(*each) for each in itertools.product((1, 2, 3, 4), (16, 32, 64), (2, 3, 4, 5, 6)))
+
+
+class Heads(NamedTuple):
+    """How a group's query heads lie, and how they are scored.
+
+    kv: kv heads; queries: heads of each, with room for `query_slots`; together: kv heads that share `columns` columns
+    of scores; slots: columns in all.
+    """
+
+    mode: str
+    kv: int
+    queries: int
+    query_slots: int
+    together: int
+    columns: int
+    slots: int
+
+
+@functools.lru_cache(maxsize=4096)
+def heads_of(num_heads: int, groups: int, kv: int | None) -> Heads:
+    """The heads of one group of so many kv heads; None: keys are absorbed, all queries have the group for a kv head."""
+    queries = num_heads // groups // (kv or 1)
+    if kv is None:
+        slots = max(LEAST, next_power_of_2(queries))
+        return Heads("absorbed", 1, queries, slots, 1, slots, slots)
+    if queries == 1:
+        slots = max(LEAST, next_power_of_2(kv))
+        return Heads("folded", kv, 1, 1, kv, slots, slots)
+    query_slots = next_power_of_2(queries)
+    together = max(1, min(LEAST // query_slots, kv))
+    slots = next_power_of_2(LEAST * cdiv(kv, together))
+    return Heads("rotated", kv, queries, query_slots, together, LEAST, slots)
+
+
+def mode_of(heads: Heads, windows: bool) -> str:
+    """How the kernel scores; with windows of positions all pairs are interpolated, or slow ones of several queries."""
+    return {"folded": "windows", "rotated": "mixed"}[heads.mode] if windows else heads.mode
+
+
+def weighers_of(mode: str, bits: int) -> int:
+    """Groups of warps that weigh values: two where making numbers of codes takes longer than reading them."""
+    return 2 if bits < 8 and mode == "absorbed" else 1
+
+
+def padded_rank(ranks: Sequence[int], bits: int) -> int:
+    """Latents that a program reads of each group of keys."""
+    return max(LEAST_RANK if bits == 16 else LEAST_CODES, next_power_of_2(max(ranks)))
+
+
+@functools.lru_cache(maxsize=4096)
+def plans_for(
+    heads: Heads,
+    head_dim: int,
+    key_ranks: tuple[int, ...],
+    value_ranks: tuple[int, ...],
+    bits: int,
+    memory: int,
+    windows: bool,
+    all_of_them: bool,
+) -> tuple[Plan, ...]:
+    """How much may be under way at a time in a block of so much shared memory: the best, or all plans that fit.
+
+    windows: keys are interpolated in windows of positions.
+    """
+    rank, wide = padded_rank(key_ranks, bits), next_power_of_2(head_dim)
+    rebuilt = heads.mode != "absorbed"
+    if heads.slots > MOST_SLOTS or (heads.mode == "rotated" and heads.query_slots > LEAST):
+        return ()
+    if rank > MOST_RANK or (rebuilt and heads.kv > MOST_KV):
+        return ()
+    if max(key_ranks) + max(value_ranks) < LEAST_WIDTH:
+        return ()
+    mode = mode_of(heads, windows)
+    if windows and (wide != 2 * COLUMNS or heads.slots > COLUMNS // LEAST_COLUMNS):
+        return ()
+    kept = {
+        "absorbed": heads.slots * rank,
+        "folded": heads.kv * wide * rank,
+        "rotated": heads.kv * wide * (rank + LEAST),
+        # A head's factor beside for each group of warps that scores, turned queries, bases.
+        "windows": (heads.kv * COLUMNS + 2 * wide) * rank + (COLUMNS + heads.kv + 1) * wide,
+        # Fast and slow pairs, the windows of these.
+        "mixed": (heads.kv * wide + COLUMNS) * rank + heads.kv * heads.slots * COLUMNS,
+    }[mode]
+    chunks = cdiv(max(value_ranks), CHUNK)
+    if chunks * heads.slots > MOST_SUMS:
+        return ()
+    # Bytes: numbers of 16 bits are kept, those of tiles are codes, which have scales and shifts.
+    weighers = weighers_of(mode, bits)
+    parameters = 2 if bits < 16 else 0
+    kept = 2 * (kept + weighers * heads.slots * TILE) + 8 * TILE * (heads.slots + parameters) + RESERVED
+    fitting = []
+    for plan in dict.fromkeys((*PLANS, *(GRID if all_of_them else ()))):
+        tiles = (2 if rebuilt else 1) * plan.key_stages * TILE * rank
+        tiles += weighers * plan.value_stages * plan.step * chunks * CHUNK
+        operands = chunks * (heads.slots + plan.step // 2) if bits < 16 else 0
+        if kept + tiles * bits // 8 <= memory and operands <= MOST_OPERANDS:
+            fitting.append(plan)
+    return tuple(fitting if all_of_them else fitting[:1])
+
+
+@functools.lru_cache(maxsize=4096)
+def parts_of(tiles: int, others: int, processors: int) -> int:
+    """Programs that share the tiles, where there are so many others at a time: those that end first, if in waves."""
+    most = max(1, min(tiles, MOST_PARTS, cdiv(4 * processors, others)))
+    times = {n: cdiv(n * others, processors) * (cdiv(tiles, n) + START) for n in range(1, most + 1)}
+    return min(times, key=lambda parts: (times[parts], parts))

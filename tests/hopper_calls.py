@@ -1,0 +1,34 @@
+"""What the tests of the decode kernel for Hopper share."""
+
+import pytest
+import torch
+
+from palu.kernels.decode_attention import launch
+from palu.kernels.decode_attention.hopper import launch as hopper
+from palu.kernels.decode_attention.hopper import plans
+from tests.kernel_calls import close, defined, on_device
+
+MEMORY = 227 << 10
+LLAMA_2, LLAMA_3 = plans.heads_of(32, 8, 4), plans.heads_of(32, 2, 4)
+needs_hopper = pytest.mark.skipif(
+    not (torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9), reason="needs compute capability 9"
+)
+
+
+def fitting(heads, key_rank, value_rank, memory=MEMORY, all_of_them=False, bits=16, windows=False):
+    return plans.plans_for(heads, 128, (key_rank,), (value_rank,), bits, memory, windows, all_of_them)
+
+
+def checked(call, shape, mask, given, dtype, monkeypatch, held=None):
+    """The kernel's output of a call is the definition's, and it was the kernel for Hopper that computed it.
+
+    held: what packed latents stand for.
+    """
+    launches, launched = [], hopper.launch
+    monkeypatch.setattr(hopper, "launch", lambda *args: launches.append(1) or launched(*args))
+    scaling = shape.head_dim**-0.5
+    seen = torch.ones(shape.batch, 1, shape.queries, shape.length, dtype=torch.bool) if mask is None else mask
+    expected = defined(call[0], *(held or call[1:3]), *call[3:], seen, scaling, shape, None)
+    output = launch.decode_attention(*on_device(*call, given), scaling, None, shape.head_dim)
+    assert launches
+    assert close(output, expected, dtype)

@@ -1,0 +1,99 @@
+"""Windows of positions, in which the decode kernel for Hopper interpolates keys of codes."""
+
+import pytest
+import torch
+
+from palu.kernels.decode_attention.hopper import launch as hopper
+from palu.kernels.decode_attention.hopper import plans
+from palu.kernels.decode_attention.hopper.spans import GAPS, spans_of
+from palu.kernels.decode_attention.spec import Shape
+from palu.kernels.rotation import Rotation
+from tests.hopper_calls import LLAMA_2, LLAMA_3, MEMORY, checked, fitting, needs_hopper
+from tests.kernel_calls import quantized, random_call
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_windows_of_real_models_fit(bits):
+    for heads in (LLAMA_2, LLAMA_3):
+        assert fitting(heads, 128, 384, bits=bits, windows=True)[0].value_stages >= 3
+        assert not fitting(heads, 128, 384, 163 << 10, bits=bits, windows=True)
+    # More slots than there are columns of slow pairs for.
+    assert not fitting(plans.heads_of(28, 1, 4), 128, 384, bits=bits, windows=True)
+    assert not plans.plans_for(LLAMA_2, 64, (128,), (384,), bits, MEMORY, True, False)
+
+
+def test_only_rows_whose_visible_tokens_follow_each_other_count_as_gapless():
+    length = 300
+    token = torch.arange(length)
+    positions = torch.stack([token + 5, (token - 70).clamp(min=0), token * 2, token + 300 * (token > 130)])
+    rotation = Rotation(positions, torch.ones(64))
+    hidden = spans_of(rotation, None, length, 1, 64).tolist()
+    assert hidden == [[5, 0, 5], [GAPS, 0, 5], [GAPS, 0, 5], [GAPS, 0, 5]]
+    # Padding on the left; every other token; a window behind the gap; a row that sees nothing.
+    masks = torch.stack([token >= 70, token >= 70, token % 2 == 0, token > 130])
+    assert spans_of(rotation, masks, length, 1, 64).tolist() == [[5, 1, 5], [-70, 1, 5], [GAPS, 0, 5], [300, 2, 5]]
+    nothing = torch.zeros(1, length, dtype=torch.bool)
+    assert {row[0] for row in spans_of(rotation, nothing, length, 1, 64).tolist()} == {GAPS}
+    additive = torch.zeros(masks.shape).masked_fill(~masks, float("-inf"))
+    assert torch.equal(spans_of(rotation, additive, length, 1, 64), spans_of(rotation, masks, length, 1, 64))
+    # Two queries per row of positions, of which the later one sees a token more.
+    causal = torch.stack([token < 298, token < 300]).repeat(4, 1)
+    assert spans_of(rotation, causal, length, 2, 64)[:, 0].tolist() == [5, 5, *[GAPS] * 6]
+
+
+WINDOWED = [(8, 8, 128), (3, 3, 96), (16, 4, 128), (6, 2, 96), (7, 1, 128)]
+
+
+@needs_hopper
+@torch.no_grad()
+@pytest.mark.usefixtures("empty_memory_is_nan")
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("heads", WINDOWED, ids=lambda heads: "-".join(map(str, heads)))
+@pytest.mark.parametrize("gaps", ["none", "one row", "all rows"])
+@pytest.mark.parametrize("hidden", ["nothing", "padding", "some", "end"])
+@pytest.mark.parametrize("base", [1e4, 1e6])
+def test_windows_of_positions_equal_the_definition(heads, gaps, hidden, bits, base, monkeypatch):
+    groups = max(1, heads[1] // 4)
+    shape = Shape(2, *heads, 1, 2600, (128,) * groups, (256,) * groups)
+    # Programs with several windows of 1,024 tokens or fewer, or with one that they do not fill.
+    monkeypatch.setattr(hopper, "parts_of", lambda *args: 2)
+    query, *latents, key, value, _, _ = random_call(shape, torch.float16, False)
+    positions = torch.arange(shape.length)[None] + torch.tensor([[0], [4000]])
+    if gaps != "none":
+        positions[1, 1900:] += 3000
+    if gaps == "all rows":
+        positions[0, 5:] += 1
+    frequencies = (base ** (-torch.arange(0, heads[2], 2).double() / heads[2])).float()
+    rotation = Rotation(positions, frequencies)
+    mask = torch.ones(2, 1, 1, shape.length, dtype=torch.bool)
+    if hidden == "padding":
+        mask[0, ..., :700] = mask[1, ..., :3] = False
+    elif hidden == "some":
+        mask = torch.rand(mask.shape) < 0.7
+    elif hidden == "end":
+        mask[..., 2100:] = False
+    packed, held = quantized(latents, bits, key, value)
+    windows, launched = [], hopper._launch
+    monkeypatch.setattr(hopper, "_launch", lambda *args: windows.append(args[2] is not None) or launched(*args))
+    given = None if hidden == "nothing" else mask
+    checked((query, *packed, key, value, rotation), shape, mask, given, "float16", monkeypatch, held)
+    # Four columns of slow pairs reach too few positions where frequencies fall slowly.
+    assert windows == ([False] if heads == (16, 4, 128) and base == 1e4 else [True, False])
+
+
+@needs_hopper
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("heads", [(8, 8), (16, 4)], ids=["windows", "mixed"])
+def test_windows_take_every_kind_of_codes_and_several_queries(heads, symmetric, dtype, monkeypatch):
+    shape = Shape(2, *heads, 128, 3, 2100, (64,) * (heads[1] // 4), (256,) * (heads[1] // 4))
+    monkeypatch.setattr(hopper, "parts_of", lambda *args: 2)
+    query, *latents, key, value, rotation, _ = random_call(shape, getattr(torch, dtype), False, gapless=True)
+    rotation = Rotation(rotation.positions, 1e6 ** (-torch.arange(64) / 64), 1.2)
+    mask = torch.ones(2, 1, 3, shape.length, dtype=torch.bool).tril(shape.length - 3)
+    packed, held = quantized([latent * 3 + 0.2 for latent in latents], 4, key, value, symmetric=symmetric)
+    windows, launched = [], hopper._launch
+    monkeypatch.setattr(hopper, "_launch", lambda *args: windows.append(args[2] is not None) or launched(*args))
+    checked((query, *packed, key, value, rotation), shape, mask, mask, dtype, monkeypatch, held)
+    assert windows == [True, False]
