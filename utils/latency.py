@@ -51,7 +51,7 @@ class Peaks(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Bytes and FLOPs that a call cannot do without."""
+    """Bytes that a call cannot do without, and FLOPs of computing it by its definition."""
 
     bytes: int
     flops: int

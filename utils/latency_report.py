@@ -52,7 +52,8 @@ def attention_table(results: dict[str, Any]) -> None:
     ]
     remarks = [
         _peaks(results),
-        "floor: the larger of the two, us; floor%: it over the time; ratio: the fastest baseline's time over this one",
+        "floor: the larger of what bytes and FLOPs take, us, with all keys rebuilt (interpolated ones need fewer FLOPs)",
+        "floor%: it over the time; ratio: the fastest baseline's time over this one",
         *_remarks(results),
     ]
     columns = ["tokens", "provider", "rows", "us", "p20-p80", "GB", "GFLOP", "floor", "floor%", "ratio"]

@@ -149,7 +149,8 @@ def latent_attention_cost(
 ) -> Cost:
     """Attention over key and value latents, each read once.
 
-    FLOPs: keys rebuilt and multiplied with queries (with absorbed queries latents are), weighted sums of value latents.
+    FLOPs: keys rebuilt and multiplied with queries (with absorbed queries latents are), weighted sums of value latents;
+    of interpolated keys there are fewer.
     """
     key, value = (sum(side) for side in ranks)
     per_group = heads.num_heads // heads.groups
