@@ -52,7 +52,7 @@ def attention_table(results: dict[str, Any]) -> None:
     ]
     remarks = [
         _peaks(results),
-        "floor: the larger of what bytes and FLOPs take, us, with all keys rebuilt (interpolated ones need fewer FLOPs)",
+        "floor: the larger of what bytes and FLOPs take, us, with all keys rebuilt (interpolated ones need fewer)",
         "floor%: it over the time; ratio: the fastest baseline's time over this one",
         *_remarks(results),
     ]
