@@ -40,6 +40,11 @@ class MixedLatents:
 Latents = Stretch | MixedLatents
 
 
+def version_of(tensor: Tensor) -> int | None:
+    """A number that writing to a tensor changes; None of tensors that do not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
 def stretches(latents: Latents) -> tuple[Stretch, ...]:
     """The stretches in the order of their tokens; one, where all tokens are of a kind."""
     return latents.stretches if isinstance(latents, MixedLatents) else (latents,)

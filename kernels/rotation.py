@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from palu.kernels.latents import version_of
+
 # Largest error of an interpolated cosine or sine, about that of rounding them to fp16.
 TOLERANCE = 1e-3
 FAST_PAIRS = (16, 32, 48)
@@ -188,18 +190,25 @@ class Rotation:
         return self.kept(("all", dtype), make)
 
     def kept(self, key: tuple, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """Tables of these positions, [batch or 1, length, ...] (but for TURNS), made once for all layers."""
+        """Tables of these positions, [batch or 1, length, ...] (but for those of `seen`), made once for all layers."""
         if key not in self._tables:
             self._tables[key] = make()
         return self._tables[key]
+
+    def seen(self, key: tuple, mask: Tensor | None, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Tables of these positions and a mask, made once for all layers that share both; they are never narrowed."""
+        at = None
+        if mask is not None:
+            at = (mask.data_ptr(), mask.shape, mask.stride(), mask.dtype, version_of(mask))
+        # Keeping the mask keeps its memory from another one.
+        return self.kept((TURNS, *key, at), lambda: (*make(), mask))[:-1]
 
     def turns(
         self, mask: Tensor | None, length: int, interpolation: Interpolation, dtype: torch.dtype, make: Callable
     ) -> tuple[Tensor, Tensor]:
         """What `make` returns for these positions and this mask, made once for all layers that share them."""
-        at = None if mask is None else (mask.data_ptr(), mask.shape, mask.stride(), mask.dtype)
-        key = (TURNS, at, length, interpolation.fast, interpolation.span, interpolation.columns, dtype)
-        return self.kept(key, lambda: make(self, mask, length, interpolation, dtype))
+        key = (length, interpolation.fast, interpolation.span, interpolation.columns, dtype)
+        return self.seen(key, mask, lambda: make(self, mask, length, interpolation, dtype))
 
     def interpolation(self, queries: int, dtype: torch.dtype) -> Interpolation | None:
         """How slow pairs are interpolated for so many query heads per kv head; its basis in `dtype`."""

@@ -7,6 +7,8 @@ from palu.kernels.decode_attention.hopper import launch as hopper
 from palu.kernels.decode_attention.hopper import plans
 from palu.kernels.decode_attention.hopper.spans import GAPS, spans_of
 from palu.kernels.decode_attention.spec import Shape
+from palu.kernels.latent_scores.factors import ordered_factor, unit_order
+from palu.kernels.latents import LatentProjection
 from palu.kernels.rotation import Rotation
 from tests.hopper_calls import LLAMA_2, LLAMA_3, MEMORY, checked, fitting, needs_hopper
 from tests.kernel_calls import quantized, random_call
@@ -17,6 +19,7 @@ def test_windows_of_real_models_fit(bits):
     for heads in (LLAMA_2, LLAMA_3):
         assert fitting(heads, 128, 384, bits=bits, windows=True)[0].value_stages >= 3
         assert not fitting(heads, 128, 384, 163 << 10, bits=bits, windows=True)
+    assert not fitting(LLAMA_2, 256, 128, bits=bits, windows=True)
     # More slots than there are columns of slow pairs for.
     assert not fitting(plans.heads_of(28, 1, 4), 128, 384, bits=bits, windows=True)
     assert not plans.plans_for(LLAMA_2, 64, (128,), (384,), bits, MEMORY, True, False)
@@ -42,6 +45,28 @@ def test_only_rows_whose_visible_tokens_follow_each_other_count_as_gapless():
 
 
 # Heads, kv heads, head_dim, base.
+@torch.no_grad()
+def test_what_was_made_of_a_mask_or_a_factor_is_not_taken_for_another_one():
+    rotation, length = Rotation(torch.arange(130)[None], torch.ones(64)), 130
+    mask = torch.ones(1, length, dtype=torch.bool)
+    assert spans_of(rotation, mask, length, 1, 64).tolist() == [[0, 0, 3]]
+    mask[:, :70] = False
+    assert spans_of(rotation, mask, length, 1, 64).tolist() == [[0, 1, 3]]
+    for first in range(0, 130, 10):
+        # Each may get the memory of the one before.
+        mask = torch.arange(length)[None] >= first
+        assert spans_of(rotation, mask, length, 1, 64).tolist() == [[0, first // 64, 3]]
+    projection = torch.nn.Linear(64, 8, bias=False)
+    key = LatentProjection(projection.weight, (64,))
+    first = ordered_factor(key, 64, 4, torch.float32, unit_order)
+    assert ordered_factor(key, 64, 4, torch.float32, unit_order) is first
+    assert torch.equal(first, projection.weight[:, unit_order(64, 4)])
+    projection._apply(lambda tensor: tensor * 2)
+    assert torch.equal(ordered_factor(key, 64, 4, torch.float32, unit_order), 2 * first)
+    projection.weight.mul_(2)
+    assert torch.equal(ordered_factor(key, 64, 4, torch.float32, unit_order), 4 * first)
+
+
 WINDOWED = [(8, 8, 128, 1e4), (3, 3, 96, 1e6), (16, 4, 128, 1e6), (6, 2, 96, 1e4), (7, 1, 128, 1e6)]
 # Four columns of slow pairs reach too few positions where frequencies fall slowly.
 NOT_WINDOWED = (16, 4, 128, 1e4)
@@ -57,7 +82,7 @@ NOT_WINDOWED = (16, 4, 128, 1e4)
 def test_windows_of_positions_equal_the_definition(heads, gaps, hidden, bits, monkeypatch):
     *heads, base = heads
     groups = max(1, heads[1] // 4)
-    shape = Shape(2, *heads, 1, 2600, (128,) * groups, (256,) * groups)
+    shape = Shape(2, *heads, 1, 2600, (128, 64)[:groups], (384, 256)[:groups])
     # Programs with several windows of 1,024 tokens or fewer, or with one that they do not fill.
     monkeypatch.setattr(hopper, "parts_of", lambda *args: 2)
     query, *latents, key, value, _, _ = random_call(shape, torch.float16, False)
@@ -87,9 +112,10 @@ def test_windows_of_positions_equal_the_definition(heads, gaps, hidden, bits, mo
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
-@pytest.mark.parametrize("heads", [(8, 8), (16, 4)], ids=["windows", "mixed"])
+@pytest.mark.parametrize("heads", [(8, 8), (16, 4), (1, 1)], ids=["windows", "mixed", "one head"])
 def test_windows_take_every_kind_of_codes_and_several_queries(heads, symmetric, dtype, monkeypatch):
-    shape = Shape(2, *heads, 128, 3, 2100, (64,) * (heads[1] // 4), (256,) * (heads[1] // 4))
+    groups = max(1, heads[1] // 4)
+    shape = Shape(2, *heads, 128, 3, 2100, (96,) * groups, (256,) * groups)
     monkeypatch.setattr(hopper, "parts_of", lambda *args: 2)
     query, *latents, key, value, rotation, _ = random_call(shape, getattr(torch, dtype), False, gapless=True)
     rotation = Rotation(rotation.positions, 1e6 ** (-torch.arange(64) / 64), 1.2)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from palu.kernels.latents import LatentProjection
+from palu.kernels.latents import LatentProjection, version_of
 
 # Latents that a program multiplies at a time.
 PART = 128
@@ -46,11 +46,13 @@ _ordered: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def ordered_factor(key: LatentProjection, padded: int, bits: int, dtype: torch.dtype, order: Order) -> Tensor:
     """The up factor in an order of codes of `bits` bits, [group_dim, groups * padded], zero where there is no latent.
 
-    Made once for an order and kept as long as the factor, until that changes.
+    Made once for an order and kept as long as the factor, until that is written to or gets other memory; writing to its
+    `.data` goes unnoticed.
     """
     kept = _ordered.setdefault(key.up, {})
-    version = None if key.up.is_inference() else key.up._version
-    entry = (padded, bits, dtype, tuple(key.ranks), version)
+    # Moving a module leaves its parameters the objects that they were, and their versions.
+    memory = (key.up.data_ptr(), key.up.device, key.up.dtype, version_of(key.up))
+    entry = (padded, bits, dtype, tuple(key.ranks), *memory)
     if kept.get(order, (None,))[0] != entry:
         with torch.inference_mode(False), torch.no_grad():
             groups = key.up.detach().clone().split(list(key.ranks), dim=1)

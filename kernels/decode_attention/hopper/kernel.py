@@ -1,7 +1,7 @@
 """Decode attention over latents on Hopper: one launch in which groups of four warps score or weigh values.
 
 The matrix units take the up factor from shared memory, where it stays, and key latents from registers, where codes
-become numbers. Keys are rebuilt whole.
+become numbers. Keys are rebuilt whole, or partly interpolated in windows of positions (`windows`, `slow`).
 """
 
 from triton.experimental import gluon
@@ -33,12 +33,15 @@ def hopper_kernel(
     BITS: gl.constexpr, ASYMMETRIC: gl.constexpr, WEIGHERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr,
     VALUE_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Sums of value latents of a group's heads over every part-th tile of tokens, relative to their peaks.
+    """Sums of value latents of a group's heads over a part of the tokens, relative to their peaks.
 
-    query: [rows, GROUPS * KV * QUERIES, query_stride]; absorbed, KV is one. keys, values: of codes, bytes. table:
-    `lane_table`. parameters: of codes, scales of every group, with their zero points behind them if ASYMMETRIC.
-    sums: float32 [parts, rows, heads, RANK_STRIDE]; totals, peaks: [parts, rows, heads], as `combine_kernel` takes
-    them: WEIGHERS parts of every program.
+    query: [rows, GROUPS * KV * QUERIES, query_stride]; absorbed, KV is one. keys, values: of codes, bytes. up: of codes
+    in the order of `unit_order`. table: `lane_table`, of "mixed" that of the fast pairs, of "windows" a window's basis
+    by lane. parameters: of codes, scales of every group, with their zero points behind them if ASYMMETRIC.
+    spans: `spans_of`; TAKES: rows without gaps ("gapless"), the others ("gaps"), or "all"; of other rows nothing is
+    written. SPAN: tokens of a window, or 0; bases, basis: of `palu.kernels.rotation.Window`. sums: float32 [parts,
+    rows, heads, RANK_STRIDE]; totals, peaks: [parts, rows, heads], as `combine_kernel` takes them: WEIGHERS parts of
+    every program.
     """
     part, group, row = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     parts = gl.num_programs(0)

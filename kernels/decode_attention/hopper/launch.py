@@ -133,7 +133,10 @@ def launch(
     (rows, num_heads, _), heads = query.shape, call.heads
     tiles = cdiv(key_latents.shape[1], TILE)
     parts = parts_of(tiles, len(key.ranks) * rows, processors(query.device))
-    window = _window_of(call) if cdiv(tiles, parts) >= LEAST_TILES else None
+    # Asked for at any length, so that a short call before is enough where a step is captured in a CUDA graph.
+    window = _window_of(call)
+    if cdiv(tiles, parts) < LEAST_TILES:
+        window = None
     weighers = weighers_of(mode_of(heads, window is not None), call.bits)
     sums = query.new_empty(parts * weighers, rows, num_heads, max(value.ranks), dtype=torch.float32)
     found = Parts(sums, *query.new_empty(2, parts * weighers, rows, num_heads, dtype=torch.float32))
@@ -157,11 +160,12 @@ def _window_of(call: Call) -> Window | None:
 
 def _launch_best(call: Call, window: Window | None, takes: str, parts: int, found: Parts) -> None:
     """Launch with the best plan."""
-    search = searches()
+    # Rows with gaps are few: there would be nothing to measure.
+    search = searches() and takes != "gaps"
     plans = call.plans(window is not None, search)
     if search:
         kinds = (call.heads, call.query.shape, tuple(call.key.ranks), tuple(call.value.ranks), call.bits)
-        shape_class = ("hopper", *kinds, call.query.dtype, mask_kind(call.mask), window is None)
+        shape_class = ("hopper", *kinds, call.query.dtype, mask_kind(call.mask), window and window.span)
         plan = pick(
             (*shape_class, length_class(call.key_latents.shape[1])), plans,
             lambda plan: _launch(plan, call, window, takes, parts, found), call.query.device,

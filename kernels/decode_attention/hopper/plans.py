@@ -15,8 +15,8 @@ from palu.kernels.integers import cdiv, next_power_of_2
 TILE, CHUNK, LEAST, COLUMNS = KERNEL_TILE.value, KERNEL_CHUNK.value, KERNEL_LEAST.value, KERNEL_COLUMNS.value
 # Columns of a group's scores at most, and latents of its keys at least, for the matrix units: of numbers and of codes.
 MOST_SLOTS, LEAST_RANK, LEAST_CODES = 32, 32, 64
-# Columns of slow pairs at least.
-LEAST_COLUMNS = 4
+# Columns of slow pairs at least, and latents of a window's matrices, which are made in registers, at most.
+LEAST_COLUMNS, MOST_WINDOW_RANK = 4, 128
 # kv heads of a group at most: what tells heads apart in the kernel counts on few.
 MOST_KV = 8
 # Latents of a group's keys at most where they are rebuilt, and registers of a thread for the sums of values.
@@ -121,7 +121,7 @@ def plans_for(
     if max(key_ranks) + max(value_ranks) < LEAST_WIDTH:
         return ()
     mode = mode_of(heads, windows)
-    if windows and (wide != 2 * COLUMNS or heads.slots > COLUMNS // LEAST_COLUMNS):
+    if windows and (wide != 2 * COLUMNS or heads.slots > COLUMNS // LEAST_COLUMNS or rank > MOST_WINDOW_RANK):
         return ()
     kept = {
         "absorbed": heads.slots * rank,

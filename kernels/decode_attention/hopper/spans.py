@@ -6,7 +6,7 @@ from torch import Tensor
 from palu.kernels.integers import cdiv
 from palu.kernels.latent_scores.tiles import GAPS as KERNEL_GAPS
 from palu.kernels.latent_scores.tiles import HIDING as KERNEL_HIDING
-from palu.kernels.rotation import TURNS, Rotation
+from palu.kernels.rotation import Rotation
 
 GAPS, HIDING = KERNEL_GAPS.value, KERNEL_HIDING.value
 
@@ -19,9 +19,10 @@ def spans_of(rotation: Rotation, mask: Tensor | None, length: int, queries: int,
     Args:
         mask: [rows or 1, length] or None; queries: rows that share a row of positions.
     """
-    at = None if mask is None else (mask.data_ptr(), mask.shape, mask.stride(), mask.dtype)
-    key = (TURNS, "spans", at, length, queries, tile)
-    return rotation.kept(key, lambda: (_spans(rotation.positions, mask, length, queries, tile),))[0]
+    positions = rotation.positions[:, :length]
+    visible = None if mask is None else mask[:, :length]
+    key = ("spans", length, queries, tile)
+    return rotation.seen(key, mask, lambda: (_spans(positions, visible, length, queries, tile),))[0]
 
 
 def _spans(positions: Tensor, mask: Tensor | None, length: int, queries: int, tile: int) -> Tensor:

@@ -105,7 +105,6 @@ def make_window(
     factor, turned, bases = beside
     up_stride, rank, query_stride, scaling = arguments
     KV: gl.constexpr = prepared.shape[0]
-    COLUMNS: gl.constexpr = prepared.shape[1]
     RANK: gl.constexpr = prepared.shape[2]
     result: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, RANK, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, result, 2)
