@@ -14,7 +14,9 @@ from tests.compile_launches import MOST_SHARED
 ROOT = Path(__file__).resolve().parents[1]
 # Bytes of local memory per thread: the most that Triton 3.6 or 3.9 leaves, where columns of more than PART latents are
 # kept too.
-MOST_SPILLED = {"weight_kernel": (56, 56), "scores_kernel": (136, 440), "hopper_kernel": (160, 160)}
+MOST_SPILLED = {"weight_kernel": (56, 56), "scores_kernel": (136, 440), "hopper_kernel": (80, 160)}
+# Of keys of several queries whose slow pairs are interpolated.
+MOST_SPILLED_MIXED = 160
 # Share of the multiply-adds that an assembler may fold; of two wrongly merged pairs of heads nine percent were missing.
 MOST_DROPPED = 0.05
 
@@ -36,7 +38,7 @@ def test_every_launch_compiles_and_fits(architecture, half, tmp_path):
     assert not narrow
     large = [row for row in rows if row["shared"] > MOST_SHARED[architecture]]
     assert not large
-    spilling = [row for row in rows if row["spilled"] > MOST_SPILLED.get(row["kernel"], (0, 0))[is_wide(row)]]
+    spilling = [row for row in rows if row["spilled"] > most_spilled(row)]
     assert not spilling
     rebuilt = [row for row in rows if row["kernel"] == "hopper_kernel" and row["mode"] != "absorbed"]
     assert bool(rebuilt) == (architecture == 90)
@@ -48,6 +50,13 @@ def test_every_launch_compiles_and_fits(architecture, half, tmp_path):
         assert streamed or row["asynchronous"], row
         if row.get("mode") != "absorbed":
             assert row["warpgroup"] == (architecture == 90 and row["kernel"] != "values_kernel"), row
+
+
+def most_spilled(row):
+    """Bytes of local memory that a launch may take."""
+    if row.get("mode") == "mixed":
+        return MOST_SPILLED_MIXED
+    return MOST_SPILLED.get(row["kernel"], (0, 0))[is_wide(row)]
 
 
 def is_wide(row):

@@ -44,7 +44,6 @@ def test_only_rows_whose_visible_tokens_follow_each_other_count_as_gapless():
     assert spans_of(rotation, causal, length, 2, 64)[:, 0].tolist() == [5, 5, *[GAPS] * 6]
 
 
-# Heads, kv heads, head_dim, base.
 @torch.no_grad()
 def test_what_was_made_of_a_mask_or_a_factor_is_not_taken_for_another_one():
     rotation, length = Rotation(torch.arange(130)[None], torch.ones(64)), 130
@@ -67,6 +66,7 @@ def test_what_was_made_of_a_mask_or_a_factor_is_not_taken_for_another_one():
     assert torch.equal(ordered_factor(key, 64, 4, torch.float32, unit_order), 4 * first)
 
 
+# Heads, kv heads, head_dim, base.
 WINDOWED = [(8, 8, 128, 1e4), (3, 3, 96, 1e6), (16, 4, 128, 1e6), (6, 2, 96, 1e4), (7, 1, 128, 1e6)]
 # Four columns of slow pairs reach too few positions where frequencies fall slowly.
 NOT_WINDOWED = (16, 4, 128, 1e4)

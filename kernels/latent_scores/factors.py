@@ -1,4 +1,4 @@
-"""What key latents are multiplied with, in the order in which packed codes come out of their words."""
+"""What key latents are multiplied with, in the order in which packed codes come out of their words or units."""
 
 import functools
 from collections.abc import Callable

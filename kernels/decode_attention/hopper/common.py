@@ -39,14 +39,12 @@ def hand_over(barrier, phase: gl.constexpr):
 
 
 @gluon.jit
-def seen_as(
-    memory, dtype: gl.constexpr, PARTS: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, layout: gl.constexpr
-):
-    """The same shared memory as PARTS matrices [ROWS, COLUMNS] of another type."""
+def seen_as(memory, PARTS: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, layout: gl.constexpr):
+    """The same shared memory as PARTS matrices [ROWS, COLUMNS]."""
     if REINTERPRETS:
-        other = memory.reinterpret(dtype, [PARTS, ROWS, COLUMNS], layout)
+        other = memory.reinterpret(memory.dtype, [PARTS, ROWS, COLUMNS], layout)
     else:
-        other = memory._reinterpret(dtype, [PARTS, ROWS, COLUMNS], layout)
+        other = memory._reinterpret(memory.dtype, [PARTS, ROWS, COLUMNS], layout)
     return other
 
 

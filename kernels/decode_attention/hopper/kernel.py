@@ -163,7 +163,7 @@ def hopper_kernel(
             ring = gl.allocate_shared_memory(stored, [KEY_STAGES, TILE, key_units], swizzled(key_units))
             rings = rings + (ring,)
             place = seen_as(
-                found.index(which), gl.float32, SLOTS // WIDTH_OF_PLACE, TILE, WIDTH_OF_PLACE,
+                found.index(which), SLOTS // WIDTH_OF_PLACE, TILE, WIDTH_OF_PLACE,
                 gl.SwizzledSharedLayout(1, 1, 1, [0, 1]),
             )  # fmt: skip
             places = places + (place,)

@@ -49,7 +49,6 @@ CODES = (8, 4)
 # Registers of a thread that scores and of one that weighs values, by the mode and the groups of warps that weigh.
 REGISTERS = {
     ("folded", 1): (184, 136), ("rotated", 1): (168, 168), ("absorbed", 1): (240, 240), ("absorbed", 2): (152, 176),
-    ("windows", 1): (184, 136), ("mixed", 1): (168, 168),
 }  # fmt: skip
 
 
@@ -137,14 +136,14 @@ def launch(
     window = _window_of(call)
     if cdiv(tiles, parts) < LEAST_TILES:
         window = None
-    weighers = weighers_of(mode_of(heads, window is not None), call.bits)
+    weighers = weighers_of(heads.mode, call.bits)
     sums = query.new_empty(parts * weighers, rows, num_heads, max(value.ranks), dtype=torch.float32)
     found = Parts(sums, *query.new_empty(2, parts * weighers, rows, num_heads, dtype=torch.float32))
     if window is None:
         _launch_best(call, None, "all", parts, found)
     else:
         _launch_best(call, window, "gapless", parts, found)
-        _launch_best(call, None, "gaps", parts * weighers, found)
+        _launch_best(call, None, "gaps", parts, found)
     return found
 
 
@@ -207,8 +206,8 @@ def _launch(plan: Plan, call: Call, window: Window | None, takes: str, parts: in
     (keys, key_parameters), key_strides, bits, asymmetric = layout(key_latents)
     (values, value_parameters), value_strides, _, _ = layout(value_latents)
     mode = mode_of(heads, window is not None)
-    weighers = weighers_of(mode, bits)
-    registers = REGISTERS[mode, weighers]
+    weighers = weighers_of(heads.mode, bits)
+    registers = REGISTERS[heads.mode, weighers]
     # Codes become fp16 numbers, whatever the model's.
     dtype = query.dtype if bits == 16 else torch.float16
     tables = _tables(call, window, takes, dtype)

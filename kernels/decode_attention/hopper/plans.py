@@ -136,7 +136,7 @@ def plans_for(
     if chunks * heads.slots > MOST_SUMS:
         return ()
     # Bytes: numbers of 16 bits are kept, those of tiles are codes, which have scales and shifts.
-    weighers = weighers_of(mode, bits)
+    weighers = weighers_of(heads.mode, bits)
     parameters = 2 if bits < 16 else 0
     kept = 2 * (kept + weighers * heads.slots * TILE) + 8 * TILE * (heads.slots + parameters) + RESERVED
     fitting = []

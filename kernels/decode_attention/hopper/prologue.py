@@ -38,6 +38,25 @@ def copy_factors(
 
 
 @gluon.jit
+def copy_halves(to, up, up_stride, rank, FIRST: gl.constexpr, WIDTH: gl.constexpr):
+    """Start copying pairs FIRST .. of kv heads' up factors: [heads * 2, pairs, RANK], both numbers of the pairs.
+
+    Zero where there are none.
+    """
+    HALVES: gl.constexpr = to.shape[0]
+    PAIRS: gl.constexpr = to.shape[1]
+    RANK: gl.constexpr = to.shape[2]
+    layout: gl.constexpr = copied_layout(RANK)
+    pair = FIRST + gl.arange(0, PAIRS, gl.SliceLayout(1, layout))
+    latent = gl.arange(0, RANK, gl.SliceLayout(0, layout))
+    ok = (pair < WIDTH // 2)[:, None] & (latent < rank)[None, :]
+    at = up + (pair * up_stride)[:, None] + latent[None, :]
+    for half in gl.static_range(HALVES):
+        copy_to_shared(to.index(half), at + half * (WIDTH // 2) * up_stride, mask=ok)
+    async_copy.commit_group()
+
+
+@gluon.jit
 def _rows_of(factor):
     """Rows of a factor in registers, eight neighbouring latents of two neighbouring rows a thread."""
     across: gl.constexpr = factor.shape[1] // 8

@@ -19,10 +19,10 @@ from palu.kernels.decode_attention.hopper.common import (
 )
 from palu.kernels.decode_attention.hopper.operands import key_operand
 from palu.kernels.decode_attention.hopper.parameters import hand_on_parameters, load_parameters, scale_of, shift_of
-from palu.kernels.decode_attention.hopper.prologue import copy_factors, fold, load_pairs, store_queries
-from palu.kernels.decode_attention.hopper.slow import copy_slow, load_basis, make_slow, slow_scores
+from palu.kernels.decode_attention.hopper.prologue import copy_factors, copy_halves, fold, load_pairs, store_queries
+from palu.kernels.decode_attention.hopper.slow import load_basis, make_slow, slow_scores
 from palu.kernels.decode_attention.hopper.turns import LEAST, load_turns, rotated, unpacked, weighed
-from palu.kernels.decode_attention.hopper.windows import copy_bases, copy_halves, load_frequencies, make_window
+from palu.kernels.decode_attention.hopper.windows import copy_bases, load_frequencies, make_window
 from palu.kernels.latent_scores.tiles import LOG2_E
 
 
@@ -82,11 +82,11 @@ def _start(factors, beside, up, up_stride, rank, bases, WIDTH: gl.constexpr, MOD
     if MODE == "windows":
         KV: gl.constexpr = factors.shape[0]
         copy_bases(beside[2], bases, beside[2].shape[2], WHICH)
-        copy_halves(beside[0], up + min(WHICH, KV - 1) * WIDTH * up_stride, up_stride, rank, WIDTH)
+        copy_halves(beside[0], up + min(WHICH, KV - 1) * WIDTH * up_stride, up_stride, rank, 0, WIDTH)
     elif MODE != "mixed":
         copy_factors(factors, up, up_stride, rank, WIDTH, WHICH, 2)
     elif WHICH == 0:
-        copy_slow(beside[1], up, up_stride, rank, WIDTH)
+        copy_halves(beside[1], up, up_stride, rank, beside[1].shape[1], WIDTH)
     else:
         copy_factors(factors, up, up_stride, rank, WIDTH, 0, 1)
 

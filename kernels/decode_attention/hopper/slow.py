@@ -16,25 +16,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from palu.kernels.decode_attention.hopper.common import TILE, WARPS, copied_layout, copy_to_shared, synchronize
+from palu.kernels.decode_attention.hopper.common import TILE, WARPS, synchronize
 from palu.kernels.decode_attention.hopper.operands import kv_head_of
 from palu.kernels.latent_scores.tiles import turn
-
-
-@gluon.jit
-def copy_slow(to, up, up_stride, rank, WIDTH: gl.constexpr):
-    """Start copying the slow pairs of every kv head's up factor: [KV * 2, pairs, RANK], both numbers of the pairs."""
-    HALVES: gl.constexpr = to.shape[0]
-    PAIRS: gl.constexpr = to.shape[1]
-    RANK: gl.constexpr = to.shape[2]
-    layout: gl.constexpr = copied_layout(RANK)
-    pair = PAIRS + gl.arange(0, PAIRS, gl.SliceLayout(1, layout))
-    latent = gl.arange(0, RANK, gl.SliceLayout(0, layout))
-    ok = (pair < WIDTH // 2)[:, None] & (latent < rank)[None, :]
-    at = up + (pair * up_stride)[:, None] + latent[None, :]
-    for half in gl.static_range(HALVES):
-        copy_to_shared(to.index(half), at + half * (WIDTH // 2) * up_stride, mask=ok)
-    async_copy.commit_group()
 
 
 @gluon.jit
@@ -45,7 +29,8 @@ def make_slow(
 ):  # fmt: skip
     """W of all columns and slots, to shared memory [columns * SLOTS, RANK], for the window that begins at a position.
 
-    factor: as `copy_slow` copies it, on its way; bases: fp16 [2, columns, pairs], C and S.
+    factor: [KV * 2, pairs, RANK], both numbers of every kv head's slow pairs, on its way; bases: fp16 [2, columns,
+    pairs], C and S.
     """
     ROWS: gl.constexpr = to.shape[0]
     RANK: gl.constexpr = to.shape[1]

@@ -18,25 +18,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from palu.kernels.decode_attention.hopper.common import WARPS, copied_layout, copy_to_shared, hand_over, synchronize
+from palu.kernels.decode_attention.hopper.prologue import copy_halves
 from palu.kernels.latent_scores.tiles import turn
 
 # Columns of a window's basis.
 COLUMNS: gl.constexpr = gl.constexpr(64)
-
-
-@gluon.jit
-def copy_halves(to, up, up_stride, rank, WIDTH: gl.constexpr):
-    """Start copying a kv head's up factor [2, pairs, RANK], both numbers of its pairs; zero where there are none."""
-    PAIRS: gl.constexpr = to.shape[1]
-    RANK: gl.constexpr = to.shape[2]
-    layout: gl.constexpr = copied_layout(RANK)
-    pair = gl.arange(0, PAIRS, gl.SliceLayout(1, layout))
-    latent = gl.arange(0, RANK, gl.SliceLayout(0, layout))
-    ok = (pair < WIDTH // 2)[:, None] & (latent < rank)[None, :]
-    at = up + (pair * up_stride)[:, None] + latent[None, :]
-    for half in gl.static_range(2):
-        copy_to_shared(to.index(half), at + half * (WIDTH // 2) * up_stride, mask=ok)
-    async_copy.commit_group()
 
 
 @gluon.jit
@@ -127,6 +113,6 @@ def make_window(
         last = head + 2 >= KV
         following = gl.where(last, WHICH, head + 2)
         wanted = gl.where(last & (more == 0), 0, rank)
-        copy_halves(factor, up + following * WIDTH * up_stride, up_stride, wanted, WIDTH)
+        copy_halves(factor, up + following * WIDTH * up_stride, up_stride, wanted, 0, WIDTH)
         prepared.index(head).store(made.to(prepared.dtype))
     hand_over(ready, 1)
