@@ -99,7 +99,7 @@ def best_interpolation(frequencies: tuple[float, ...], queries: int, tolerance: 
 class Window(NamedTuple):
     """Interpolation over a window of positions, as a kernel reads it.
 
-    basis: [span, columns]; bases: fp16 [2, columns, pairs], of cosines and sines, without the fast pairs, zero behind
+    basis: fp16 [span, columns]; bases: fp16 [2, columns, pairs], of cosines and sines, without the fast pairs, zero behind
     the last one.
     """
 
@@ -234,7 +234,7 @@ class Rotation:
             found = largest_window(frequencies, fast, slow, columns, self.tolerance)
             if found is None:
                 return None
-            basis = found.basis if fast > 0 else by_lane(found.basis)
+            basis = found.basis.half() if fast > 0 else by_lane(found.basis)
             return Window(basis.to(device), found.bases.to(device))
 
         return _made_once(self.frequencies, ("window", fast, slow, columns, self.tolerance, device), make)

@@ -33,7 +33,7 @@ from palu.kernels.rotation import Rotation
 
 TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.bool: "*i1"}
 TYPES |= {torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 LENGTH, HEAD_DIM, VALUE_RANK = 40960, 128, 384
 # Multiply-adds in what Triton writes and in what the assembler makes of it.
 WRITTEN, KEPT = r"\b(?:fma\.rn|mul|fma)\.f32\b", r"\bF(?:FMA|MUL)\b"
@@ -188,6 +188,8 @@ def compiled(function, launch, architecture, folder):
     try:
         kernel = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(launch.options))
     except CompilationError as error:
+        while error.__cause__ is not None:
+            error = error.__cause__
         return row | {"error": str(error)[-300:]}
     binary = folder / "kernel.cubin"
     binary.write_bytes(kernel.asm["cubin"])

@@ -202,7 +202,7 @@ def test_hidden_tiles_change_nothing(heads, rope, kind, monkeypatch):
 @needs_hopper
 @torch.no_grad()
 @pytest.mark.usefixtures("empty_memory_is_nan")
-@pytest.mark.parametrize("plan", [*plans.PLANS, plans.Plan(3, 16, 3), plans.Plan(2, 64, 2), plans.Plan(4, 16, 6)])
+@pytest.mark.parametrize("plan", [*plans.LAST_PLANS, plans.Plan(2, 32, 4), plans.Plan(1, 64, 3), plans.Plan(3, 16, 3), plans.Plan(2, 64, 2), plans.Plan(4, 16, 6)])
 @pytest.mark.parametrize("heads", [(2, 2), (8, 2), (2, 2, None)], ids=["folded", "rotated", "absorbed"])
 @pytest.mark.parametrize("bits", [16, 4])
 def test_every_plan_computes_the_same(plan, heads, bits, monkeypatch):

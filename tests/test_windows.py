@@ -17,7 +17,7 @@ from tests.kernel_calls import quantized, random_call
 @pytest.mark.parametrize("bits", [8, 4])
 def test_windows_of_real_models_fit(bits):
     for heads in (LLAMA_2, LLAMA_3):
-        assert fitting(heads, 128, 384, bits=bits, windows=True)[0].value_stages >= 3
+        assert fitting(heads, 128, 384, bits=bits, windows=True)[0].value_stages >= 2
         assert not fitting(heads, 128, 384, 163 << 10, bits=bits, windows=True)
     assert not fitting(LLAMA_2, 256, 128, bits=bits, windows=True)
     # More slots than there are columns of slow pairs for.
@@ -105,7 +105,7 @@ def test_windows_of_positions_equal_the_definition(heads, gaps, hidden, bits, mo
     monkeypatch.setattr(hopper, "_launch", lambda *args: windows.append(args[2] is not None) or launched(*args))
     given = None if hidden == "nothing" else mask
     checked((query, *packed, key, value, rotation), shape, mask, given, "float16", monkeypatch, held)
-    assert windows == ([False] if (*heads, base) == NOT_WINDOWED else [True, False])
+    assert windows == ([False] if (*heads, base) == NOT_WINDOWED else [False, True])
 
 
 @needs_hopper
@@ -124,4 +124,4 @@ def test_windows_take_every_kind_of_codes_and_several_queries(heads, symmetric, 
     windows, launched = [], hopper._launch
     monkeypatch.setattr(hopper, "_launch", lambda *args: windows.append(args[2] is not None) or launched(*args))
     checked((query, *packed, key, value, rotation), shape, mask, mask, dtype, monkeypatch, held)
-    assert windows == [True, False]
+    assert windows == [False, True]

@@ -8,6 +8,7 @@ joins the score as a logarithm and the shift `z` meets the sum of the weights.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from palu.kernels.codes import first_of_pair, half_word, load_latents, load_pairs
 from palu.kernels.latent_scores.tiles import load_scale_words
@@ -159,7 +160,7 @@ def combine_kernel(
     HEADS: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr,
     RANK_STRIDE: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_PARTS: tl.constexpr, PASSES: tl.constexpr,
     AHEAD: tl.constexpr, BLOCK_OUT: tl.constexpr, CHUNKS: tl.constexpr, HAS_UP: tl.constexpr, HAS_BIAS: tl.constexpr,
-    DIVISOR: tl.constexpr,
+    DIVISOR: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One head's mean latents: the ranges' sums over their weights; with an up factor, BLOCK_OUT of its outputs.
 
@@ -171,11 +172,7 @@ def combine_kernel(
     rank = tl.multiple_of(tl.load(rank_of + group), DIVISOR)
     offset = tl.multiple_of(tl.load(offset_of + group), DIVISOR)
     part = tl.arange(0, BLOCK_PARTS)
-    # All that the first pass needs is asked for before anything waits.
-    found, factors = (), ()
-    for chunk in tl.static_range((CHUNKS if HAS_UP else 1) if AHEAD else 0):
-        latent = (chunk if HAS_UP else piece) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
-        found = found + (_part_sums(sums, part, parts, rows_heads, row_head, latent, rank, RANK_STRIDE),)
+    factors, found = (), ()
     if HAS_UP:
         out = piece * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         out_ok = out < HEAD_DIM
@@ -184,32 +181,39 @@ def combine_kernel(
         for chunk in tl.static_range(CHUNKS if AHEAD else 0):
             latent = chunk * BLOCK_RANK + tl.arange(0, BLOCK_RANK)[None, :]
             factors = factors + (tl.load(at_up + latent, mask=out_ok[:, None] & (latent < rank), other=0.0),)
-    peak = tl.full((), LOWEST, tl.float32)
-    for begin in tl.static_range(0, PASSES * BLOCK_PARTS, BLOCK_PARTS):
+    if EARLY:
+        gdc_wait()
+    # All that the first pass needs is asked for before anything waits.
+    for chunk in tl.static_range((CHUNKS if HAS_UP else 1) if AHEAD else 0):
+        latent = (chunk if HAS_UP else piece) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
+        found = found + (_part_sums(sums, part, parts, rows_heads, row_head, latent, rank, RANK_STRIDE),)
+    first = tl.load(peaks + part * rows_heads + row_head, mask=part < parts, other=LOWEST)
+    weight = tl.load(totals + part * rows_heads + row_head, mask=part < parts, other=0.0)
+    peak = tl.max(first, 0)
+    for begin in tl.static_range(BLOCK_PARTS, PASSES * BLOCK_PARTS, BLOCK_PARTS):
         at = (begin + part) * rows_heads + row_head
         peak = tl.maximum(peak, tl.max(tl.load(peaks + at, mask=begin + part < parts, other=LOWEST), 0))
-    weight = tl.zeros((BLOCK_PARTS,), tl.float32)
-    for begin in tl.static_range(0, PASSES * BLOCK_PARTS, BLOCK_PARTS):
+    share = tl.exp2(first - peak)
+    weight *= share
+    for begin in tl.static_range(BLOCK_PARTS, PASSES * BLOCK_PARTS, BLOCK_PARTS):
         at = (begin + part) * rows_heads + row_head
-        ok = begin + part < parts
-        share = tl.exp2(tl.load(peaks + at, mask=ok, other=LOWEST) - peak)
-        weight += share * tl.load(totals + at, mask=ok, other=0.0)
+        later = tl.load(peaks + at, mask=begin + part < parts, other=LOWEST)
+        weight += tl.exp2(later - peak) * tl.load(totals + at, mask=begin + part < parts, other=0.0)
     inverse = 1.0 / tl.maximum(tl.sum(weight, 0), 1e-30)
     if HAS_UP:
-        result = tl.zeros((BLOCK_OUT,), tl.float32)
-        if HAS_BIAS:
-            result += tl.load(bias + head // QUERIES * HEAD_DIM + out, mask=out_ok, other=0.0).to(tl.float32)
+        products = tl.zeros((BLOCK_OUT, BLOCK_RANK), tl.float32)
     for chunk in tl.static_range(CHUNKS if HAS_UP else 1):
         latent = (chunk if HAS_UP else piece) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
-        total = tl.zeros((BLOCK_PARTS, BLOCK_RANK), tl.float32)
-        for begin in tl.static_range(0, PASSES * BLOCK_PARTS, BLOCK_PARTS):
+        if AHEAD:
+            several = found[chunk]
+        else:
+            several = _part_sums(sums, part, parts, rows_heads, row_head, latent, rank, RANK_STRIDE)
+        total = several * share[:, None]
+        for begin in tl.static_range(BLOCK_PARTS, PASSES * BLOCK_PARTS, BLOCK_PARTS):
             at = (begin + part) * rows_heads + row_head
-            share = tl.exp2(tl.load(peaks + at, mask=begin + part < parts, other=LOWEST) - peak)
-            if AHEAD and begin == 0:
-                several = found[chunk]
-            else:
-                several = _part_sums(sums, begin + part, parts, rows_heads, row_head, latent, rank, RANK_STRIDE)
-            total += several * share[:, None]
+            later = tl.load(peaks + at, mask=begin + part < parts, other=LOWEST)
+            several = _part_sums(sums, begin + part, parts, rows_heads, row_head, latent, rank, RANK_STRIDE)
+            total += several * tl.exp2(later - peak)[:, None]
         mean = tl.sum(total, 0) * inverse
         if HAS_UP:
             if AHEAD:
@@ -217,9 +221,12 @@ def combine_kernel(
             else:
                 both_ok = out_ok[:, None] & (latent < rank)[None, :]
                 factor = tl.load(at_up + latent[None, :], mask=both_ok, other=0.0)
-            result += tl.sum(factor.to(tl.float32) * mean[None, :], 1)
+            products += factor.to(tl.float32) * mean[None, :]
         else:
             at_out = output + row_head * RANK_STRIDE + latent
             tl.store(at_out, mean.to(output.dtype.element_ty), mask=latent < rank)
     if HAS_UP:
+        result = tl.sum(products, 1)
+        if HAS_BIAS:
+            result += tl.load(bias + head // QUERIES * HEAD_DIM + out, mask=out_ok, other=0.0).to(tl.float32)
         tl.store(output + row_head * HEAD_DIM + out, result.to(output.dtype.element_ty), mask=out_ok)

@@ -120,11 +120,13 @@ def decode_attention(
             # Here, so that other GPUs and other versions need no Gluon.
             from palu.kernels.decode_attention.hopper.launch import launch as launch_hopper
 
-            parts = launch_hopper(rows, key_latents, value_latents, key, value, rotation, visible, queries, scaling)
+            output = launch_hopper(
+                rows, key_latents, value_latents, key, value, rotation, visible, queries, scaling, head_dim or width
+            )
         else:
             scores = launch_scores(rows, key_latents, key, rotation, visible, queries, scaling, key_norm)
             parts = launch_values(scores, value_latents, value, rows, queries, len(key.ranks))
-        output = combine(parts, value, rows, head_dim or width)
+            output = combine(parts, value, rows, head_dim or width)
     return output.view(batch, queries, -1)
 
 

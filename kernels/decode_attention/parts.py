@@ -23,8 +23,11 @@ class Parts(NamedTuple):
     peaks: Tensor
 
 
-def combine(parts: Parts, value: LatentProjection, query: Tensor, head_dim: int) -> Tensor:
-    """The heads' outputs, [rows, num_heads * head_dim]; without an up factor their mean latents side by side."""
+def combine(parts: Parts, value: LatentProjection, query: Tensor, head_dim: int, early: bool = False) -> Tensor:
+    """The heads' outputs, [rows, num_heads * head_dim]; without an up factor their mean latents side by side.
+
+    early: the launch that makes the parts allows this one to begin before it ends (compute capability 9).
+    """
     rows, num_heads, _ = query.shape
     ranks = tuple(value.ranks)
     side = side_of(ranks, 16, query.device)
@@ -34,8 +37,7 @@ def combine(parts: Parts, value: LatentProjection, query: Tensor, head_dim: int)
     width = stride if value.up is None else head_dim
     output = query.new_empty(rows, num_heads, width)
     block = COMBINE_PARTS if parts.sums.shape[0] <= COMBINE_PARTS else 2 * COMBINE_PARTS
-    # Every piece reads all parts of its head.
-    out = COMBINE_OUT * block // COMBINE_PARTS
+    out = COMBINE_OUT
     pieces = cdiv(stride, COMBINE_RANK) if value.up is None else cdiv(head_dim, out)
     combine_kernel[(rows * num_heads, pieces)](
         *parts, up, up if value.bias is None else value.bias, output, side.rank, side.offset,
@@ -46,7 +48,7 @@ def combine(parts: Parts, value: LatentProjection, query: Tensor, head_dim: int)
         AHEAD=cdiv(stride, COMBINE_RANK) <= MOST_AHEAD, BLOCK_OUT=out,
         CHUNKS=cdiv(stride, COMBINE_RANK),
         HAS_UP=value.up is not None, HAS_BIAS=value.bias is not None, DIVISOR=divisor(ranks),
-        num_warps=block // 8,
+        EARLY=early, num_warps=block // 8, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     if value.up is not None or len(set(ranks)) == 1:
         return output.view(rows, -1)

@@ -30,6 +30,26 @@ def copied_layout(columns: int) -> gl.BlockedLayout:
 
 
 @gluon.jit
+def _every_thread(instruction: gl.constexpr):
+    threads = gl.arange(0, 32 * WARPS, gl.BlockedLayout([1], [32], [WARPS], [0]))
+    gl.inline_asm_elementwise(
+        instruction + " mov.b32 $0, $1;", "=r,r", [threads], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def allow_launch_after():
+    """The launch after this one may begin where there is room, if it is made so (`launch_pdl`)."""
+    _every_thread("griddepcontrol.launch_dependents;")
+
+
+@gluon.jit
+def wait_for_launch_before():
+    """Wait until all programs of the launch before have ended, and what they wrote can be read."""
+    _every_thread("griddepcontrol.wait;")
+
+
+@gluon.jit
 def hand_over(barrier, phase: gl.constexpr):
     """What this group of warps stored is ready for the matrix units; go on when the other's is too."""
     fence_async_shared()

@@ -8,13 +8,20 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from palu.kernels.decode_attention.hopper.common import TILE, seen_as, synchronize, visible_tiles
+from palu.kernels.decode_attention.hopper.common import (
+    TILE,
+    WARPS,
+    allow_launch_after,
+    seen_as,
+    synchronize,
+    visible_tiles,
+    wait_for_launch_before,
+)
 from palu.kernels.decode_attention.hopper.operands import swizzled
 from palu.kernels.decode_attention.hopper.prologue import load_queries
 from palu.kernels.decode_attention.hopper.scores import score_absorbed, score_rebuilt
-from palu.kernels.decode_attention.hopper.turns import LEAST
+from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT
 from palu.kernels.decode_attention.hopper.values import CHUNK, weigh_values
-from palu.kernels.decode_attention.hopper.windows import COLUMNS as COLUMNS_OF_WINDOW
 from palu.kernels.latent_scores.tiles import GAPS
 
 
@@ -78,7 +85,7 @@ def hopper_kernel(
         weights = gl.allocate_shared_memory(DTYPE, [TILE // STEP, SLOTS, STEP], swizzled(STEP))
         all_weights = all_weights + (weights,)
     found = gl.allocate_shared_memory(gl.float32, [2, TILE, SLOTS], gl.SwizzledSharedLayout(1, 1, 1, [0, 1]))
-    excess = gl.allocate_shared_memory(gl.float32, [WEIGHERS, SLOTS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    excess = gl.allocate_shared_memory(gl.int32, [WEIGHERS, WARPS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     # Of a tile's values: one over the scale, the shift.
     scales = gl.allocate_shared_memory(gl.float32, [4, TILE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -92,6 +99,10 @@ def hopper_kernel(
     lead, ours = 0, True
     if TAKES != "all":
         lead = gl.load(at_span)
+        if TAKES == "gaps":
+            allow_launch_after()
+            if lead != GAPS:
+                return
         ours = (lead != GAPS) == (TAKES == "gapless")
     if SPAN > 0:
         # The program's tiles: neighbours, of those with visible tokens.
@@ -111,7 +122,7 @@ def hopper_kernel(
     if MODE == "absorbed":
         ring = gl.allocate_shared_memory(stored, [KEY_STAGES, TILE, key_units], swizzled(key_units))
         queries = gl.allocate_shared_memory(DTYPE, [SLOTS, RANK], swizzled(RANK))
-        loaded = load_queries(at_query, query_stride, key_rank, 0, SLOTS, RANK, QUERIES, False, BITS)
+        loaded = load_queries(at_query, query_stride, key_rank, 0, SLOTS, RANK, QUERIES, 0, False, BITS)
         queries.store((loaded * scaling).to(DTYPE))
         to_scores = (tiles, at_keys, parameters, mask, key_units_there, keys_t, row * mask_b, mask_t)
         fence_async_shared()
@@ -142,22 +153,21 @@ def hopper_kernel(
         if BITS < 16:
             up_offset, up_rank = group * RANK, RANK
         # Windows take half of the columns of a head.
-        HEIGHT: gl.constexpr = WIDE if SPAN == 0 else COLUMNS_OF_WINDOW
+        UNITS: gl.constexpr = KV * WIDE // UNIT if SPAN == 0 else KV + 1 if MODE == "mixed" else KV
         WIDTH_OF_PLACE: gl.constexpr = SLOTS if MODE == "mixed" else LEAST if MODE == "rotated" else 1
-        factors = gl.allocate_shared_memory(DTYPE, [KV, HEIGHT, RANK], swizzled(RANK))
+        factors = gl.allocate_shared_memory(DTYPE, [UNITS, UNIT, RANK], swizzled(RANK))
         at_table = table + gl.multiple_of(at_row * table_b, 8)
         # Folded queries need no place of their own.
         beside = factors
         if MODE == "rotated":
-            beside = gl.allocate_shared_memory(DTYPE, [KV, LEAST, WIDE], swizzled(WIDE))
+            beside = gl.allocate_shared_memory(DTYPE, [UNITS, LEAST, UNIT], swizzled(UNIT))
         if MODE == "mixed":
             beside = (
-                gl.allocate_shared_memory(DTYPE, [KV, SLOTS, HEIGHT], swizzled(HEIGHT)),
-                gl.allocate_shared_memory(DTYPE, [KV * 2, HEIGHT // 2, RANK], swizzled(RANK)),
-                gl.allocate_shared_memory(DTYPE, [COLUMNS_OF_WINDOW, RANK], swizzled(RANK)),
+                gl.allocate_shared_memory(DTYPE, [KV, SLOTS, UNIT], swizzled(UNIT)),
+                gl.allocate_shared_memory(DTYPE, [KV * 2, UNIT // 2, RANK], swizzled(RANK)),
             )
         if MODE == "windows":
-            halves = gl.allocate_shared_memory(DTYPE, [2, HEIGHT, WIDE // 2], swizzled(WIDE // 2))
+            halves = gl.allocate_shared_memory(DTYPE, [2, UNIT, WIDE // 2], swizzled(WIDE // 2))
         rings, places, besides = (), (), ()
         for which in gl.static_range(2):
             ring = gl.allocate_shared_memory(stored, [KEY_STAGES, TILE, key_units], swizzled(key_units))
@@ -180,17 +190,40 @@ def hopper_kernel(
             lead + begin * TILE,
         )  # fmt: skip
         synchronize()
-        gl.warp_specialize([
-            (score_rebuilt, (
-                places[0], scales, full.index(0), empty.index(0), ready, rings[0], factors, besides[0], to_scores,
-                0, MODE, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK,
-            )),
-            (score_rebuilt, (
-                places[1], scales, full.index(1), empty.index(1), ready, rings[1], factors, besides[1], to_scores,
-                1, MODE, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK,
-            )),
-            (weigh_values, (
-                all_rings[0], all_weights[0], excess.index(0), out, to_values, 0, WEIGHERS,
-                KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
-            )),
-        ], [4, 4], [SCORE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
+        if WEIGHERS == 1:
+            gl.warp_specialize([
+                (score_rebuilt, (
+                    places[0], scales, full.index(0), empty.index(0), ready, rings[0], factors, besides[0], to_scores,
+                    0, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK,
+                )),
+                (score_rebuilt, (
+                    places[1], scales, full.index(1), empty.index(1), ready, rings[1], factors, besides[1], to_scores,
+                    1, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK,
+                )),
+                (weigh_values, (
+                    all_rings[0], all_weights[0], excess.index(0), out, to_values, 0, WEIGHERS,
+                    KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
+                )),
+            ], [4, 4], [SCORE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
+        else:
+            gl.warp_specialize([
+                (score_rebuilt, (
+                    places[0], scales, full.index(0), empty.index(0), ready, rings[0], factors, besides[0], to_scores,
+                    0, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK,
+                )),
+                (score_rebuilt, (
+                    places[1], scales, full.index(1), empty.index(1), ready, rings[1], factors, besides[1], to_scores,
+                    1, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK,
+                )),
+                (weigh_values, (
+                    all_rings[0], all_weights[0], excess.index(0), out, to_values, 0, WEIGHERS,
+                    KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
+                )),
+                (weigh_values, (
+                    all_rings[1], all_weights[1], excess.index(1), out + rows_heads, to_values, 1, WEIGHERS,
+                    KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
+                )),
+            ], [4, 4, 4], [SCORE_REGISTERS, VALUE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
+    if TAKES == "gapless":
+        # The launch before took the other rows, and the one after waits for this one only.
+        wait_for_launch_before()

@@ -20,7 +20,7 @@ from palu.kernels.decode_attention.hopper.plans import (
     weighers_of,
 )
 from palu.kernels.decode_attention.hopper.spans import spans_of
-from palu.kernels.decode_attention.parts import Parts
+from palu.kernels.decode_attention.parts import Parts, combine
 from palu.kernels.integers import cdiv, next_power_of_2
 from palu.kernels.latent_scores.factors import ordered_factor, unit_order
 from palu.kernels.latent_scores.launch import LOG2_E
@@ -48,7 +48,7 @@ FAST = COLUMNS // 2
 CODES = (8, 4)
 # Registers of a thread that scores and of one that weighs values, by the mode and the groups of warps that weigh.
 REGISTERS = {
-    ("folded", 1): (184, 136), ("rotated", 1): (168, 168), ("absorbed", 1): (240, 240), ("absorbed", 2): (152, 176),
+    ("folded", 1): (184, 136), ("rotated", 1): (184, 136), ("absorbed", 1): (240, 240), ("absorbed", 2): (152, 176),
 }  # fmt: skip
 
 
@@ -121,12 +121,12 @@ class Call(NamedTuple):
 
 def launch(
     query: Tensor, key_latents: Stretch, value_latents: Stretch, key: LatentProjection, value: LatentProjection,
-    rotation: Rotation | None, mask: Tensor | None, rows_per_latent: int, scaling: float,
-) -> Parts:  # fmt: skip
-    """Sums over parts of the tokens of queries [rows, num_heads, head_dim or, absorbed, width].
+    rotation: Rotation | None, mask: Tensor | None, rows_per_latent: int, scaling: float, head_dim: int,
+) -> Tensor:  # fmt: skip
+    """The heads' outputs of queries [rows, num_heads, head_dim or, absorbed, width], as `parts.combine` returns them.
 
     mask: [rows or 1, length] or None; rows_per_latent: rows that read the same row of latents. Where windows of
-    positions serve, a second launch takes the rows with gaps, and ends at once where there are none.
+    positions serve, a launch before takes the rows with gaps, and ends at once where there are none.
     """
     call = Call(query, key_latents, value_latents, key, value, rotation, mask, rows_per_latent, scaling)
     (rows, num_heads, _), heads = query.shape, call.heads
@@ -142,15 +142,16 @@ def launch(
     if window is None:
         _launch_best(call, None, "all", parts, found)
     else:
-        _launch_best(call, window, "gapless", parts, found)
         _launch_best(call, None, "gaps", parts, found)
-    return found
+        _launch_best(call, window, "gapless", parts, found)
+    return combine(found, value, query, head_dim, early=True)
 
 
 def _window_of(call: Call) -> Window | None:
     """In what windows of positions the call's keys can be interpolated, where that is faster."""
     # Numbers take longer to read than to multiply.
-    if call.bits == 16 or call.heads.mode == "absorbed" or not call.plans(True, False):
+    import os
+    if (call.bits == 16 and "WIN16" not in os.environ) or call.heads.mode == "absorbed" or not call.plans(True, False):
         return None
     if call.heads.mode == "folded":
         return call.rotation.window(0, COLUMNS, COLUMNS)
@@ -208,6 +209,9 @@ def _launch(plan: Plan, call: Call, window: Window | None, takes: str, parts: in
     mode = mode_of(heads, window is not None)
     weighers = weighers_of(heads.mode, bits)
     registers = REGISTERS[heads.mode, weighers]
+    import os
+    if "REGS" in os.environ:
+        registers = tuple(int(x) for x in os.environ["REGS"].split(","))
     # Codes become fp16 numbers, whatever the model's.
     dtype = query.dtype if bits == 16 else torch.float16
     tables = _tables(call, window, takes, dtype)
@@ -232,5 +236,5 @@ def _launch(plan: Plan, call: Call, window: Window | None, takes: str, parts: in
         VALUE_DIVISOR=divisor(value_ranks), RANK_STRIDE=max(value_ranks), MASK=mask_kind(mask),
         DTYPE=DTYPES[dtype], TOGETHER=heads.together, COLUMNS=heads.columns, BITS=bits,
         ASYMMETRIC=asymmetric, WEIGHERS=weighers, SCORE_REGISTERS=registers[0], VALUE_REGISTERS=registers[1],
-        num_warps=4,
+        num_warps=4, launch_pdl=takes == "gapless",
     )  # fmt: skip

@@ -48,17 +48,26 @@ def shift_of(parameters, side: gl.constexpr, layout: gl.constexpr, BITS: gl.cons
 
 
 @gluon.jit
-def hand_on_parameters(
-    scales, buffer, parameters, seen, layout: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr
-):
-    """Store what weights need of a tile's values, 1 / scale and shift; returns the logarithm of their scales."""
+def _visible_scale(parameters, seen, ASYMMETRIC: gl.constexpr):
+    """Scales of a tile's values; those of hidden tokens may be anything, zero where a cache has room left, so one."""
+    return gl.where(seen > float("-inf"), scale_of(parameters, 1, ASYMMETRIC), 1.0)
+
+
+@gluon.jit
+def logarithm_of(parameters, seen, layout: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr):
+    """The logarithm of the scales of a tile's values, zero of numbers."""
     logarithm = gl.zeros([TILE], gl.float32, layout)
     if BITS < 16:
-        # Parameters of hidden tokens may be anything, zero where a cache has room left.
-        visible = seen > float("-inf")
-        scale = gl.where(visible, scale_of(parameters, 1, ASYMMETRIC), 1.0)
-        scales.index(2 * buffer).store(1.0 / scale)
-        shift = shift_of(parameters, 1, layout, BITS, ASYMMETRIC)
-        scales.index(2 * buffer + 1).store(gl.where(visible, shift, 0.0))
-        logarithm = gl.log2(scale)
+        logarithm = gl.log2(_visible_scale(parameters, seen, ASYMMETRIC))
     return logarithm
+
+
+@gluon.jit
+def hand_on_parameters(
+    scales, buffer, parameters, seen, layout: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr
+):  # fmt: skip
+    """Store what weights need of a tile's values: 1 / scale and shift."""
+    if BITS < 16:
+        scales.index(2 * buffer).store(1.0 / _visible_scale(parameters, seen, ASYMMETRIC))
+        shift = shift_of(parameters, 1, layout, BITS, ASYMMETRIC)
+        scales.index(2 * buffer + 1).store(gl.where(seen > float("-inf"), shift, 0.0))

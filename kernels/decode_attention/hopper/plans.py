@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 from palu.kernels.decode_attention.hopper.common import TILE as KERNEL_TILE
 from palu.kernels.decode_attention.hopper.turns import LEAST as KERNEL_LEAST
+from palu.kernels.decode_attention.hopper.turns import UNIT as KERNEL_UNIT
 from palu.kernels.decode_attention.hopper.values import CHUNK as KERNEL_CHUNK
-from palu.kernels.decode_attention.hopper.windows import COLUMNS as KERNEL_COLUMNS
 from palu.kernels.decode_attention.parts import COMBINE_PARTS
 from palu.kernels.integers import cdiv, next_power_of_2
 
-TILE, CHUNK, LEAST, COLUMNS = KERNEL_TILE.value, KERNEL_CHUNK.value, KERNEL_LEAST.value, KERNEL_COLUMNS.value
+TILE, CHUNK, LEAST, COLUMNS = KERNEL_TILE.value, KERNEL_CHUNK.value, KERNEL_LEAST.value, KERNEL_UNIT.value
 # Columns of a group's scores at most, and latents of its keys at least, for the matrix units: of numbers and of codes.
 MOST_SLOTS, LEAST_RANK, LEAST_CODES = 32, 32, 64
 # Columns of slow pairs at least, and latents of a window's matrices, which are made in registers, at most.
@@ -41,10 +41,10 @@ class Plan(NamedTuple):
     value_stages: int
 
 
-# In the order of preference, of which the first that fits is taken.
-PLANS = (
-    Plan(2, 32, 4), Plan(1, 32, 4), Plan(1, 32, 3), Plan(1, 16, 5), Plan(1, 16, 4), Plan(1, 16, 3), Plan(1, 16, 2),
-)  # fmt: skip
+# In the order of preference, of which the first that fits is taken. Numbers are made of codes chunk after chunk, the
+# more tokens at a time the better while there are registers.
+LAST_PLANS = (Plan(1, 32, 4), Plan(1, 32, 3), Plan(1, 16, 5), Plan(1, 16, 4), Plan(1, 16, 3), Plan(1, 16, 2))
+FIRST_PLANS = {"folded": (Plan(1, 64, 3), Plan(1, 64, 2)), "rotated": (), "absorbed": (Plan(2, 32, 4),)}
 
 # What the full search tries.
 GRID = tuple(Plan(*each) for each in itertools.product((1, 2, 3, 4), (16, 32, 64), (2, 3, 4, 5, 6)))
@@ -140,10 +140,11 @@ def plans_for(
     parameters = 2 if bits < 16 else 0
     kept = 2 * (kept + weighers * heads.slots * TILE) + 8 * TILE * (heads.slots + parameters) + RESERVED
     fitting = []
-    for plan in dict.fromkeys((*PLANS, *(GRID if all_of_them else ()))):
+    preferred = (*(FIRST_PLANS[heads.mode] if bits < 16 else (Plan(2, 32, 4),)), *LAST_PLANS)
+    for plan in dict.fromkeys((*preferred, *(GRID if all_of_them else ()))):
         tiles = (2 if rebuilt else 1) * plan.key_stages * TILE * rank
         tiles += weighers * plan.value_stages * plan.step * chunks * CHUNK
-        operands = chunks * (heads.slots + plan.step // 2) if bits < 16 else 0
+        operands = chunks * heads.slots + min(chunks, 2) * plan.step // 2 if bits < 16 else 0
         if kept + tiles * bits // 8 <= memory and operands <= MOST_OPERANDS:
             fitting.append(plan)
     return tuple(fitting if all_of_them else fitting[:1])

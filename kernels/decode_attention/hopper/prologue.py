@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
 from palu.kernels.decode_attention.hopper.common import WARPS, copied_layout, copy_to_shared
 from palu.kernels.decode_attention.hopper.operands import latent_at
-from palu.kernels.decode_attention.hopper.turns import LEAST
+from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT
 
 # Rows of a factor that are folded at a time.
 ROWS: gl.constexpr = gl.constexpr(32)
@@ -18,22 +18,23 @@ ROWS: gl.constexpr = gl.constexpr(32)
 
 @gluon.jit
 def copy_factors(
-    factors, up, up_stride, rank, WIDTH: gl.constexpr, WHICH: gl.constexpr, EVERY: gl.constexpr
+    factors, up, up_stride, rank, KV: gl.constexpr, WIDTH: gl.constexpr, WHICH: gl.constexpr, EVERY: gl.constexpr
 ):  # fmt: skip
     """Start copying rows of the up factor, both of a pair side by side, zero where there are none.
 
-    WHICH: from which kv head on, EVERY: how many further the next one is.
+    factors: shared memory [KV * units, UNIT, RANK]. WHICH: from which kv head on, EVERY: how many further the next is.
     """
-    KV: gl.constexpr = factors.shape[0]
-    WIDE: gl.constexpr = factors.shape[1]
+    UNITS: gl.constexpr = factors.shape[0] // KV
     RANK: gl.constexpr = factors.shape[2]
     layout: gl.constexpr = copied_layout(RANK)
-    row = gl.arange(0, WIDE, gl.SliceLayout(1, layout))
+    row = gl.arange(0, UNIT, gl.SliceLayout(1, layout))
     latent = gl.arange(0, RANK, gl.SliceLayout(0, layout))
-    ok = (row < WIDTH)[:, None] & (latent < rank)[None, :]
     at = up + ((row // 2 + row % 2 * (WIDTH // 2)) * up_stride)[:, None] + latent[None, :]
     for head in gl.static_range(WHICH, KV, EVERY):
-        copy_to_shared(factors.index(head), at + head * WIDTH * up_stride, mask=ok)
+        for unit in gl.static_range(UNITS):
+            ok = (unit * (UNIT // 2) + row // 2 < WIDTH // 2)[:, None] & (latent < rank)[None, :]
+            unit_at = at + (head * WIDTH + unit * (UNIT // 2)) * up_stride
+            copy_to_shared(factors.index(head * UNITS + unit), unit_at, mask=ok)
     async_copy.commit_group()
 
 
@@ -98,54 +99,62 @@ def load_pairs(
 
 
 @gluon.jit
-def fold(factors, q_first, q_second, WHICH: gl.constexpr):
-    """Every other kv head's factor [WIDE, RANK] in shared memory, folded with its query, to the same place."""
-    KV: gl.constexpr = factors.shape[0]
-    PIECES: gl.constexpr = factors.shape[1] // ROWS
+def fold(factors, q_first, q_second, KV: gl.constexpr, WHICH: gl.constexpr):
+    """Every other kv head's factor in shared memory, folded with its query, to the same place."""
+    UNITS: gl.constexpr = factors.shape[0] // KV
+    PIECES: gl.constexpr = UNIT // ROWS
     for head in gl.static_range(WHICH, KV, 2):
-        for piece in gl.static_range(PIECES):
+        for piece in gl.static_range(UNITS * PIECES):
             _fold(
-                factors.index(head).slice(piece * ROWS, ROWS),
-                q_first[head // 2 * PIECES + piece], q_second[head // 2 * PIECES + piece],
+                factors.index(head * UNITS + piece // PIECES).slice(piece % PIECES * ROWS, ROWS),
+                q_first[head // 2 * (UNITS * PIECES) + piece], q_second[head // 2 * (UNITS * PIECES) + piece],
             )  # fmt: skip
 
 
 @gluon.jit
 def load_queries(
     query, head_step, width, first_slot, SLOTS: gl.constexpr, COLUMNS: gl.constexpr, QUERIES: gl.constexpr,
-    PAIRED: gl.constexpr, BITS: gl.constexpr,
+    FIRST: gl.constexpr, PAIRED: gl.constexpr, BITS: gl.constexpr,
 ):  # fmt: skip
     """Queries of a kv head in slots first_slot .. of [SLOTS, COLUMNS], zero elsewhere.
 
-    PAIRED: pairs side by side; else, absorbed, as the latents come.
+    PAIRED: pairs side by side, from pair FIRST on; else, absorbed, as the latents come.
     """
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [WARPS, 1], [1, 0])
     wanted = gl.arange(0, SLOTS, gl.SliceLayout(1, layout)) - first_slot
     column = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
-    dim = column // 2 + column % 2 * (width // 2) if PAIRED else latent_at(column, COLUMNS, BITS)
-    ok = ((wanted >= 0) & (wanted < QUERIES))[:, None] & (dim < width)[None, :]
+    if PAIRED:
+        half = FIRST + column // 2
+        dim, inside = half + column % 2 * (width // 2), half < width // 2
+    else:
+        dim = latent_at(column, COLUMNS, BITS)
+        inside = dim < width
+    ok = ((wanted >= 0) & (wanted < QUERIES))[:, None] & inside[None, :]
     return gl.load(query + (wanted * head_step)[:, None] + dim[None, :], mask=ok, other=0.0).to(gl.float32)
 
 
 @gluon.jit
 def store_queries(
     queries, query, head_step, scaling,
-    TOGETHER: gl.constexpr, QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, WIDTH: gl.constexpr,
+    KV: gl.constexpr, TOGETHER: gl.constexpr, QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, WIDTH: gl.constexpr,
     WHICH: gl.constexpr, EVERY: gl.constexpr,
 ):  # fmt: skip
-    """Queries of kv heads WHICH, WHICH + EVERY, .. to shared memory [KV, slots, WIDE].
+    """Queries of kv heads WHICH, WHICH + EVERY, .. to shared memory [KV * units, slots, UNIT].
 
     Of TOGETHER heads in columns of their own; where there are more slots, those of others lie behind.
     """
-    KV: gl.constexpr = queries.shape[0]
+    UNITS: gl.constexpr = queries.shape[0] // KV
     SLOTS: gl.constexpr = queries.shape[1]
     loaded = ()
     for head in gl.static_range(WHICH, KV, EVERY):
-        numbers = load_queries(
-            query + head * QUERIES * head_step, head_step, WIDTH,
-            (head // TOGETHER * LEAST + head % TOGETHER * QUERY_SLOTS) % SLOTS, SLOTS, queries.shape[2], QUERIES,
-            True, 16,
-        )  # fmt: skip
-        loaded = loaded + (numbers,)
+        for unit in gl.static_range(UNITS):
+            numbers = load_queries(
+                query + head * QUERIES * head_step, head_step, WIDTH,
+                (head // TOGETHER * LEAST + head % TOGETHER * QUERY_SLOTS) % SLOTS, SLOTS, UNIT, QUERIES,
+                unit * (UNIT // 2), True, 16,
+            )  # fmt: skip
+            loaded = loaded + (numbers,)
     for head in gl.static_range(WHICH, KV, EVERY):
-        queries.index(head).store((loaded[head // EVERY] * scaling).to(queries.dtype))
+        for unit in gl.static_range(UNITS):
+            numbers = loaded[head // EVERY * UNITS + unit]
+            queries.index(head * UNITS + unit).store((numbers * scaling).to(queries.dtype))

@@ -12,17 +12,24 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from palu.kernels.decode_attention.hopper.common import (
     TILE,
     WARPS,
+    allow_launch_after,
     copy_rows,
     hand_over,
     load_seen,
     synchronize,
 )
 from palu.kernels.decode_attention.hopper.operands import key_operand
-from palu.kernels.decode_attention.hopper.parameters import hand_on_parameters, load_parameters, scale_of, shift_of
+from palu.kernels.decode_attention.hopper.parameters import (
+    hand_on_parameters,
+    load_parameters,
+    logarithm_of,
+    scale_of,
+    shift_of,
+)
 from palu.kernels.decode_attention.hopper.prologue import copy_factors, copy_halves, fold, load_pairs, store_queries
 from palu.kernels.decode_attention.hopper.slow import load_basis, make_slow, slow_scores
-from palu.kernels.decode_attention.hopper.turns import LEAST, load_turns, rotated, unpacked, weighed
-from palu.kernels.decode_attention.hopper.windows import copy_bases, load_frequencies, make_window
+from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT, load_turns, rotated, units_of, unpacked, weighed
+from palu.kernels.decode_attention.hopper.windows import copy_bases, load_frequencies, load_own_queries, make_window
 from palu.kernels.latent_scores.tiles import LOG2_E
 
 
@@ -77,31 +84,32 @@ def _turns_of(table, tiles, index, table_t, WORDS: gl.constexpr, SPAN: gl.conste
 
 
 @gluon.jit
-def _start(factors, beside, up, up_stride, rank, bases, WIDTH: gl.constexpr, MODE: gl.constexpr, WHICH: gl.constexpr):
+def _start(
+    factors, beside, up, up_stride, rank, bases, KV: gl.constexpr, WIDTH: gl.constexpr, MODE: gl.constexpr,
+    WHICH: gl.constexpr,
+):  # fmt: skip
     """Start copying what this group of warps prepares."""
     if MODE == "windows":
-        KV: gl.constexpr = factors.shape[0]
         copy_bases(beside[2], bases, beside[2].shape[2], WHICH)
         copy_halves(beside[0], up + min(WHICH, KV - 1) * WIDTH * up_stride, up_stride, rank, 0, WIDTH)
     elif MODE != "mixed":
-        copy_factors(factors, up, up_stride, rank, WIDTH, WHICH, 2)
+        copy_factors(factors, up, up_stride, rank, KV, WIDTH, WHICH, 2)
     elif WHICH == 0:
         copy_halves(beside[1], up, up_stride, rank, beside[1].shape[1], WIDTH)
     else:
-        copy_factors(factors, up, up_stride, rank, WIDTH, 0, 1)
+        copy_factors(factors, up, up_stride, rank, KV, WIDTH, 0, 1)
 
 
 @gluon.jit
 def _prepare(
-    factors, beside, ready, frequency, bases, frequencies, query, up, numbers, position, more,
-    KEY_STAGES: gl.constexpr, WHICH: gl.constexpr, MODE: gl.constexpr, TOGETHER: gl.constexpr, QUERIES: gl.constexpr,
-    QUERY_SLOTS: gl.constexpr, WIDTH: gl.constexpr,
+    factors, beside, ready, frequency, own, bases, frequencies, query, up, numbers, position, more,
+    KEY_STAGES: gl.constexpr, WHICH: gl.constexpr, MODE: gl.constexpr, KV: gl.constexpr, TOGETHER: gl.constexpr,
+    QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
     """Make what tiles are multiplied with ready: of all, or of a window. Each of two groups of warps does a part."""
-    _, _, query_stride, scaling = numbers
-    KV: gl.constexpr = factors.shape[0]
+    up_stride, rank, query_stride, scaling = numbers
     if MODE == "windows":
-        make_window(factors, beside, ready, frequency, query, up, numbers, position, more, WIDTH, WHICH)
+        make_window(factors, beside, ready, frequency, own, up, (up_stride, rank), position, more, WIDTH, WHICH)
     elif MODE == "mixed":
         SLOTS: gl.constexpr = beside[0].shape[1]
         # All warps have done their products with the last window.
@@ -110,72 +118,204 @@ def _prepare(
         mbarrier.wait(ready, 0)
         if WHICH == 0:
             make_slow(
-                beside[2], beside[1], bases, frequencies, query, query_stride, scaling, position,
+                factors.index(KV), beside[1], bases, frequencies, query, query_stride, scaling, position,
                 KV, QUERIES, QUERY_SLOTS, TOGETHER, LEAST, SLOTS, WIDTH,
             )  # fmt: skip
         else:
-            store_queries(beside[0], query, query_stride, scaling, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, 0, 1)
+            store_queries(beside[0], query, query_stride, scaling, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, 0, 1)
             async_copy.wait_group(0)
         hand_over(ready, 1)
     else:
         if MODE == "folded":
             q_first, q_second = load_pairs(
-                query, query_stride, scaling, KV, factors.shape[1], factors.shape[2], WIDTH, WHICH
+                query, query_stride, scaling, KV, factors.shape[0] // KV * UNIT, factors.shape[2], WIDTH, WHICH
             )
         else:
-            store_queries(beside, query, query_stride, scaling, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, WHICH, 2)
+            store_queries(
+                beside, query, query_stride, scaling, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, WHICH, 2
+            )
         async_copy.wait_group(KEY_STAGES)
         synchronize()
         if MODE == "folded":
-            fold(factors, q_first, q_second, WHICH)
+            fold(factors, q_first, q_second, KV, WHICH)
         hand_over(ready, 0)
+
+
+@gluon.jit
+def _begun(operand, factors, unit):
+    """The product of a tile's latents with a unit's columns, under way."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, UNIT, 16])
+    zeros = gl.zeros([TILE, UNIT], gl.float32, layout)
+    return warpgroup_mma(operand, factors.index(unit).permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _settled(numbers):
+    """The same numbers, computed before any product that is begun after this."""
+    if numbers.dtype == gl.float32:
+        numbers = gl.inline_asm_elementwise("", "=f,0", [numbers], dtype=gl.float32, is_pure=False, pack=1)
+    elif numbers.dtype == gl.float16:
+        numbers = gl.inline_asm_elementwise("", "=r,0", [numbers], dtype=gl.float16, is_pure=False, pack=2)
+    else:
+        numbers = gl.inline_asm_elementwise("", "=r,0", [numbers], dtype=gl.bfloat16, is_pure=False, pack=2)
+    return numbers
+
+
+@gluon.jit
+def _turn(
+    product, words, queries, unit, scores, narrow: gl.constexpr, OF_PLACE: gl.constexpr, MODE: gl.constexpr,
+    DTYPE: gl.constexpr,
+):  # fmt: skip
+    """Turn rebuilt keys and begin their product with the queries: it, and what has to stay in its registers."""
+    cos, sin = unpacked(words, gl.float16 if MODE == "mixed" else DTYPE)
+    turned = rotated(product, cos, sin, narrow, DTYPE)
+    added = True if MODE == "mixed" else unit % OF_PLACE > 0
+    return warpgroup_mma(turned, queries.index(unit).permute((1, 0)), scores, use_acc=added, is_async=True), turned
+
+
+@gluon.jit
+def _turn_after(
+    product, words, queries, unit, scores, before, narrow: gl.constexpr, OF_PLACE: gl.constexpr,
+    MODE: gl.constexpr, DTYPE: gl.constexpr,
+):  # fmt: skip
+    """As `_turn`, of keys whose turning goes on beside the product of those before, which has to be done then."""
+    cos, sin = unpacked(words, gl.float16 if MODE == "mixed" else DTYPE)
+    turned = _settled(rotated(product, cos, sin, narrow, DTYPE))
+    scores, before = warpgroup_mma_wait(0, deps=[scores, before])
+    added = True if MODE == "mixed" else unit % OF_PLACE > 0
+    return warpgroup_mma(turned, queries.index(unit).permute((1, 0)), scores, use_acc=added, is_async=True), turned
+
+
+@gluon.jit
+def _score_turned(
+    found, free, operand, factors, queries, words, shares, scores, seen, scale, logarithm, narrow: gl.constexpr,
+    KV: gl.constexpr, TOGETHER: gl.constexpr, MODE: gl.constexpr, DTYPE: gl.constexpr,
+):  # fmt: skip
+    """Scores of keys that are rebuilt and turned, unit after unit, while the next one's product is under way.
+
+    In mixed mode the slow pairs' matrix is the last unit. scores: zeros.
+    """
+    UNITS: gl.constexpr = factors.shape[0] - (1 if MODE == "mixed" else 0)
+    OF_HEAD: gl.constexpr = UNITS // KV
+    # Scores of several kv heads add up, in columns of their own.
+    OF_PLACE: gl.constexpr = OF_HEAD * TOGETHER
+    # Registers of products have to be written before any is under way.
+    scores = _settled(scores)
+    for first in range(0, UNITS - 1, 2):
+        product = _begun(operand, factors, first)
+        other = _begun(operand, factors, first + 1)
+        product = warpgroup_mma_wait(1, deps=[product])
+        scores, turned = _turn(product, words[0], queries, first, scores, narrow, OF_PLACE, MODE, DTYPE)
+        other = warpgroup_mma_wait(1, deps=[other])
+        if MODE == "rotated" and OF_HEAD == 1:
+            scores, turned = warpgroup_mma_wait(0, deps=[scores, turned])
+            mbarrier.wait(free[0], free[1])
+            _hand_on(found.index(first // OF_PLACE), scores, seen, scale, logarithm)
+        scores, turned = _turn_after(
+            other, words[OF_HEAD - 1], queries, first + 1, scores, turned, narrow, OF_PLACE, MODE, DTYPE
+        )  # fmt: skip
+        scores, turned, operand = warpgroup_mma_wait(0, deps=[scores, turned, operand])
+        if MODE == "rotated":
+            mbarrier.wait(free[0], free[1])
+            _hand_on(found.index((first + 1) // OF_PLACE), scores, seen, scale, logarithm)
+    if UNITS % 2 == 1:
+        product, operand = warpgroup_mma_wait(0, deps=[_begun(operand, factors, UNITS - 1), operand])
+        scores, turned = _turn(product, words[0], queries, UNITS - 1, scores, narrow, OF_PLACE, MODE, DTYPE)
+        scores, turned = warpgroup_mma_wait(0, deps=[scores, turned])
+        if MODE == "rotated":
+            mbarrier.wait(free[0], free[1])
+            _hand_on(found.index((UNITS - 1) // OF_PLACE), scores, seen, scale, logarithm)
+    if MODE == "mixed":
+        product, operand = warpgroup_mma_wait(0, deps=[_begun(operand, factors, UNITS), operand])
+        scores += slow_scores(product, shares, scores.shape[1])
+        mbarrier.wait(free[0], free[1])
+        _hand_on(found.index(0), scores, seen, scale, logarithm)
+
+
+@gluon.jit
+def _weigh(product, words, score, MODE: gl.constexpr, DTYPE: gl.constexpr):
+    """Scores of a unit's products, added to others."""
+    cos, sin = unpacked(words, gl.float16 if MODE == "windows" else DTYPE)
+    return _settled(score + weighed(product, cos, sin, 2 if MODE == "windows" else 1))
+
+
+@gluon.jit
+def _score_weighed(
+    found, free, operand, factors, words, seen, scale, logarithm,
+    KV: gl.constexpr, MODE: gl.constexpr, DTYPE: gl.constexpr,
+):  # fmt: skip
+    """Scores of products with folded factors, or with a window's, unit after unit, as in `_score_turned`."""
+    TOTAL: gl.constexpr = factors.shape[0]
+    OF_HEAD: gl.constexpr = TOTAL // KV
+    zero = gl.zeros([TILE], gl.float32, gl.SliceLayout(1, operand.type.layout.parent))
+    for first in range(0, TOTAL - 1, 2):
+        product = _begun(operand, factors, first)
+        other = _begun(operand, factors, first + 1)
+        score = _weigh(warpgroup_mma_wait(1, deps=[product]), words[0], zero, MODE, DTYPE)
+        if OF_HEAD == 1:
+            mbarrier.wait(free[0], free[1])
+            _hand_on(found.index(first), score[:, None], seen, scale, logarithm)
+            score = zero
+        other, operand = warpgroup_mma_wait(0, deps=[other, operand])
+        score = _weigh(other, words[OF_HEAD - 1], score, MODE, DTYPE)
+        mbarrier.wait(free[0], free[1])
+        _hand_on(found.index((first + 1) // OF_HEAD), score[:, None], seen, scale, logarithm)
+    if TOTAL % 2 == 1:
+        product, operand = warpgroup_mma_wait(0, deps=[_begun(operand, factors, TOTAL - 1), operand])
+        score = _weigh(product, words[0], zero, MODE, DTYPE)
+        mbarrier.wait(free[0], free[1])
+        _hand_on(found.index(TOTAL - 1), score[:, None], seen, scale, logarithm)
 
 
 @gluon.jit
 def score_rebuilt(
     found, scales, full, empty, ready, ring, factors, beside, arguments,
-    WHICH: gl.constexpr, MODE: gl.constexpr, TOGETHER: gl.constexpr, QUERIES: gl.constexpr,
+    WHICH: gl.constexpr, MODE: gl.constexpr, KV: gl.constexpr, TOGETHER: gl.constexpr, QUERIES: gl.constexpr,
     QUERY_SLOTS: gl.constexpr, WIDTH: gl.constexpr, SPAN: gl.constexpr, DTYPE: gl.constexpr, BITS: gl.constexpr,
     ASYMMETRIC: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
     """Scores of every other tile of keys that are rebuilt head after head, from tile WHICH (0 or 1) on.
 
-    found: shared memory [places of a tile's scores, tile, columns]; factors: [KV, WIDE, RANK], rows of every kv head, a
-    pair's side by side, or a window's columns; beside: what the mode needs besides, queries [KV, LEAST, WIDE] or what
-    `make_window` takes, or queries [KV, SLOTS, WIDE] and what `make_slow` takes and makes. SPAN: tokens of a window,
-    or 0.
+    found: shared memory [places of a tile's scores, tile, columns]; factors: [KV * units, UNIT, RANK], rows of every kv
+    head, a pair's side by side, or a window's columns; beside: what the mode needs besides, queries [KV * units, LEAST,
+    UNIT] or what `make_window` takes, or queries [KV, SLOTS, UNIT] and what `make_slow` takes and makes. SPAN: tokens
+    of a window, or 0.
     """
     (
         tiles, latents, stored, table, mask, up, query, units, rank, latents_t, table_t, row_mask, mask_t, up_stride,
         query_stride, scaling, bases, basis, frequencies, position,
     ) = arguments  # fmt: skip
-    KV: gl.constexpr = factors.shape[0]
-    WIDE: gl.constexpr = factors.shape[1]
     STAGES: gl.constexpr = ring.shape[0]
     TURNED: gl.constexpr = MODE == "rotated" or MODE == "mixed"
     SLOTS: gl.constexpr = found.shape[2] if TURNED else LEAST
     WINDOW: gl.constexpr = SPAN // TILE if SPAN > 0 else 1 << 30
     # Windows of all pairs have rows of their own, not of tokens.
     ROWS_SPAN: gl.constexpr = SPAN if MODE == "windows" else 0
-    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WIDE, 16])
+    PAIRS: gl.constexpr = (factors.shape[0] - (1 if MODE == "mixed" else 0)) // KV * (UNIT // 2)
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, UNIT, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, SLOTS, 16])
     rows: gl.constexpr = gl.SliceLayout(1, wide)
     first, step, begin, end, length = tiles
     # Nothing is read where there is no tile.
-    _start(factors, beside, up, up_stride, gl.where(begin < end, rank, 0), bases, WIDTH, MODE, WHICH)
+    _start(factors, beside, up, up_stride, gl.where(begin < end, rank, 0), bases, KV, WIDTH, MODE, WHICH)
     for stage in gl.static_range(STAGES):
         _copy_tile(ring.index(stage), latents, tiles, begin + WHICH + 2 * stage, latents_t, units)
-    turns = _turns_of(table, tiles, begin + WHICH, table_t, WIDE // 2, ROWS_SPAN)
+    turns = _turns_of(table, tiles, begin + WHICH, table_t, PAIRS, ROWS_SPAN)
     parameters = load_parameters(stored, tiles, begin + WHICH, rows, BITS, ASYMMETRIC)
-    frequency = 0.0
+    shares = ()
+    if MODE == "mixed":
+        shares = load_basis(basis, WHICH * TILE, UNIT // SLOTS, SLOTS)
+    frequency, own = 0.0, ()
     if MODE == "windows":
         frequency = load_frequencies(frequencies, beside[2].shape[2], WIDTH)
+        pairs: gl.constexpr = frequency.type.layout
+        own = load_own_queries(query, query_stride, scaling, pairs, KV, WIDTH, WHICH, beside[2].shape[2])
     numbers = (up_stride, rank, query_stride, scaling)
     for window in range(begin, end, WINDOW):
         _prepare(
-            factors, beside, ready, frequency, bases, frequencies, query, up, numbers,
+            factors, beside, ready, frequency, own, bases, frequencies, query, up, numbers,
             position + (window - begin) * TILE, (window + WINDOW < end).to(gl.int32),
-            STAGES, WHICH, MODE, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH,
+            STAGES, WHICH, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH,
         )  # fmt: skip
         for index in range(window + WHICH, gl.minimum(window + WINDOW, end), 2):
             done = (index - begin) // 2
@@ -183,54 +323,39 @@ def score_rebuilt(
             seen = load_seen(mask, row_mask, mask_t, inside, inside < length, MASK)
             next_parameters = load_parameters(stored, tiles, index + 2, rows, BITS, ASYMMETRIC)
             slot = ring.index(done % STAGES)
+            # Asked for long before they are needed, where there are registers.
+            if MODE == "windows":
+                next_turns = _turns_of(table, tiles, index + 2, table_t, PAIRS, ROWS_SPAN)
+            next_shares = shares
             if MODE == "mixed":
-                shares = load_basis(basis, (index - window) * TILE, beside[2].shape[0] // SLOTS, SLOTS)
+                next_shares = load_basis(basis, (index + 2 - window) * TILE % SPAN, UNIT // SLOTS, SLOTS)
             # Rebuilt keys are rounded to fp16 before they meet the queries, in whose range only scaled ones are sure
             # to be.
             operand, scale = _operand(slot, parameters, STAGES, wide, BITS, ASYMMETRIC, TURNED)
             # All have read the latents.
             synchronize()
             _copy_tile(slot, latents, tiles, index + 2 * STAGES, latents_t, units)
-            mbarrier.wait(empty, (done & 1) ^ 1)
-            logarithm = hand_on_parameters(scales, WHICH, parameters, seen, rows, BITS, ASYMMETRIC)
-            zeros = gl.zeros([TILE, WIDE], gl.float32, wide)
-            scores = gl.zeros([TILE, SLOTS], gl.float32, narrow)
-            if SPAN > 0:
-                cos, sin = unpacked(turns, wide, gl.float16)
-            if MODE == "mixed":
-                begun = warpgroup_mma(operand, beside[2].permute((1, 0)), zeros, use_acc=False, is_async=True)
-                product, operand = warpgroup_mma_wait(0, deps=[begun, operand])
-                scores = slow_scores(product, shares, SLOTS)
-            for head in range(KV):
-                begun = warpgroup_mma(operand, factors.index(head).permute((1, 0)), zeros, use_acc=False, is_async=True)
-                # The operand has to stay in its registers; with several heads it does, for the next.
-                if KV == 1:
-                    product, operand = warpgroup_mma_wait(0, deps=[begun, operand])
-                else:
-                    product = warpgroup_mma_wait(0, deps=[begun])
-                # There are no registers to keep those of every pair.
-                if SPAN == 0:
-                    cos, sin = unpacked(turns, wide, DTYPE)
-                if TURNED:
-                    turned = rotated(product, cos, sin, narrow, DTYPE)
-                    queries = beside[0] if MODE == "mixed" else beside
-                    summed = warpgroup_mma(
-                        turned, queries.index(head).permute((1, 0)), scores,
-                        use_acc=True if MODE == "mixed" else head % TOGETHER > 0, is_async=True,
-                    )  # fmt: skip
-                    scores, turned = warpgroup_mma_wait(0, deps=[summed, turned])
-                    if MODE == "rotated":
-                        _hand_on(found.index(head // TOGETHER), scores, seen, scale, logarithm)
-                else:
-                    score = weighed(product, cos, sin)
-                    _hand_on(found.index(head), score[:, None], seen, scale, logarithm)
-            if MODE == "mixed":
-                _hand_on(found.index(0), scores, seen, scale, logarithm)
-            turns = _turns_of(table, tiles, index + 2, table_t, WIDE // 2, ROWS_SPAN)
-            parameters = next_parameters
+            logarithm = logarithm_of(parameters, seen, rows, BITS, ASYMMETRIC)
+            free = (empty, (done & 1) ^ 1)
+            words = units_of(turns, wide)
+            if TURNED:
+                queries = beside[0] if MODE == "mixed" else beside
+                scores = gl.zeros([TILE, SLOTS], gl.float32, narrow)
+                _score_turned(
+                    found, free, operand, factors, queries, words, shares, scores, seen, scale, logarithm,
+                    narrow, KV, TOGETHER, MODE, DTYPE,
+                )  # fmt: skip
+            else:
+                _score_weighed(found, free, operand, factors, words, seen, scale, logarithm, KV, MODE, DTYPE)
+            if MODE != "windows":
+                next_turns = _turns_of(table, tiles, index + 2, table_t, PAIRS, ROWS_SPAN)
+            hand_on_parameters(scales, WHICH, parameters, seen, rows, BITS, ASYMMETRIC)
+            turns, shares, parameters = next_turns, next_shares, next_parameters
             synchronize()
             mbarrier.arrive(full, count=1)
     async_copy.wait_group(0)
+    # The values of the last tile take less than a launch.
+    allow_launch_after()
 
 
 @gluon.jit
@@ -262,10 +387,12 @@ def score_absorbed(
         synchronize()
         _copy_tile(slot, latents, tiles, index + STAGES, latents_t, units)
         mbarrier.wait(empty.index(buffer), ((done // 2) & 1) ^ 1)
-        logarithm = hand_on_parameters(scales, buffer, parameters, seen, rows, BITS, ASYMMETRIC)
+        logarithm = logarithm_of(parameters, seen, rows, BITS, ASYMMETRIC)
+        hand_on_parameters(scales, buffer, parameters, seen, rows, BITS, ASYMMETRIC)
         score, operand = warpgroup_mma_wait(0, deps=[begun, operand])
         _hand_on(found.index(buffer), score, seen, scale, logarithm)
         parameters = next_parameters
         synchronize()
         mbarrier.arrive(full.index(buffer), count=1)
     async_copy.wait_group(0)
+    allow_launch_after()

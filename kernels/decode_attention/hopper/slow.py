@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from palu.kernels.decode_attention.hopper.common import TILE, WARPS, synchronize
 from palu.kernels.decode_attention.hopper.operands import kv_head_of
+from palu.kernels.decode_attention.hopper.turns import unpacked
 from palu.kernels.latent_scores.tiles import turn
 
 
@@ -72,11 +73,12 @@ def _of_scores(slots: int) -> gl.NVMMADistributedLayout:
 
 @gluon.jit
 def load_basis(basis, first, COLUMNS: gl.constexpr, SLOTS: gl.constexpr):
-    """P of a tile's tokens, a tuple of float32 [tile], from token `first` of the window on."""
+    """P of a tile's tokens, a tuple of words [tile] of two columns each, from token `first` of the window on."""
     token = first + gl.arange(0, TILE, gl.SliceLayout(1, _of_scores(SLOTS)))
+    words = basis.to(gl.pointer_type(gl.int32), bitcast=True)
     result = ()
-    for column in gl.static_range(COLUMNS):
-        result = result + (gl.load(basis + token * COLUMNS + column).to(gl.float32),)
+    for word in gl.static_range(COLUMNS // 2):
+        result = result + (gl.load(words + token * (COLUMNS // 2) + word),)
     return result
 
 
@@ -91,7 +93,7 @@ def _halves(product):
 @gluon.jit
 def slow_scores(product, basis, SLOTS: gl.constexpr):
     """Scores [tile, SLOTS] of a product with W [tile, columns * SLOTS], as more products can be added to them."""
-    COLUMNS: gl.constexpr = len(basis)
+    COLUMNS: gl.constexpr = 2 * len(basis)
     scores: gl.constexpr = _of_scores(SLOTS)
     # Column after column: neighbours in a row of the product are slots.
     parts = _halves(product)
@@ -100,6 +102,8 @@ def slow_scores(product, basis, SLOTS: gl.constexpr):
     if COLUMNS == 8:
         parts = _halves(parts[0]) + _halves(parts[1]) + _halves(parts[2]) + _halves(parts[3])
     total = gl.zeros([TILE, SLOTS], gl.float32, scores)
-    for column in gl.static_range(COLUMNS):
-        total += gl.convert_layout(parts[column], scores, assert_trivial=True) * basis[column][:, None]
+    for word in gl.static_range(COLUMNS // 2):
+        even, odd = unpacked(basis[word], gl.float16)
+        total += gl.convert_layout(parts[2 * word], scores, assert_trivial=True) * even[:, None]
+        total += gl.convert_layout(parts[2 * word + 1], scores, assert_trivial=True) * odd[:, None]
     return total

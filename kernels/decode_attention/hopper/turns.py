@@ -7,6 +7,8 @@ from palu.kernels.decode_attention.hopper.common import TILE, WARPS, bits_of
 
 # Columns of scores that the matrix units compute at least.
 LEAST: gl.constexpr = gl.constexpr(8)
+# Columns of a product of latents and factors.
+UNIT: gl.constexpr = gl.constexpr(64)
 
 
 @gluon.constexpr_function
@@ -42,27 +44,38 @@ def load_turns(table, first, table_t, length, PAIRS: gl.constexpr):
 
 
 @gluon.jit
-def unpacked(turns, product: gl.constexpr, DTYPE: gl.constexpr):
-    """Cosines and sines, float32 [tile, PAIRS], of the pairs that stand side by side in products of a layout."""
+def units_of(turns, product: gl.constexpr):
+    """Words of a tile's turns, a tuple of [tile, UNIT / 2] as pairs stand side by side in products of a layout."""
     PAIRS: gl.constexpr = turns.shape[1]
     by_pair = turns.reshape([TILE, 4, PAIRS // 4]).permute([0, 2, 1]).reshape([TILE, PAIRS])
     # As `split` leaves the halves of a product.
-    halves, _ = gl.split(gl.zeros([TILE, 2 * PAIRS], gl.float32, product).reshape([TILE, PAIRS, 2]))
-    by_pair = gl.convert_layout(by_pair, halves.type.layout, assert_trivial=True)
+    halves, _ = gl.split(gl.zeros([TILE, UNIT], gl.float32, product).reshape([TILE, UNIT // 2, 2]))
+    units = (by_pair,)
+    if PAIRS > UNIT // 2:
+        units = gl.split(by_pair.reshape([TILE, 2, UNIT // 2]).permute([0, 2, 1]))
+    result = ()
+    for unit in gl.static_range(len(units)):
+        result = result + (gl.convert_layout(units[unit], halves.type.layout, assert_trivial=True),)
+    return result
+
+
+@gluon.jit
+def unpacked(words, DTYPE: gl.constexpr):
+    """Cosines and sines, float32, of words."""
     # Not pure: heads after heads meet the same numbers, which would be kept unpacked, but there are no registers.
     return gl.inline_asm_elementwise(
-        _halves(DTYPE), "=f,=f,r", [by_pair], dtype=(gl.float32, gl.float32), is_pure=False, pack=1
+        _halves(DTYPE), "=f,=f,r", [words], dtype=(gl.float32, gl.float32), is_pure=False, pack=1
     )
 
 
 @gluon.jit
-def weighed(product, cos, sin):
+def weighed(product, cos, sin, SUMS: gl.constexpr):
     """Products [tile, WIDE] with a and b of every pair, times cosines and sines, added up to [tile]."""
     WIDE: gl.constexpr = product.shape[1]
     layout: gl.constexpr = product.type.layout
     along_a, along_b = gl.split(product.reshape([TILE, WIDE // 2, 2]))
-    # Every product of its own: added up, each is one multiply-add.
-    total = gl.sum(gl.join(along_a * cos, along_b * sin).reshape([TILE, WIDE]), 1)
+    # Every product of its own: added up, each is one multiply-add. In two sums, so that they need not wait so long.
+    total = gl.sum(gl.sum(gl.join(along_a * cos, along_b * sin).reshape([TILE, SUMS, WIDE // SUMS]), 2), 1)
     return gl.convert_layout(total, gl.SliceLayout(1, layout), assert_trivial=True)
 
 

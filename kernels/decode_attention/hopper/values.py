@@ -68,14 +68,11 @@ def _rescaled(sums, factor):
 
 
 @gluon.jit
-def _there(sums, operands):
-    """Sums of which all products are done; until then, operands have to stay in their registers."""
-    waited = warpgroup_mma_wait(0, deps=sums + operands)
-    result = ()
-    for chunk in gl.static_range(len(sums)):
-        # A single one comes as it is.
-        result = result + (waited if len(sums) + len(operands) == 1 else waited[chunk],)
-    return result
+def _there(sums):
+    """Sums of which all products are done."""
+    waited = warpgroup_mma_wait(0, deps=sums)
+    # A single one comes as it is.
+    return (waited,) if len(sums) == 1 else waited
 
 
 @gluon.jit
@@ -139,29 +136,35 @@ def _load_scores(found, buffer, there, STEPS: gl.constexpr, STEP: gl.constexpr, 
 
 
 @gluon.jit
-def _peaks(scores):
-    """The largest score of every slot."""
+def _store_excess(excess, scores, reference):
+    """Whether some of a warp's scores are far above their references, to shared memory [warps]."""
     highest = scores[0]
     for part in gl.static_range(1, len(scores)):
         highest = gl.maximum(highest, scores[part])
-    return gl.max(highest, 1)
+    above = (highest - reference[:, None] > MOST).to(gl.int32)
+    # One instruction adds up integers of a warp.
+    of_warps = gl.max(above.reshape([WARPS, above.shape[0] // WARPS * above.shape[1]]), 1)
+    excess.store(of_warps)
 
 
 @gluon.jit
 def _softmax(
-    scores, peak, excess, scales, buffer, weights, reference, total, shifted, summed, BITS: gl.constexpr
+    scores, excess, scales, buffer, weights, reference, total, shifted, summed, BITS: gl.constexpr
 ):  # fmt: skip
     """Stores the weights of a tile's scores, relative to references [slots in use].
 
-    References rise where scores are far above them, by `excess`, shared memory [slots in use]; returns them, the
-    weights added up, as they are and times the codes' shifts, and the sums of values, all relative to the new ones. Of
-    codes, scores have the logarithm of the values' scales added, so the weights are times the scales.
+    References rise where scores are far above them, by `excess`; returns them, the weights added up, as they are and
+    times the codes' shifts, and the sums of values, all relative to the new ones. Of codes, scores have the logarithm
+    of the values' scales added, so the weights are times the scales.
     """
     STEP: gl.constexpr = weights.shape[2]
     USED: gl.constexpr = reference.shape[0]
     of_tokens: gl.constexpr = gl.SliceLayout(0, weights_layout(USED, STEP))
-    everywhere: gl.constexpr = _everywhere(USED)
-    if gl.max(excess.load(everywhere), 0) > MOST:
+    if gl.max(excess.load(_everywhere(WARPS.value)), 0) > 0:
+        highest = scores[0]
+        for part in gl.static_range(1, len(scores)):
+            highest = gl.maximum(highest, scores[part])
+        peak = gl.max(highest, 1)
         higher = gl.where(peak - reference > MOST, peak - HEADROOM, reference)
         factor = gl.exp2(reference - higher)
         summed = _rescaled(summed, factor)
@@ -184,13 +187,34 @@ def _softmax(
 
 
 @gluon.jit
-def _operands(rings, stage, result: gl.constexpr, BITS: gl.constexpr):
-    """What codes of a step become in registers, of every chunk; nothing where shared memory holds numbers."""
-    read = ()
-    if BITS < 16:
-        for chunk in gl.static_range(len(rings)):
-            read = read + (value_operand(rings[chunk].index(stage), result, BITS),)
-    return read
+def _weigh_codes(rings, stage, first, weights, summed, BITS: gl.constexpr):
+    """Add a step's values, chunk after chunk: numbers are made of one's codes while the other's product is under way.
+
+    first: the first chunk's numbers.
+    """
+    result: gl.constexpr = summed[0].type.layout
+    transposed = weights.permute((1, 0))
+    done = ()
+    operand = first
+    under_way = warpgroup_mma(operand, transposed, summed[0], is_async=True)
+    for chunk in gl.static_range(1, len(rings)):
+        following = value_operand(rings[chunk].index(stage), result, BITS)
+        begun = warpgroup_mma(following, transposed, summed[chunk], is_async=True)
+        under_way, operand = warpgroup_mma_wait(1, deps=[under_way, operand])
+        done = done + (under_way,)
+        under_way, operand = begun, following
+    under_way, operand = warpgroup_mma_wait(0, deps=[under_way, operand])
+    return done + (under_way,)
+
+
+@gluon.jit
+def _weigh_numbers(rings, stage, weights, summed):
+    """Add a step's values, which are numbers in shared memory; their products are under way."""
+    started = ()
+    for chunk in gl.static_range(len(rings)):
+        operand = rings[chunk].index(stage).permute((1, 0))
+        started = started + (warpgroup_mma(operand, weights.permute((1, 0)), summed[chunk], is_async=True),)
+    return started
 
 
 @gluon.jit
@@ -203,7 +227,7 @@ def weigh_values(
 
     WHICH: of SHARED_BY groups of warps each has every other tile, and a part of the sums of its own.
     rings: shared memory [stages, tokens of a step, units] of every chunk; weights: [steps, slots, tokens of a step];
-    excess: [slots], for scores above the references;
+    excess: int32 [warps], for scores above the references;
     out: the group's first head in the part's totals and peaks.
     """
     found, scales, full, empty, tiles, latents, sums, totals, peaks, rank, latents_t, ours = arguments
@@ -217,8 +241,6 @@ def weigh_values(
     USED: gl.constexpr = SLOTS // 2 if HALF else SLOTS
     layout: gl.constexpr = weights_layout(USED, STEP)
     slot = gl.arange(0, USED, gl.SliceLayout(1, layout))
-    if USED < SLOTS:
-        excess = excess.slice(0, USED)
     head, there = _head_of(slot, KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS)
     result: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, SLOTS, 16])
     reference = gl.full([USED], LOWEST, gl.float32, gl.SliceLayout(1, layout))
@@ -241,37 +263,39 @@ def weigh_values(
         if BITS == 16:
             fence_async_shared()
         scores = _load_scores(found, buffer, there, STEPS, STEP, USED)
-        peak = _peaks(scores)
-        excess.store(peak - reference)
+        _store_excess(excess, scores, reference)
         # The first step is there, products of the last tile are done in all warps, its weights may be written over.
         synchronize()
-        # Numbers are made of codes beside the softmax.
-        operands = _operands(rings, done * STEPS % STAGES, result, BITS)
+        if BITS < 16:
+            # Numbers are made of the first codes beside the softmax.
+            operand = value_operand(rings[0].index(done * STEPS % STAGES), result, BITS)
         reference, total, shifted, summed = _softmax(
-            scores, peak, excess, scales, buffer, weights, reference, total, shifted, summed, BITS
+            scores, excess, scales, buffer, weights, reference, total, shifted, summed, BITS
         )
         for part in gl.static_range(STEPS):
             number = done * STEPS + part
             if part > 0:
                 async_copy.wait_group(STAGES - 2)
-                summed = _there(summed, operands)
+                if BITS == 16:
+                    summed = _there(summed)
             if part == 0 or BITS == 16:
                 fence_async_shared()
             synchronize()
             if part == 0:
                 # All have read the scores.
                 mbarrier.arrive(empty.index(buffer), count=1)
-            else:
-                operands = _operands(rings, number % STAGES, result, BITS)
-            started = ()
-            for chunk in gl.static_range(CHUNKS):
-                operand = operands[chunk] if BITS < 16 else rings[chunk].index(number % STAGES).permute((1, 0))
-                product = warpgroup_mma(operand, weights.index(part).permute((1, 0)), summed[chunk], is_async=True)
-                started = started + (product,)
-            summed = started
             ahead = number + STAGES - 1
-            _copy_step(rings, ahead % STAGES, latents, tiles, begin, ahead, latents_t, units, SHARED_BY)
-        summed = _there(summed, operands)
+            if BITS < 16:
+                # The slot that is written has been read by all.
+                _copy_step(rings, ahead % STAGES, latents, tiles, begin, ahead, latents_t, units, SHARED_BY)
+                if part > 0:
+                    operand = value_operand(rings[0].index(number % STAGES), result, BITS)
+                summed = _weigh_codes(rings, number % STAGES, operand, weights.index(part), summed, BITS)
+            else:
+                summed = _weigh_numbers(rings, number % STAGES, weights.index(part), summed)
+                _copy_step(rings, ahead % STAGES, latents, tiles, begin, ahead, latents_t, units, SHARED_BY)
+        if BITS == 16:
+            summed = _there(summed)
     async_copy.wait_group(0)
     there = there & ours
     gl.store(totals + out + head, gl.sum(total, 1), mask=there)

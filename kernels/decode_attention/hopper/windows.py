@@ -19,10 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from palu.kernels.decode_attention.hopper.common import WARPS, copied_layout, copy_to_shared, hand_over, synchronize
 from palu.kernels.decode_attention.hopper.prologue import copy_halves
+from palu.kernels.decode_attention.hopper.turns import UNIT
 from palu.kernels.latent_scores.tiles import turn
-
-# Columns of a window's basis.
-COLUMNS: gl.constexpr = gl.constexpr(64)
 
 
 @gluon.jit
@@ -45,18 +43,26 @@ def load_frequencies(frequencies, PAIRS: gl.constexpr, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def _store_turned(
-    turned, query, query_stride, scaling, angle, KV: gl.constexpr, WIDTH: gl.constexpr, WHICH: gl.constexpr
-):
-    """Every other query, turned back by angles [pairs], to shared memory [heads * 2, pairs]."""
-    pair = gl.arange(0, angle.shape[0], angle.type.layout)
-    cos, sin = turn(angle)
+def load_own_queries(query, query_stride, scaling, layout: gl.constexpr, KV: gl.constexpr, WIDTH: gl.constexpr,
+                     WHICH: gl.constexpr, PAIRS: gl.constexpr):  # fmt: skip
+    """Both numbers of every pair of every other query, float32 [pairs] each."""
+    pair = gl.arange(0, PAIRS, layout)
+    result = ()
     for head in gl.static_range(WHICH, KV, 2):
         at = query + head * query_stride + pair
         first = gl.load(at, mask=pair < WIDTH // 2, other=0.0).to(gl.float32) * scaling
         second = gl.load(at + WIDTH // 2, mask=pair < WIDTH // 2, other=0.0).to(gl.float32) * scaling
-        turned.index(head // 2 * 2).store((first * cos + second * sin).to(turned.dtype))
-        turned.index(head // 2 * 2 + 1).store((second * cos - first * sin).to(turned.dtype))
+        result = result + (first, second)
+    return result
+
+
+@gluon.jit
+def _store_turned(turned, own, angle):
+    """Queries, turned back by angles [pairs], to shared memory [heads * 2, pairs]."""
+    cos, sin = turn(angle)
+    for at in gl.static_range(0, len(own), 2):
+        turned.index(at).store((own[at] * cos + own[at + 1] * sin).to(turned.dtype))
+        turned.index(at + 1).store((own[at + 1] * cos - own[at] * sin).to(turned.dtype))
 
 
 @gluon.jit
@@ -79,23 +85,23 @@ def _with_query(bases, turned, head, operand: gl.constexpr):
 
 @gluon.jit
 def make_window(
-    prepared, beside, ready, frequency, query, up, arguments, position, more,
+    prepared, beside, ready, frequency, own, up, arguments, position, more,
     WIDTH: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
     """Every other kv head's W, to shared memory [KV, columns, RANK], for the window that begins at a position.
 
-    beside: shared memory for a head's factor, the first one on its way, which it will be again where there are more
+    own: `load_own_queries`. beside: shared memory for a head's factor, the first one on its way, which it will be again where there are more
     windows; for the turned queries; and C and S. ready: two groups of warps arrive when they need the last window no
     more, and when theirs is made.
     """
     factor, turned, bases = beside
-    up_stride, rank, query_stride, scaling = arguments
+    up_stride, rank = arguments
     KV: gl.constexpr = prepared.shape[0]
     RANK: gl.constexpr = prepared.shape[2]
     result: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, RANK, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, result, 2)
-    _store_turned(turned, query, query_stride, scaling, position.to(gl.float32) * frequency, KV, WIDTH, WHICH)
-    zeros = gl.zeros([COLUMNS, RANK], gl.float32, result)
+    _store_turned(turned, own, position.to(gl.float32) * frequency)
+    zeros = gl.zeros([UNIT, RANK], gl.float32, result)
     # What was copied is there, and all warps have done their products with the last window.
     async_copy.wait_group(0)
     hand_over(ready, 0)
