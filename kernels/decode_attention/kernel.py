@@ -160,7 +160,7 @@ def combine_kernel(
     HEADS: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr,
     RANK_STRIDE: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_PARTS: tl.constexpr, PASSES: tl.constexpr,
     AHEAD: tl.constexpr, BLOCK_OUT: tl.constexpr, CHUNKS: tl.constexpr, HAS_UP: tl.constexpr, HAS_BIAS: tl.constexpr,
-    DIVISOR: tl.constexpr, EARLY: tl.constexpr,
+    DIVISOR: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One head's mean latents: the ranges' sums over their weights; with an up factor, BLOCK_OUT of its outputs.
 
@@ -169,8 +169,9 @@ def combine_kernel(
     row_head, piece = tl.program_id(0), tl.program_id(1)
     head = row_head % HEADS
     group = head // HEADS_PER_GROUP
-    rank = tl.multiple_of(tl.load(rank_of + group), DIVISOR)
-    offset = tl.multiple_of(tl.load(offset_of + group), DIVISOR)
+    # Ranks that are all alike need no memory access.
+    rank = EVEN if EVEN > 0 else tl.multiple_of(tl.load(rank_of + group), DIVISOR)
+    offset = tl.multiple_of(group * EVEN if EVEN > 0 else tl.load(offset_of + group), DIVISOR)
     part = tl.arange(0, BLOCK_PARTS)
     factors, found = (), ()
     if HAS_UP:

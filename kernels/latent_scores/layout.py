@@ -72,6 +72,12 @@ def divisor(ranks: tuple[int, ...]) -> int:
 
 
 @functools.cache
+def even_rank(ranks: tuple[int, ...]) -> int:
+    """The rank of all groups, 0 where they differ."""
+    return ranks[0] if len(set(ranks)) == 1 else 0
+
+
+@functools.cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; a few where the kernels are interpreted."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

@@ -25,6 +25,16 @@ from palu.kernels.decode_attention.hopper.values import CHUNK, weigh_values
 from palu.kernels.latent_scores.tiles import GAPS
 
 
+@gluon.jit
+def _place(rank_of, offset_of, group, EVEN: gl.constexpr, DIVISOR: gl.constexpr):
+    """A group's latents and those before it; EVEN: those of every group, which need no memory access, or 0."""
+    if EVEN > 0:
+        rank, offset = gl.to_tensor(EVEN), group * EVEN
+    else:
+        rank, offset = gl.load(rank_of + group), gl.load(offset_of + group)
+    return gl.multiple_of(rank, DIVISOR), gl.multiple_of(offset, DIVISOR)
+
+
 @gluon.jit(do_not_specialize=["length", "table_b", "mask_b", "spans_b", "rows_heads"])
 def hopper_kernel(
     query, keys, values, up, table, mask, key_parameters, value_parameters, spans, bases, basis, frequencies,
@@ -38,7 +48,7 @@ def hopper_kernel(
     CHUNKS: gl.constexpr, STEP: gl.constexpr, VALUE_STAGES: gl.constexpr, VALUE_DIVISOR: gl.constexpr,
     RANK_STRIDE: gl.constexpr, MASK: gl.constexpr, DTYPE: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr,
     BITS: gl.constexpr, ASYMMETRIC: gl.constexpr, WEIGHERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr,
-    VALUE_REGISTERS: gl.constexpr,
+    VALUE_REGISTERS: gl.constexpr, EVEN_KEYS: gl.constexpr, EVEN_VALUES: gl.constexpr,
 ):  # fmt: skip
     """Sums of value latents of a group's heads over a part of the tokens, relative to their peaks.
 
@@ -53,10 +63,8 @@ def hopper_kernel(
     part, group, row = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     parts = gl.num_programs(0)
     at_row = (row // QUERY_ROWS).to(gl.int64)
-    key_rank = gl.multiple_of(gl.load(key_rank_of + group), KEY_DIVISOR)
-    value_rank = gl.multiple_of(gl.load(value_rank_of + group), VALUE_DIVISOR)
-    key_offset = gl.multiple_of(gl.load(key_offset_of + group), KEY_DIVISOR)
-    value_offset = gl.multiple_of(gl.load(value_offset_of + group), VALUE_DIVISOR)
+    key_rank, key_offset = _place(key_rank_of, key_offset_of, group, EVEN_KEYS, KEY_DIVISOR)
+    value_rank, value_offset = _place(value_rank_of, value_offset_of, group, EVEN_VALUES, VALUE_DIVISOR)
     at_keys, at_values = keys + at_row * keys_b, values + at_row * values_b
     if BITS < 16:
         PARAMETERS: gl.constexpr = 2 if ASYMMETRIC else 1
@@ -154,7 +162,9 @@ def hopper_kernel(
             up_offset, up_rank = group * RANK, RANK
         # Windows take half of the columns of a head.
         UNITS: gl.constexpr = KV * WIDE // UNIT if SPAN == 0 else KV + 1 if MODE == "mixed" else KV
-        WIDTH_OF_PLACE: gl.constexpr = SLOTS if MODE == "mixed" else LEAST if MODE == "rotated" else 1
+        WIDTH_OF_PLACE: gl.constexpr = (
+            SLOTS if MODE == "mixed" else LEAST if MODE == "rotated" else 2 if UNITS == KV else 1
+        )
         factors = gl.allocate_shared_memory(DTYPE, [UNITS, UNIT, RANK], swizzled(RANK))
         at_table = table + gl.multiple_of(at_row * table_b, 8)
         # Folded queries need no place of their own.

@@ -28,6 +28,7 @@ from palu.kernels.latent_scores.layout import (
     DTYPES,
     block_memory,
     divisor,
+    even_rank,
     layout,
     mask_kind,
     processors,
@@ -144,7 +145,7 @@ def launch(
     else:
         _launch_best(call, None, "gaps", parts, found)
         _launch_best(call, window, "gapless", parts, found)
-    return combine(found, value, query, head_dim, early=True)
+    return combine(found, value, query, head_dim, allowed=True)
 
 
 def _window_of(call: Call) -> Window | None:
@@ -236,5 +237,6 @@ def _launch(plan: Plan, call: Call, window: Window | None, takes: str, parts: in
         VALUE_DIVISOR=divisor(value_ranks), RANK_STRIDE=max(value_ranks), MASK=mask_kind(mask),
         DTYPE=DTYPES[dtype], TOGETHER=heads.together, COLUMNS=heads.columns, BITS=bits,
         ASYMMETRIC=asymmetric, WEIGHERS=weighers, SCORE_REGISTERS=registers[0], VALUE_REGISTERS=registers[1],
+        EVEN_KEYS=even_rank(ranks), EVEN_VALUES=even_rank(value_ranks),
         num_warps=4, launch_pdl=takes == "gapless",
     )  # fmt: skip

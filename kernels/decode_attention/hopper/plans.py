@@ -44,7 +44,7 @@ class Plan(NamedTuple):
 # In the order of preference, of which the first that fits is taken. Numbers are made of codes chunk after chunk, the
 # more tokens at a time the better while there are registers.
 LAST_PLANS = (Plan(1, 32, 4), Plan(1, 32, 3), Plan(1, 16, 5), Plan(1, 16, 4), Plan(1, 16, 3), Plan(1, 16, 2))
-FIRST_PLANS = {"folded": (Plan(1, 64, 3), Plan(1, 64, 2)), "rotated": (), "absorbed": (Plan(2, 32, 4),)}
+FIRST_PLANS = {"folded": (Plan(1, 64, 3),), "rotated": (), "absorbed": (Plan(2, 32, 4),)}
 
 # What the full search tries.
 GRID = tuple(Plan(*each) for each in itertools.product((1, 2, 3, 4), (16, 32, 64), (2, 3, 4, 5, 6)))

@@ -251,20 +251,21 @@ def _score_weighed(
     for first in range(0, TOTAL - 1, 2):
         product = _begun(operand, factors, first)
         other = _begun(operand, factors, first + 1)
-        score = _weigh(warpgroup_mma_wait(1, deps=[product]), words[0], zero, MODE, DTYPE)
         if OF_HEAD == 1:
-            mbarrier.wait(free[0], free[1])
-            _hand_on(found.index(first), score[:, None], seen, scale, logarithm)
-            score = zero
-        other, operand = warpgroup_mma_wait(0, deps=[other, operand])
-        score = _weigh(other, words[OF_HEAD - 1], score, MODE, DTYPE)
+            product, other, operand = warpgroup_mma_wait(0, deps=[product, other, operand])
+            score = _weigh(product, words[0], zero, MODE, DTYPE)
+            together = gl.join(score, _weigh(other, words[0], zero, MODE, DTYPE))
+        else:
+            score = _weigh(warpgroup_mma_wait(1, deps=[product]), words[0], zero, MODE, DTYPE)
+            other, operand = warpgroup_mma_wait(0, deps=[other, operand])
+            together = _weigh(other, words[1], score, MODE, DTYPE)[:, None]
         mbarrier.wait(free[0], free[1])
-        _hand_on(found.index((first + 1) // OF_HEAD), score[:, None], seen, scale, logarithm)
+        _hand_on(found.index(first // 2), together, seen, scale, logarithm)
     if TOTAL % 2 == 1:
         product, operand = warpgroup_mma_wait(0, deps=[_begun(operand, factors, TOTAL - 1), operand])
         score = _weigh(product, words[0], zero, MODE, DTYPE)
         mbarrier.wait(free[0], free[1])
-        _hand_on(found.index(TOTAL - 1), score[:, None], seen, scale, logarithm)
+        _hand_on(found.index(TOTAL // 2), gl.join(score, score), seen, scale, logarithm)
 
 
 @gluon.jit
