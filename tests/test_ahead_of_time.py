@@ -44,7 +44,13 @@ def test_every_launch_compiles_and_fits(architecture, half, tmp_path):
     assert bool(rebuilt) == (architecture == 90)
     assert not [row for row in rebuilt if row["dropped"] > MOST_DROPPED]
     for row in rows:
-        if row["kernel"] in ("table_kernel", "turn_kernel", "softmax_kernel", "combine_kernel"):
+        if row["kernel"] in (
+            "table_kernel",
+            "turn_kernel",
+            "softmax_kernel",
+            "combine_kernel",
+            "hopper_combine_kernel",
+        ):
             continue
         streamed = row.get("mode") == "exact" or is_wide(row)
         assert streamed or row["asynchronous"], row

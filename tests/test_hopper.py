@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from palu.kernels.decode_attention import launch
+from palu.kernels.decode_attention import launch, parts
 from palu.kernels.decode_attention.hopper import launch as hopper
 from palu.kernels.decode_attention.hopper import plans
 from palu.kernels.decode_attention.spec import HOPPER_SHAPES, Shape
@@ -14,7 +14,9 @@ from palu.kernels.latents import LatentProjection
 from palu.kernels.quantize import PackedLatents
 from palu.kernels.rotation import Rotation
 from tests.hopper_calls import LLAMA_2, LLAMA_3, MEMORY, checked, fitting, needs_hopper
-from tests.kernel_calls import name_of, on_device, quantized, random_call
+from tests.kernel_calls import close, name_of, on_device, quantized, random_call
+
+MORE_PLANS = ((2, 32, 4), (1, 64, 3), (3, 16, 3), (2, 64, 2), (4, 16, 6))
 
 
 def test_every_query_head_of_a_group_has_one_slot():
@@ -202,7 +204,7 @@ def test_hidden_tiles_change_nothing(heads, rope, kind, monkeypatch):
 @needs_hopper
 @torch.no_grad()
 @pytest.mark.usefixtures("empty_memory_is_nan")
-@pytest.mark.parametrize("plan", [*plans.LAST_PLANS, plans.Plan(2, 32, 4), plans.Plan(1, 64, 3), plans.Plan(3, 16, 3), plans.Plan(2, 64, 2), plans.Plan(4, 16, 6)])
+@pytest.mark.parametrize("plan", [*plans.LAST_PLANS, *(plans.Plan(*each) for each in MORE_PLANS)])
 @pytest.mark.parametrize("heads", [(2, 2), (8, 2), (2, 2, None)], ids=["folded", "rotated", "absorbed"])
 @pytest.mark.parametrize("bits", [16, 4])
 def test_every_plan_computes_the_same(plan, heads, bits, monkeypatch):
@@ -230,3 +232,35 @@ def test_the_same_call_gives_the_same_numbers_every_time(heads, bits):
     moved = on_device(query, *quantized(latents, bits, key, value)[0], key, value, rotation, None)
     outputs = [launch.decode_attention(*moved, shape.head_dim**-0.5) for _ in range(20)]
     assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
+@needs_hopper
+@torch.no_grad()
+@pytest.mark.parametrize("count", [1, 5, 16, 40, 64])
+@pytest.mark.parametrize("ranks", [(48, 32), (384, 384), (512, 144)], ids=lambda ranks: "-".join(map(str, ranks)))
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("biased", [True, False])
+def test_parts_are_added_up_before_their_launch_ends_as_after_it(count, ranks, head_dim, biased):
+    rows, heads, kv_heads = 3, 8, 4
+    sums = torch.randn(count, rows, heads, max(ranks), device="cuda")
+    totals, peaks = torch.rand(count, rows, heads, device="cuda") + 0.1, torch.randn(count, rows, heads, device="cuda")
+    # A part in which no token is visible.
+    if count > 1:
+        sums[1], totals[1], peaks[1] = 0.0, 0.0, -1e30
+    up = torch.randn(kv_heads // 2 * head_dim, sum(ranks), device="cuda", dtype=torch.float16) / max(ranks) ** 0.5
+    bias = torch.randn(kv_heads * head_dim, device="cuda", dtype=torch.float16) if biased else None
+    weights = torch.exp2(peaks.double() - peaks.double().amax(0))
+    means = (weights[..., None] * sums.double()).sum(0) / (weights * totals.double()).sum(0)[..., None]
+    expected = []
+    for head in range(heads):
+        group, kv_head = head // 4, head // 2
+        columns = up.double()[:, group * ranks[0] : group * ranks[0] + ranks[group]]
+        own = columns[kv_head % 2 * head_dim :][:head_dim]
+        added = 0.0 if bias is None else bias.double()[kv_head * head_dim :][:head_dim]
+        expected.append(means[:, head, : ranks[group]] @ own.T + added)
+        # Nobody writes what is behind a group's rank.
+        sums[:, :, head, ranks[group] :] = float("nan")
+    value, query = LatentProjection(up, ranks, bias), torch.empty(rows, heads, head_dim, device="cuda").half()
+    for add in (hopper._combine_early, parts.combine):
+        output = add(parts.Parts(sums, totals, peaks), value, query, head_dim)
+        assert close(output, torch.cat(expected, dim=1).cpu(), "float16")

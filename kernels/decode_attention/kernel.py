@@ -8,7 +8,6 @@ joins the score as a logarithm and the shift `z` meets the sum of the weights.
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 from palu.kernels.codes import first_of_pair, half_word, load_latents, load_pairs
 from palu.kernels.latent_scores.tiles import load_scale_words
@@ -160,7 +159,7 @@ def combine_kernel(
     HEADS: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr,
     RANK_STRIDE: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_PARTS: tl.constexpr, PASSES: tl.constexpr,
     AHEAD: tl.constexpr, BLOCK_OUT: tl.constexpr, CHUNKS: tl.constexpr, HAS_UP: tl.constexpr, HAS_BIAS: tl.constexpr,
-    DIVISOR: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
+    DIVISOR: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """One head's mean latents: the ranges' sums over their weights; with an up factor, BLOCK_OUT of its outputs.
 
@@ -182,8 +181,6 @@ def combine_kernel(
         for chunk in tl.static_range(CHUNKS if AHEAD else 0):
             latent = chunk * BLOCK_RANK + tl.arange(0, BLOCK_RANK)[None, :]
             factors = factors + (tl.load(at_up + latent, mask=out_ok[:, None] & (latent < rank), other=0.0),)
-    if EARLY:
-        gdc_wait()
     # All that the first pass needs is asked for before anything waits.
     for chunk in tl.static_range((CHUNKS if HAS_UP else 1) if AHEAD else 0):
         latent = (chunk if HAS_UP else piece) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)

@@ -23,11 +23,8 @@ class Parts(NamedTuple):
     peaks: Tensor
 
 
-def combine(parts: Parts, value: LatentProjection, query: Tensor, head_dim: int, allowed: bool = False) -> Tensor:
-    """The heads' outputs, [rows, num_heads * head_dim]; without an up factor their mean latents side by side.
-
-    allowed: the launch that makes the parts allows this one to begin before it ends (compute capability 9).
-    """
+def combine(parts: Parts, value: LatentProjection, query: Tensor, head_dim: int) -> Tensor:
+    """The heads' outputs, [rows, num_heads * head_dim]; without an up factor their mean latents side by side."""
     rows, num_heads, _ = query.shape
     ranks = tuple(value.ranks)
     side = side_of(ranks, 16, query.device)
@@ -37,8 +34,6 @@ def combine(parts: Parts, value: LatentProjection, query: Tensor, head_dim: int,
     width = stride if value.up is None else head_dim
     output = query.new_empty(rows, num_heads, width)
     block = COMBINE_PARTS if parts.sums.shape[0] <= COMBINE_PARTS else 2 * COMBINE_PARTS
-    # Smaller programs would crowd the multiprocessors that are the first to be free.
-    early = allowed and block > COMBINE_PARTS
     pieces = cdiv(stride, COMBINE_RANK) if value.up is None else cdiv(head_dim, COMBINE_OUT)
     combine_kernel[(rows * num_heads, pieces)](
         *parts, up, up if value.bias is None else value.bias, output, side.rank, side.offset,
@@ -49,7 +44,7 @@ def combine(parts: Parts, value: LatentProjection, query: Tensor, head_dim: int,
         AHEAD=cdiv(stride, COMBINE_RANK) <= MOST_AHEAD, BLOCK_OUT=COMBINE_OUT,
         CHUNKS=cdiv(stride, COMBINE_RANK),
         HAS_UP=value.up is not None, HAS_BIAS=value.bias is not None, DIVISOR=divisor(ranks), EVEN=even_rank(ranks),
-        EARLY=early, num_warps=block // 8, **({"launch_pdl": True} if early else {}),
+        num_warps=block // 8,
     )  # fmt: skip
     if value.up is not None or len(set(ranks)) == 1:
         return output.view(rows, -1)

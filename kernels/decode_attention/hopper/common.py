@@ -31,7 +31,8 @@ def copied_layout(columns: int) -> gl.BlockedLayout:
 
 @gluon.jit
 def _every_thread(instruction: gl.constexpr):
-    threads = gl.arange(0, 32 * WARPS, gl.BlockedLayout([1], [32], [WARPS], [0]))
+    warps: gl.constexpr = gl.num_warps()
+    threads = gl.arange(0, 32 * warps, gl.BlockedLayout([1], [32], [warps], [0]))
     gl.inline_asm_elementwise(
         instruction + " mov.b32 $0, $1;", "=r,r", [threads], dtype=gl.int32, is_pure=False, pack=1
     )

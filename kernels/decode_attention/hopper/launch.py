@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from palu.kernels.decode_attention.hopper.combine import WARPS as KERNEL_WARPS
+from palu.kernels.decode_attention.hopper.combine import hopper_combine_kernel
 from palu.kernels.decode_attention.hopper.kernel import hopper_kernel
 from palu.kernels.decode_attention.hopper.plans import (
     CHUNK,
@@ -41,6 +43,9 @@ from palu.kernels.quantize import PackedLatents
 from palu.kernels.rotation import Rotation, Window
 from palu.kernels.tuning import length_class, pick, searches
 
+COMBINE_WARPS = KERNEL_WARPS.value
+# Outputs of a program that adds up parts; latents of a head and parts at least and at most.
+OUTPUTS, LEAST_LATENTS, MOST_LATENTS, LEAST_PARTS, MOST_COMBINED = 32, 128, 512, 16, 64
 # Tiles of a program from which on windows, and a launch more, are worth their making.
 LEAST_TILES = 8
 # Pairs of keys with several queries that are rebuilt where the others are interpolated.
@@ -145,14 +150,13 @@ def launch(
     else:
         _launch_best(call, None, "gaps", parts, found)
         _launch_best(call, window, "gapless", parts, found)
-    return combine(found, value, query, head_dim, allowed=True)
+    return _combine_early(found, value, query, head_dim)
 
 
 def _window_of(call: Call) -> Window | None:
     """In what windows of positions the call's keys can be interpolated, where that is faster."""
     # Numbers take longer to read than to multiply.
-    import os
-    if (call.bits == 16 and "WIN16" not in os.environ) or call.heads.mode == "absorbed" or not call.plans(True, False):
+    if call.bits == 16 or call.heads.mode == "absorbed" or not call.plans(True, False):
         return None
     if call.heads.mode == "folded":
         return call.rotation.window(0, COLUMNS, COLUMNS)
@@ -210,9 +214,6 @@ def _launch(plan: Plan, call: Call, window: Window | None, takes: str, parts: in
     mode = mode_of(heads, window is not None)
     weighers = weighers_of(heads.mode, bits)
     registers = REGISTERS[heads.mode, weighers]
-    import os
-    if "REGS" in os.environ:
-        registers = tuple(int(x) for x in os.environ["REGS"].split(","))
     # Codes become fp16 numbers, whatever the model's.
     dtype = query.dtype if bits == 16 else torch.float16
     tables = _tables(call, window, takes, dtype)
@@ -240,3 +241,25 @@ def _launch(plan: Plan, call: Call, window: Window | None, takes: str, parts: in
         EVEN_KEYS=even_rank(ranks), EVEN_VALUES=even_rank(value_ranks),
         num_warps=4, launch_pdl=takes == "gapless",
     )  # fmt: skip
+
+
+def _combine_early(parts: Parts, value: LatentProjection, query: Tensor, head_dim: int) -> Tensor:
+    """As `parts.combine`, of parts that a launch makes which allows this one to begin before it ends."""
+    rows, num_heads, _ = query.shape
+    ranks, count = tuple(value.ranks), parts.sums.shape[0]
+    fits = max(ranks) <= MOST_LATENTS and count <= MOST_COMBINED and parts.sums.numel() < 1 << 31
+    if value.up is None or not fits:
+        return combine(parts, value, query, head_dim)
+    side = side_of(ranks, 16, query.device)
+    output = query.new_empty(rows, num_heads, head_dim)
+    hopper_combine_kernel[(rows * num_heads, cdiv(head_dim, OUTPUTS))](
+        *parts, value.up, value.up if value.bias is None else value.bias, output, side.rank, side.offset,
+        count, rows * num_heads, value.up.stride(0),
+        HEADS=num_heads, HEADS_PER_GROUP=num_heads // len(ranks),
+        QUERIES=num_heads // (value.up.shape[0] * len(ranks) // head_dim), HEAD_DIM=head_dim,
+        RANK_STRIDE=max(ranks), PARTS=max(LEAST_PARTS, next_power_of_2(count)),
+        LATENTS=max(LEAST_LATENTS, next_power_of_2(max(ranks))), OUTPUTS=OUTPUTS,
+        HAS_BIAS=value.bias is not None, DIVISOR=divisor(ranks), EVEN=even_rank(ranks),
+        num_warps=COMBINE_WARPS, launch_pdl=True,
+    )  # fmt: skip
+    return output.view(rows, -1)

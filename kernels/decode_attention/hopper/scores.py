@@ -27,10 +27,10 @@ from palu.kernels.decode_attention.hopper.parameters import (
     shift_of,
 )
 from palu.kernels.decode_attention.hopper.prologue import copy_factors, copy_halves, fold, load_pairs, store_queries
-from palu.kernels.decode_attention.hopper.slow import load_basis, make_slow, slow_scores
-from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT, load_turns, rotated, units_of, unpacked, weighed
+from palu.kernels.decode_attention.hopper.slow import load_basis, make_slow
+from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT, load_turns, units_of
+from palu.kernels.decode_attention.hopper.units import hand_on, score_turned, score_weighed
 from palu.kernels.decode_attention.hopper.windows import copy_bases, load_frequencies, load_own_queries, make_window
-from palu.kernels.latent_scores.tiles import LOG2_E
 
 
 @gluon.jit
@@ -58,18 +58,6 @@ def _operand(
     scale = scale_of(parameters, 0, ASYMMETRIC) if BITS < 16 else one
     operand = key_operand(slot, shift_of(parameters, 0, rows, BITS, ASYMMETRIC), scale, result, BITS, SCALED)
     return operand, one if SCALED else scale
-
-
-@gluon.jit
-def _hand_on(to, score, seen, scale, logarithm):
-    """Store a tile's scores [tile, columns], minus infinity where tokens are hidden; seen: what is added to them."""
-    rows: gl.constexpr = gl.SliceLayout(1, score.type.layout)
-    added = gl.convert_layout(seen, rows, assert_trivial=True)
-    scale = gl.convert_layout(scale, rows, assert_trivial=True)[:, None]
-    # Scores of hidden tokens may be anything.
-    hidden = (added == float("-inf"))[:, None]
-    added = added * LOG2_E + gl.convert_layout(logarithm, rows, assert_trivial=True)
-    to.store(gl.where(hidden, float("-inf"), score * scale + added[:, None]))
 
 
 @gluon.jit
@@ -131,141 +119,12 @@ def _prepare(
                 query, query_stride, scaling, KV, factors.shape[0] // KV * UNIT, factors.shape[2], WIDTH, WHICH
             )
         else:
-            store_queries(
-                beside, query, query_stride, scaling, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, WHICH, 2
-            )
+            store_queries(beside, query, query_stride, scaling, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, WHICH, 2)
         async_copy.wait_group(KEY_STAGES)
         synchronize()
         if MODE == "folded":
             fold(factors, q_first, q_second, KV, WHICH)
         hand_over(ready, 0)
-
-
-@gluon.jit
-def _begun(operand, factors, unit):
-    """The product of a tile's latents with a unit's columns, under way."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, UNIT, 16])
-    zeros = gl.zeros([TILE, UNIT], gl.float32, layout)
-    return warpgroup_mma(operand, factors.index(unit).permute((1, 0)), zeros, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _settled(numbers):
-    """The same numbers, computed before any product that is begun after this."""
-    if numbers.dtype == gl.float32:
-        numbers = gl.inline_asm_elementwise("", "=f,0", [numbers], dtype=gl.float32, is_pure=False, pack=1)
-    elif numbers.dtype == gl.float16:
-        numbers = gl.inline_asm_elementwise("", "=r,0", [numbers], dtype=gl.float16, is_pure=False, pack=2)
-    else:
-        numbers = gl.inline_asm_elementwise("", "=r,0", [numbers], dtype=gl.bfloat16, is_pure=False, pack=2)
-    return numbers
-
-
-@gluon.jit
-def _turn(
-    product, words, queries, unit, scores, narrow: gl.constexpr, OF_PLACE: gl.constexpr, MODE: gl.constexpr,
-    DTYPE: gl.constexpr,
-):  # fmt: skip
-    """Turn rebuilt keys and begin their product with the queries: it, and what has to stay in its registers."""
-    cos, sin = unpacked(words, gl.float16 if MODE == "mixed" else DTYPE)
-    turned = rotated(product, cos, sin, narrow, DTYPE)
-    added = True if MODE == "mixed" else unit % OF_PLACE > 0
-    return warpgroup_mma(turned, queries.index(unit).permute((1, 0)), scores, use_acc=added, is_async=True), turned
-
-
-@gluon.jit
-def _turn_after(
-    product, words, queries, unit, scores, before, narrow: gl.constexpr, OF_PLACE: gl.constexpr,
-    MODE: gl.constexpr, DTYPE: gl.constexpr,
-):  # fmt: skip
-    """As `_turn`, of keys whose turning goes on beside the product of those before, which has to be done then."""
-    cos, sin = unpacked(words, gl.float16 if MODE == "mixed" else DTYPE)
-    turned = _settled(rotated(product, cos, sin, narrow, DTYPE))
-    scores, before = warpgroup_mma_wait(0, deps=[scores, before])
-    added = True if MODE == "mixed" else unit % OF_PLACE > 0
-    return warpgroup_mma(turned, queries.index(unit).permute((1, 0)), scores, use_acc=added, is_async=True), turned
-
-
-@gluon.jit
-def _score_turned(
-    found, free, operand, factors, queries, words, shares, scores, seen, scale, logarithm, narrow: gl.constexpr,
-    KV: gl.constexpr, TOGETHER: gl.constexpr, MODE: gl.constexpr, DTYPE: gl.constexpr,
-):  # fmt: skip
-    """Scores of keys that are rebuilt and turned, unit after unit, while the next one's product is under way.
-
-    In mixed mode the slow pairs' matrix is the last unit. scores: zeros.
-    """
-    UNITS: gl.constexpr = factors.shape[0] - (1 if MODE == "mixed" else 0)
-    OF_HEAD: gl.constexpr = UNITS // KV
-    # Scores of several kv heads add up, in columns of their own.
-    OF_PLACE: gl.constexpr = OF_HEAD * TOGETHER
-    # Registers of products have to be written before any is under way.
-    scores = _settled(scores)
-    for first in range(0, UNITS - 1, 2):
-        product = _begun(operand, factors, first)
-        other = _begun(operand, factors, first + 1)
-        product = warpgroup_mma_wait(1, deps=[product])
-        scores, turned = _turn(product, words[0], queries, first, scores, narrow, OF_PLACE, MODE, DTYPE)
-        other = warpgroup_mma_wait(1, deps=[other])
-        if MODE == "rotated" and OF_HEAD == 1:
-            scores, turned = warpgroup_mma_wait(0, deps=[scores, turned])
-            mbarrier.wait(free[0], free[1])
-            _hand_on(found.index(first // OF_PLACE), scores, seen, scale, logarithm)
-        scores, turned = _turn_after(
-            other, words[OF_HEAD - 1], queries, first + 1, scores, turned, narrow, OF_PLACE, MODE, DTYPE
-        )  # fmt: skip
-        scores, turned, operand = warpgroup_mma_wait(0, deps=[scores, turned, operand])
-        if MODE == "rotated":
-            mbarrier.wait(free[0], free[1])
-            _hand_on(found.index((first + 1) // OF_PLACE), scores, seen, scale, logarithm)
-    if UNITS % 2 == 1:
-        product, operand = warpgroup_mma_wait(0, deps=[_begun(operand, factors, UNITS - 1), operand])
-        scores, turned = _turn(product, words[0], queries, UNITS - 1, scores, narrow, OF_PLACE, MODE, DTYPE)
-        scores, turned = warpgroup_mma_wait(0, deps=[scores, turned])
-        if MODE == "rotated":
-            mbarrier.wait(free[0], free[1])
-            _hand_on(found.index((UNITS - 1) // OF_PLACE), scores, seen, scale, logarithm)
-    if MODE == "mixed":
-        product, operand = warpgroup_mma_wait(0, deps=[_begun(operand, factors, UNITS), operand])
-        scores += slow_scores(product, shares, scores.shape[1])
-        mbarrier.wait(free[0], free[1])
-        _hand_on(found.index(0), scores, seen, scale, logarithm)
-
-
-@gluon.jit
-def _weigh(product, words, score, MODE: gl.constexpr, DTYPE: gl.constexpr):
-    """Scores of a unit's products, added to others."""
-    cos, sin = unpacked(words, gl.float16 if MODE == "windows" else DTYPE)
-    return _settled(score + weighed(product, cos, sin, 2 if MODE == "windows" else 1))
-
-
-@gluon.jit
-def _score_weighed(
-    found, free, operand, factors, words, seen, scale, logarithm,
-    KV: gl.constexpr, MODE: gl.constexpr, DTYPE: gl.constexpr,
-):  # fmt: skip
-    """Scores of products with folded factors, or with a window's, unit after unit, as in `_score_turned`."""
-    TOTAL: gl.constexpr = factors.shape[0]
-    OF_HEAD: gl.constexpr = TOTAL // KV
-    zero = gl.zeros([TILE], gl.float32, gl.SliceLayout(1, operand.type.layout.parent))
-    for first in range(0, TOTAL - 1, 2):
-        product = _begun(operand, factors, first)
-        other = _begun(operand, factors, first + 1)
-        if OF_HEAD == 1:
-            product, other, operand = warpgroup_mma_wait(0, deps=[product, other, operand])
-            score = _weigh(product, words[0], zero, MODE, DTYPE)
-            together = gl.join(score, _weigh(other, words[0], zero, MODE, DTYPE))
-        else:
-            score = _weigh(warpgroup_mma_wait(1, deps=[product]), words[0], zero, MODE, DTYPE)
-            other, operand = warpgroup_mma_wait(0, deps=[other, operand])
-            together = _weigh(other, words[1], score, MODE, DTYPE)[:, None]
-        mbarrier.wait(free[0], free[1])
-        _hand_on(found.index(first // 2), together, seen, scale, logarithm)
-    if TOTAL % 2 == 1:
-        product, operand = warpgroup_mma_wait(0, deps=[_begun(operand, factors, TOTAL - 1), operand])
-        score = _weigh(product, words[0], zero, MODE, DTYPE)
-        mbarrier.wait(free[0], free[1])
-        _hand_on(found.index(TOTAL // 2), gl.join(score, score), seen, scale, logarithm)
 
 
 @gluon.jit
@@ -342,12 +201,12 @@ def score_rebuilt(
             if TURNED:
                 queries = beside[0] if MODE == "mixed" else beside
                 scores = gl.zeros([TILE, SLOTS], gl.float32, narrow)
-                _score_turned(
+                score_turned(
                     found, free, operand, factors, queries, words, shares, scores, seen, scale, logarithm,
                     narrow, KV, TOGETHER, MODE, DTYPE,
                 )  # fmt: skip
             else:
-                _score_weighed(found, free, operand, factors, words, seen, scale, logarithm, KV, MODE, DTYPE)
+                score_weighed(found, free, operand, factors, words, seen, scale, logarithm, KV, MODE, DTYPE)
             if MODE != "windows":
                 next_turns = _turns_of(table, tiles, index + 2, table_t, PAIRS, ROWS_SPAN)
             hand_on_parameters(scales, WHICH, parameters, seen, rows, BITS, ASYMMETRIC)
@@ -391,7 +250,7 @@ def score_absorbed(
         logarithm = logarithm_of(parameters, seen, rows, BITS, ASYMMETRIC)
         hand_on_parameters(scales, buffer, parameters, seen, rows, BITS, ASYMMETRIC)
         score, operand = warpgroup_mma_wait(0, deps=[begun, operand])
-        _hand_on(found.index(buffer), score, seen, scale, logarithm)
+        hand_on(found.index(buffer), score, seen, scale, logarithm)
         parameters = next_parameters
         synchronize()
         mbarrier.arrive(full.index(buffer), count=1)

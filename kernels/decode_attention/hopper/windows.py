@@ -43,8 +43,10 @@ def load_frequencies(frequencies, PAIRS: gl.constexpr, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def load_own_queries(query, query_stride, scaling, layout: gl.constexpr, KV: gl.constexpr, WIDTH: gl.constexpr,
-                     WHICH: gl.constexpr, PAIRS: gl.constexpr):  # fmt: skip
+def load_own_queries(
+    query, query_stride, scaling, layout: gl.constexpr, KV: gl.constexpr, WIDTH: gl.constexpr, WHICH: gl.constexpr,
+    PAIRS: gl.constexpr,
+):  # fmt: skip
     """Both numbers of every pair of every other query, float32 [pairs] each."""
     pair = gl.arange(0, PAIRS, layout)
     result = ()
@@ -90,9 +92,9 @@ def make_window(
 ):  # fmt: skip
     """Every other kv head's W, to shared memory [KV, columns, RANK], for the window that begins at a position.
 
-    own: `load_own_queries`. beside: shared memory for a head's factor, the first one on its way, which it will be again where there are more
-    windows; for the turned queries; and C and S. ready: two groups of warps arrive when they need the last window no
-    more, and when theirs is made.
+    own: `load_own_queries`. beside: shared memory for a head's factor, the first one on its way, which it will be again
+    where there are more windows; for the turned queries; and C and S. ready: two groups of warps arrive when they need
+    the last window no more, and when theirs is made.
     """
     factor, turned, bases = beside
     up_stride, rank = arguments

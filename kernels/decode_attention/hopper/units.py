@@ -1,0 +1,145 @@
+"""Products of a tile's latents, 64 columns after the other, and the scores that come of them.
+
+Two units' products are under way at a time: while the first one's numbers are looked at, the matrix units compute the
+second. The compiler makes products wait for each other where their registers are written or read by other instructions
+meanwhile, or where they stay under way from one round of a loop to the next.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from palu.kernels.decode_attention.hopper.common import TILE, WARPS
+from palu.kernels.decode_attention.hopper.slow import slow_scores
+from palu.kernels.decode_attention.hopper.turns import UNIT, rotated, unpacked, weighed
+from palu.kernels.latent_scores.tiles import LOG2_E
+
+
+@gluon.jit
+def hand_on(to, score, seen, scale, logarithm):
+    """Store a tile's scores [tile, columns], minus infinity where tokens are hidden; seen: what is added to them."""
+    rows: gl.constexpr = gl.SliceLayout(1, score.type.layout)
+    added = gl.convert_layout(seen, rows, assert_trivial=True)
+    scale = gl.convert_layout(scale, rows, assert_trivial=True)[:, None]
+    # Scores of hidden tokens may be anything.
+    hidden = (added == float("-inf"))[:, None]
+    added = added * LOG2_E + gl.convert_layout(logarithm, rows, assert_trivial=True)
+    to.store(gl.where(hidden, float("-inf"), score * scale + added[:, None]))
+
+
+@gluon.jit
+def _begun(operand, factors, unit):
+    """The product of a tile's latents with a unit's columns, under way."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, UNIT, 16])
+    zeros = gl.zeros([TILE, UNIT], gl.float32, layout)
+    return warpgroup_mma(operand, factors.index(unit).permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _settled(numbers):
+    """The same numbers, computed before any product that is begun after this."""
+    if numbers.dtype == gl.float32:
+        numbers = gl.inline_asm_elementwise("", "=f,0", [numbers], dtype=gl.float32, is_pure=False, pack=1)
+    elif numbers.dtype == gl.float16:
+        numbers = gl.inline_asm_elementwise("", "=r,0", [numbers], dtype=gl.float16, is_pure=False, pack=2)
+    else:
+        numbers = gl.inline_asm_elementwise("", "=r,0", [numbers], dtype=gl.bfloat16, is_pure=False, pack=2)
+    return numbers
+
+
+@gluon.jit
+def _turned(product, words, narrow: gl.constexpr, MODE: gl.constexpr, DTYPE: gl.constexpr):
+    """Rebuilt keys, turned, as the left side of a product."""
+    cos, sin = unpacked(words, gl.float16 if MODE == "mixed" else DTYPE)
+    return rotated(product, cos, sin, narrow, DTYPE)
+
+
+@gluon.jit
+def _met(turned, queries, unit, scores, OF_PLACE: gl.constexpr, MODE: gl.constexpr):
+    """The product of turned keys with the queries, under way: a place's first one, or added to the scores."""
+    added = True if MODE == "mixed" else unit % OF_PLACE > 0
+    return warpgroup_mma(turned, queries.index(unit).permute((1, 0)), scores, use_acc=added, is_async=True)
+
+
+@gluon.jit
+def score_turned(
+    found, free, operand, factors, queries, words, shares, scores, seen, scale, logarithm, narrow: gl.constexpr,
+    KV: gl.constexpr, TOGETHER: gl.constexpr, MODE: gl.constexpr, DTYPE: gl.constexpr,
+):  # fmt: skip
+    """Scores of keys that are rebuilt and turned, unit after unit, while the next one's product is under way.
+
+    In mixed mode the slow pairs' matrix is the last unit. scores: zeros.
+    """
+    UNITS: gl.constexpr = factors.shape[0] - (1 if MODE == "mixed" else 0)
+    OF_HEAD: gl.constexpr = UNITS // KV
+    # Scores of several kv heads add up, in columns of their own.
+    OF_PLACE: gl.constexpr = OF_HEAD * TOGETHER
+    # Registers of products have to be written before any is under way.
+    scores = _settled(scores)
+    for first in range(0, UNITS - 1, 2):
+        product = _begun(operand, factors, first)
+        other = _begun(operand, factors, first + 1)
+        turned = _turned(warpgroup_mma_wait(1, deps=[product]), words[0], narrow, MODE, DTYPE)
+        scores = _met(turned, queries, first, scores, OF_PLACE, MODE)
+        # The second one's turning goes on beside the first one's product with the queries.
+        other = warpgroup_mma_wait(1, deps=[other])
+        if MODE == "rotated" and OF_HEAD == 1:
+            scores, turned = warpgroup_mma_wait(0, deps=[scores, turned])
+            mbarrier.wait(free[0], free[1])
+            hand_on(found.index(first // OF_PLACE), scores, seen, scale, logarithm)
+        following = _settled(_turned(other, words[OF_HEAD - 1], narrow, MODE, DTYPE))
+        scores, turned = warpgroup_mma_wait(0, deps=[scores, turned])
+        scores = _met(following, queries, first + 1, scores, OF_PLACE, MODE)
+        scores, following, operand = warpgroup_mma_wait(0, deps=[scores, following, operand])
+        if MODE == "rotated":
+            mbarrier.wait(free[0], free[1])
+            hand_on(found.index((first + 1) // OF_PLACE), scores, seen, scale, logarithm)
+    if UNITS % 2 == 1:
+        product, operand = warpgroup_mma_wait(0, deps=[_begun(operand, factors, UNITS - 1), operand])
+        turned = _turned(product, words[0], narrow, MODE, DTYPE)
+        scores = _met(turned, queries, UNITS - 1, scores, OF_PLACE, MODE)
+        scores, turned = warpgroup_mma_wait(0, deps=[scores, turned])
+        if MODE == "rotated":
+            mbarrier.wait(free[0], free[1])
+            hand_on(found.index((UNITS - 1) // OF_PLACE), scores, seen, scale, logarithm)
+    if MODE == "mixed":
+        product, operand = warpgroup_mma_wait(0, deps=[_begun(operand, factors, UNITS), operand])
+        scores += slow_scores(product, shares, scores.shape[1])
+        mbarrier.wait(free[0], free[1])
+        hand_on(found.index(0), scores, seen, scale, logarithm)
+
+
+@gluon.jit
+def _weigh(product, words, score, MODE: gl.constexpr, DTYPE: gl.constexpr):
+    """Scores of a unit's products, added to others."""
+    cos, sin = unpacked(words, gl.float16 if MODE == "windows" else DTYPE)
+    return _settled(score + weighed(product, cos, sin, 2 if MODE == "windows" else 1))
+
+
+@gluon.jit
+def score_weighed(
+    found, free, operand, factors, words, seen, scale, logarithm,
+    KV: gl.constexpr, MODE: gl.constexpr, DTYPE: gl.constexpr,
+):  # fmt: skip
+    """Scores of products with folded factors, or with a window's, unit after unit, as in `score_turned`."""
+    TOTAL: gl.constexpr = factors.shape[0]
+    OF_HEAD: gl.constexpr = TOTAL // KV
+    zero = gl.zeros([TILE], gl.float32, gl.SliceLayout(1, operand.type.layout.parent))
+    for first in range(0, TOTAL - 1, 2):
+        product = _begun(operand, factors, first)
+        other = _begun(operand, factors, first + 1)
+        if OF_HEAD == 1:
+            product, other, operand = warpgroup_mma_wait(0, deps=[product, other, operand])
+            score = _weigh(product, words[0], zero, MODE, DTYPE)
+            together = gl.join(score, _weigh(other, words[0], zero, MODE, DTYPE))
+        else:
+            score = _weigh(warpgroup_mma_wait(1, deps=[product]), words[0], zero, MODE, DTYPE)
+            other, operand = warpgroup_mma_wait(0, deps=[other, operand])
+            together = _weigh(other, words[1], score, MODE, DTYPE)[:, None]
+        mbarrier.wait(free[0], free[1])
+        hand_on(found.index(first // 2), together, seen, scale, logarithm)
+    if TOTAL % 2 == 1:
+        product, operand = warpgroup_mma_wait(0, deps=[_begun(operand, factors, TOTAL - 1), operand])
+        score = _weigh(product, words[0], zero, MODE, DTYPE)
+        mbarrier.wait(free[0], free[1])
+        hand_on(found.index(TOTAL // 2), gl.join(score, score), seen, scale, logarithm)
