@@ -14,9 +14,9 @@ from tests.compile_launches import MOST_SHARED
 ROOT = Path(__file__).resolve().parents[1]
 # Bytes of local memory per thread: the most that Triton 3.6 or 3.9 leaves, where columns of more than PART latents are
 # kept too.
-MOST_SPILLED = {"weight_kernel": (56, 56), "scores_kernel": (136, 440), "hopper_kernel": (80, 160)}
-# Of keys of several queries whose slow pairs are interpolated.
-MOST_SPILLED_MIXED = 160
+MOST_SPILLED = {"weight_kernel": (56, 56), "scores_kernel": (136, 440), "hopper_kernel": (144, 384)}
+# Of keys that are interpolated. Triton 3.6 leaves half of it at most.
+MOST_SPILLED_WINDOWS = 200
 # Share of the multiply-adds that an assembler may fold; of two wrongly merged pairs of heads nine percent were missing.
 MOST_DROPPED = 0.05
 
@@ -60,8 +60,8 @@ def test_every_launch_compiles_and_fits(architecture, half, tmp_path):
 
 def most_spilled(row):
     """Bytes of local memory that a launch may take."""
-    if row.get("mode") == "mixed":
-        return MOST_SPILLED_MIXED
+    if row.get("mode") in ("mixed", "windows"):
+        return MOST_SPILLED_WINDOWS
     return MOST_SPILLED.get(row["kernel"], (0, 0))[is_wide(row)]
 
 
