@@ -3,13 +3,16 @@
 import pytest
 import torch
 
+from palu.kernels.decode_attention import launch
 from palu.kernels.decode_attention.hopper import launch as hopper
 from palu.kernels.decode_attention.hopper import plans
 from palu.kernels.decode_attention.hopper.spans import GAPS, spans_of
 from palu.kernels.decode_attention.spec import Shape
+from palu.kernels.latent_scores import tables
 from palu.kernels.latent_scores.factors import ordered_factor, unit_order
 from palu.kernels.latents import LatentProjection
 from palu.kernels.rotation import Rotation
+from tests.compile_launches import Call, arguments
 from tests.hopper_calls import LLAMA_2, LLAMA_3, MEMORY, checked, fitting, needs_hopper
 from tests.kernel_calls import quantized, random_call
 
@@ -64,6 +67,31 @@ def test_what_was_made_of_a_mask_or_a_factor_is_not_taken_for_another_one():
     assert torch.equal(ordered_factor(key, 64, 4, torch.float32, unit_order), 2 * first)
     projection.weight.mul_(2)
     assert torch.equal(ordered_factor(key, 64, 4, torch.float32, unit_order), 4 * first)
+
+
+class InOrder:
+    """Stands in for a kernel; notes when it is launched, and what it takes."""
+
+    def __init__(self, name, order):
+        self.name, self.order = name, order
+
+    def __getitem__(self, grid):
+        return lambda *args, **keywords: self.order.append((self.name, keywords.get("TAKES")))
+
+
+@pytest.mark.parametrize("kv_heads", [32, 8], ids=["windows", "mixed"])
+def test_nothing_is_launched_between_launches_of_which_the_later_begins_early(kv_heads, monkeypatch):
+    order = []
+    for module, names in ((hopper, ("hopper_kernel", "hopper_combine_kernel")), (tables, ("table_kernel",))):
+        for name in names:
+            monkeypatch.setattr(module, name, InOrder(name, order))
+    monkeypatch.setattr(hopper, "block_memory", lambda device: MEMORY)
+    monkeypatch.setattr(hopper, "processors", lambda device: 132)
+    monkeypatch.setattr(launch, "runs_hopper_kernel", lambda device: True)
+    # A rotation whose tables nobody has made yet.
+    launch.decode_attention(*arguments(Call(kv_heads, 4, mask=None)))
+    assert ("table_kernel", None) in order
+    assert order[-3:] == [("hopper_kernel", "gaps"), ("hopper_kernel", "gapless"), ("hopper_combine_kernel", None)]
 
 
 # Heads, kv heads, head_dim, base.

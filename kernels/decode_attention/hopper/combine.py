@@ -53,7 +53,7 @@ def hopper_combine_kernel(
     factor = gl.load(up + offset + (row * up_stride)[:, None] + latent[None, :], mask=ok, other=0.0)
     wait_for_launch_before()
     by_part: gl.constexpr = _sums_layout(PARTS, LATENTS)
-    # There is nothing behind the last part, of which any numbers do.
+    # Behind the last part its numbers are read again, to be multiplied by zero.
     part = gl.minimum(gl.arange(0, PARTS, gl.SliceLayout(1, by_part)), parts - 1)
     latent = gl.arange(0, LATENTS, gl.SliceLayout(0, by_part))
     at_sums = sums + row_head.to(gl.int64) * RANK_STRIDE

@@ -46,7 +46,10 @@ def allow_launch_after():
 
 @gluon.jit
 def wait_for_launch_before():
-    """Wait until all programs of the launch before have ended, and what they wrote can be read."""
+    """Wait until all programs of the launch before have ended, and what they wrote can be read.
+
+    A launch that is made to begin early reads without that only what is there before the launch before it.
+    """
     _every_thread("griddepcontrol.wait;")
 
 

@@ -200,40 +200,20 @@ def hopper_kernel(
             lead + begin * TILE,
         )  # fmt: skip
         synchronize()
-        if WEIGHERS == 1:
-            gl.warp_specialize([
-                (score_rebuilt, (
-                    places[0], scales, full.index(0), empty.index(0), ready, rings[0], factors, besides[0], to_scores,
-                    0, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK,
-                )),
-                (score_rebuilt, (
-                    places[1], scales, full.index(1), empty.index(1), ready, rings[1], factors, besides[1], to_scores,
-                    1, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK,
-                )),
-                (weigh_values, (
-                    all_rings[0], all_weights[0], excess.index(0), out, to_values, 0, WEIGHERS,
-                    KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
-                )),
-            ], [4, 4], [SCORE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
-        else:
-            gl.warp_specialize([
-                (score_rebuilt, (
-                    places[0], scales, full.index(0), empty.index(0), ready, rings[0], factors, besides[0], to_scores,
-                    0, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK,
-                )),
-                (score_rebuilt, (
-                    places[1], scales, full.index(1), empty.index(1), ready, rings[1], factors, besides[1], to_scores,
-                    1, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK,
-                )),
-                (weigh_values, (
-                    all_rings[0], all_weights[0], excess.index(0), out, to_values, 0, WEIGHERS,
-                    KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
-                )),
-                (weigh_values, (
-                    all_rings[1], all_weights[1], excess.index(1), out + rows_heads, to_values, 1, WEIGHERS,
-                    KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
-                )),
-            ], [4, 4, 4], [SCORE_REGISTERS, VALUE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
+        gl.warp_specialize([
+            (score_rebuilt, (
+                places[0], scales, full.index(0), empty.index(0), ready, rings[0], factors, besides[0], to_scores,
+                0, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK,
+            )),
+            (score_rebuilt, (
+                places[1], scales, full.index(1), empty.index(1), ready, rings[1], factors, besides[1], to_scores,
+                1, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK,
+            )),
+            (weigh_values, (
+                all_rings[0], all_weights[0], excess.index(0), out, to_values, 0, WEIGHERS,
+                KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
+            )),
+        ], [4, 4], [SCORE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
     if TAKES == "gapless":
         # The launch before took the other rows, and the one after waits for this one only.
         wait_for_launch_before()

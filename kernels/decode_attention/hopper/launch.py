@@ -119,10 +119,25 @@ class Call(NamedTuple):
         """Bits of the latents."""
         return layout(self.key_latents)[2]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the numbers that are multiplied: codes become fp16, whatever the model's."""
+        return self.query.dtype if self.bits == 16 else torch.float16
+
     def plans(self, windows: bool, all_of_them: bool) -> tuple[Plan, ...]:
         """As `plans_for`."""
         ranks, memory = (tuple(self.key.ranks), tuple(self.value.ranks)), block_memory(self.query.device)
         return plans_for(self.heads, self.query.shape[2], *ranks, self.bits, memory, windows, all_of_them)
+
+
+class Tables(NamedTuple):
+    """What weighs products by token, where the rows' tokens stand, and what windows are made with."""
+
+    table: Tensor
+    spans: Tensor
+    bases: Tensor
+    basis: Tensor
+    frequencies: Tensor
 
 
 def launch(
@@ -146,10 +161,13 @@ def launch(
     sums = query.new_empty(parts * weighers, rows, num_heads, max(value.ranks), dtype=torch.float32)
     found = Parts(sums, *query.new_empty(2, parts * weighers, rows, num_heads, dtype=torch.float32))
     if window is None:
-        _launch_best(call, None, "all", parts, found)
+        _launch_best(call, None, "all", _tables(call, None, "all"), parts, found)
     else:
-        _launch_best(call, None, "gaps", parts, found)
-        _launch_best(call, window, "gapless", parts, found)
+        # The second launch begins beside the end of the one before it, and waits for nothing that it reads: all of that
+        # is made before the first.
+        exact, interpolated = _tables(call, None, "gaps"), _tables(call, window, "gapless")
+        _launch_best(call, None, "gaps", exact, parts, found)
+        _launch_best(call, window, "gapless", interpolated, parts, found)
     return _combine_early(found, value, query, head_dim)
 
 
@@ -163,7 +181,7 @@ def _window_of(call: Call) -> Window | None:
     return call.rotation.window(FAST, COLUMNS - FAST, COLUMNS // call.heads.slots)
 
 
-def _launch_best(call: Call, window: Window | None, takes: str, parts: int, found: Parts) -> None:
+def _launch_best(call: Call, window: Window | None, takes: str, tables: Tables, parts: int, found: Parts) -> None:
     """Launch with the best plan."""
     # Rows with gaps are few: there would be nothing to measure.
     search = searches() and takes != "gaps"
@@ -173,24 +191,14 @@ def _launch_best(call: Call, window: Window | None, takes: str, parts: int, foun
         shape_class = ("hopper", *kinds, call.query.dtype, mask_kind(call.mask), window and window.span)
         plan = pick(
             (*shape_class, length_class(call.key_latents.shape[1])), plans,
-            lambda plan: _launch(plan, call, window, takes, parts, found), call.query.device,
+            lambda plan: _launch(plan, call, window, takes, tables, parts, found), call.query.device,
         )  # fmt: skip
     else:
         plan = plans[0]
-    _launch(plan, call, window, takes, parts, found)
+    _launch(plan, call, window, takes, tables, parts, found)
 
 
-class Tables(NamedTuple):
-    """What weighs products by token, where the rows' tokens stand, and what windows are made with."""
-
-    table: Tensor
-    spans: Tensor
-    bases: Tensor
-    basis: Tensor
-    frequencies: Tensor
-
-
-def _tables(call: Call, window: Window | None, takes: str, dtype: torch.dtype) -> Tables:
+def _tables(call: Call, window: Window | None, takes: str) -> Tables:
     query, rotation = call.query, call.rotation
     if rotation is None:
         return Tables(*(query,) * 5)
@@ -198,13 +206,15 @@ def _tables(call: Call, window: Window | None, takes: str, dtype: torch.dtype) -
     if takes != "all":
         spans = spans_of(rotation, call.mask, length, call.rows_per_latent, TILE)
     if window is None:
-        return Tables(lane_table(rotation, dtype), spans, query, query, query)
+        return Tables(lane_table(rotation, call.dtype), spans, query, query, query)
     folded = call.heads.mode == "folded"
-    table = window.basis[None] if folded else lane_table(rotation, dtype, FAST)
+    table = window.basis[None] if folded else lane_table(rotation, call.dtype, FAST)
     return Tables(table, spans, window.bases, window.basis, rotation.frequencies.to(query.device, torch.float32))
 
 
-def _launch(plan: Plan, call: Call, window: Window | None, takes: str, parts: int, found: Parts) -> None:
+def _launch(
+    plan: Plan, call: Call, window: Window | None, takes: str, tables: Tables, parts: int, found: Parts
+) -> None:
     query, key_latents, value_latents, key, value, rotation, mask, rows_per_latent, scaling = call
     (rows, num_heads, width), heads = query.shape, call.heads
     absorbed, groups, length, device = key.up is None, len(key.ranks), key_latents.shape[1], query.device
@@ -214,9 +224,7 @@ def _launch(plan: Plan, call: Call, window: Window | None, takes: str, parts: in
     mode = mode_of(heads, window is not None)
     weighers = weighers_of(heads.mode, bits)
     registers = REGISTERS[heads.mode, weighers]
-    # Codes become fp16 numbers, whatever the model's.
-    dtype = query.dtype if bits == 16 else torch.float16
-    tables = _tables(call, window, takes, dtype)
+    dtype = call.dtype
     rank, up = padded_rank(ranks, bits), query if absorbed else key.up
     if bits < 16 and not absorbed:
         up = ordered_factor(key, rank, bits, dtype, unit_order)

@@ -22,7 +22,7 @@ MOST_KV = 8
 # Latents of a group's keys at most where they are rebuilt, and registers of a thread for the sums of values.
 MOST_RANK, MOST_SUMS = 256, 96
 # Registers of a thread for sums of values and for what codes became, which stay until their products are done.
-MOST_OPERANDS = 128
+MOST_OPERANDS = 112
 # Latents of a group, keys' and values' together, at least: of less a program reads too little per tile.
 LEAST_WIDTH = 256
 # What the compiler keeps in shared memory.

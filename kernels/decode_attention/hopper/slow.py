@@ -92,7 +92,7 @@ def _halves(product):
 
 @gluon.jit
 def slow_scores(product, basis, SLOTS: gl.constexpr):
-    """Scores [tile, SLOTS] of a product with W [tile, columns * SLOTS], as more products can be added to them."""
+    """Scores [tile, SLOTS] of a product with W [tile, columns * SLOTS], as products with queries have them."""
     COLUMNS: gl.constexpr = 2 * len(basis)
     scores: gl.constexpr = _of_scores(SLOTS)
     # Column after column: neighbours in a row of the product are slots.
