@@ -99,8 +99,8 @@ def best_interpolation(frequencies: tuple[float, ...], queries: int, tolerance: 
 class Window(NamedTuple):
     """Interpolation over a window of positions, as a kernel reads it.
 
-    basis: fp16 [span, columns]; bases: fp16 [2, columns, pairs], of cosines and sines, without the fast pairs, zero
-    behind the last one.
+    basis: [span, columns], in fp16 where `Rotation.window` gives it; bases: fp16 [2, columns, pairs], of cosines and
+    sines, without the fast pairs, zero behind the last one.
     """
 
     basis: Tensor

@@ -14,9 +14,11 @@ from tests.compile_launches import MOST_SHARED
 ROOT = Path(__file__).resolve().parents[1]
 # Bytes of local memory per thread: the most that Triton 3.6 or 3.9 leaves, where columns of more than PART latents are
 # kept too.
-MOST_SPILLED = {"weight_kernel": (56, 56), "scores_kernel": (136, 440), "hopper_kernel": (256, 384)}
+MOST_SPILLED = {"weight_kernel": (56, 56), "scores_kernel": (136, 440), "hopper_kernel": (144, 384)}
 # Of keys that are interpolated, with four kv heads per group. Triton 3.6 leaves half of it at most.
 MOST_SPILLED_WINDOWS = 200
+# Of seven queries of four kv heads, whose 32 columns of scores the sums of values have too.
+MOST_SPILLED_COLUMNS = 256
 # Share of the multiply-adds that an assembler may fold; of two wrongly merged pairs of heads nine percent were missing.
 MOST_DROPPED = 0.05
 
@@ -62,6 +64,8 @@ def most_spilled(row):
     """Bytes of local memory that a launch may take."""
     if row.get("mode") in ("mixed", "windows"):
         return MOST_SPILLED_WINDOWS
+    if row["kernel"] == "hopper_kernel" and row["mode"] == "rotated" and row["queries"] == "7":
+        return MOST_SPILLED_COLUMNS
     return MOST_SPILLED.get(row["kernel"], (0, 0))[is_wide(row)]
 
 

@@ -159,7 +159,7 @@ def combine_kernel(
     HEADS: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr,
     RANK_STRIDE: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_PARTS: tl.constexpr, PASSES: tl.constexpr,
     AHEAD: tl.constexpr, BLOCK_OUT: tl.constexpr, CHUNKS: tl.constexpr, HAS_UP: tl.constexpr, HAS_BIAS: tl.constexpr,
-    DIVISOR: tl.constexpr, EVEN: tl.constexpr,
+    DIVISOR: tl.constexpr,
 ):  # fmt: skip
     """One head's mean latents: the ranges' sums over their weights; with an up factor, BLOCK_OUT of its outputs.
 
@@ -168,11 +168,14 @@ def combine_kernel(
     row_head, piece = tl.program_id(0), tl.program_id(1)
     head = row_head % HEADS
     group = head // HEADS_PER_GROUP
-    # Ranks that are all alike need no memory access.
-    rank = EVEN if EVEN > 0 else tl.multiple_of(tl.load(rank_of + group), DIVISOR)
-    offset = tl.multiple_of(group * EVEN if EVEN > 0 else tl.load(offset_of + group), DIVISOR)
+    rank = tl.multiple_of(tl.load(rank_of + group), DIVISOR)
+    offset = tl.multiple_of(tl.load(offset_of + group), DIVISOR)
     part = tl.arange(0, BLOCK_PARTS)
-    factors, found = (), ()
+    # All that the first pass needs is asked for before anything waits.
+    found, factors = (), ()
+    for chunk in tl.static_range((CHUNKS if HAS_UP else 1) if AHEAD else 0):
+        latent = (chunk if HAS_UP else piece) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
+        found = found + (_part_sums(sums, part, parts, rows_heads, row_head, latent, rank, RANK_STRIDE),)
     if HAS_UP:
         out = piece * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         out_ok = out < HEAD_DIM
@@ -181,37 +184,32 @@ def combine_kernel(
         for chunk in tl.static_range(CHUNKS if AHEAD else 0):
             latent = chunk * BLOCK_RANK + tl.arange(0, BLOCK_RANK)[None, :]
             factors = factors + (tl.load(at_up + latent, mask=out_ok[:, None] & (latent < rank), other=0.0),)
-    # All that the first pass needs is asked for before anything waits.
-    for chunk in tl.static_range((CHUNKS if HAS_UP else 1) if AHEAD else 0):
-        latent = (chunk if HAS_UP else piece) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
-        found = found + (_part_sums(sums, part, parts, rows_heads, row_head, latent, rank, RANK_STRIDE),)
-    first = tl.load(peaks + part * rows_heads + row_head, mask=part < parts, other=LOWEST)
-    weight = tl.load(totals + part * rows_heads + row_head, mask=part < parts, other=0.0)
-    peak = tl.max(first, 0)
-    for begin in tl.static_range(BLOCK_PARTS, PASSES * BLOCK_PARTS, BLOCK_PARTS):
+    peak = tl.full((), LOWEST, tl.float32)
+    for begin in tl.static_range(0, PASSES * BLOCK_PARTS, BLOCK_PARTS):
         at = (begin + part) * rows_heads + row_head
         peak = tl.maximum(peak, tl.max(tl.load(peaks + at, mask=begin + part < parts, other=LOWEST), 0))
-    share = tl.exp2(first - peak)
-    weight *= share
-    for begin in tl.static_range(BLOCK_PARTS, PASSES * BLOCK_PARTS, BLOCK_PARTS):
+    weight = tl.zeros((BLOCK_PARTS,), tl.float32)
+    for begin in tl.static_range(0, PASSES * BLOCK_PARTS, BLOCK_PARTS):
         at = (begin + part) * rows_heads + row_head
-        later = tl.load(peaks + at, mask=begin + part < parts, other=LOWEST)
-        weight += tl.exp2(later - peak) * tl.load(totals + at, mask=begin + part < parts, other=0.0)
+        ok = begin + part < parts
+        share = tl.exp2(tl.load(peaks + at, mask=ok, other=LOWEST) - peak)
+        weight += share * tl.load(totals + at, mask=ok, other=0.0)
     inverse = 1.0 / tl.maximum(tl.sum(weight, 0), 1e-30)
     if HAS_UP:
-        products = tl.zeros((BLOCK_OUT, BLOCK_RANK), tl.float32)
+        result = tl.zeros((BLOCK_OUT,), tl.float32)
+        if HAS_BIAS:
+            result += tl.load(bias + head // QUERIES * HEAD_DIM + out, mask=out_ok, other=0.0).to(tl.float32)
     for chunk in tl.static_range(CHUNKS if HAS_UP else 1):
         latent = (chunk if HAS_UP else piece) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
-        if AHEAD:
-            several = found[chunk]
-        else:
-            several = _part_sums(sums, part, parts, rows_heads, row_head, latent, rank, RANK_STRIDE)
-        total = several * share[:, None]
-        for begin in tl.static_range(BLOCK_PARTS, PASSES * BLOCK_PARTS, BLOCK_PARTS):
+        total = tl.zeros((BLOCK_PARTS, BLOCK_RANK), tl.float32)
+        for begin in tl.static_range(0, PASSES * BLOCK_PARTS, BLOCK_PARTS):
             at = (begin + part) * rows_heads + row_head
-            later = tl.load(peaks + at, mask=begin + part < parts, other=LOWEST)
-            several = _part_sums(sums, begin + part, parts, rows_heads, row_head, latent, rank, RANK_STRIDE)
-            total += several * tl.exp2(later - peak)[:, None]
+            share = tl.exp2(tl.load(peaks + at, mask=begin + part < parts, other=LOWEST) - peak)
+            if AHEAD and begin == 0:
+                several = found[chunk]
+            else:
+                several = _part_sums(sums, begin + part, parts, rows_heads, row_head, latent, rank, RANK_STRIDE)
+            total += several * share[:, None]
         mean = tl.sum(total, 0) * inverse
         if HAS_UP:
             if AHEAD:
@@ -219,12 +217,9 @@ def combine_kernel(
             else:
                 both_ok = out_ok[:, None] & (latent < rank)[None, :]
                 factor = tl.load(at_up + latent[None, :], mask=both_ok, other=0.0)
-            products += factor.to(tl.float32) * mean[None, :]
+            result += tl.sum(factor.to(tl.float32) * mean[None, :], 1)
         else:
             at_out = output + row_head * RANK_STRIDE + latent
             tl.store(at_out, mean.to(output.dtype.element_ty), mask=latent < rank)
     if HAS_UP:
-        result = tl.sum(products, 1)
-        if HAS_BIAS:
-            result += tl.load(bias + head // QUERIES * HEAD_DIM + out, mask=out_ok, other=0.0).to(tl.float32)
         tl.store(output + row_head * HEAD_DIM + out, result.to(output.dtype.element_ty), mask=out_ok)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from palu.kernels.decode_attention.kernel import combine_kernel
 from palu.kernels.integers import cdiv, next_power_of_2
-from palu.kernels.latent_scores.layout import divisor, even_rank, side_of
+from palu.kernels.latent_scores.layout import divisor, side_of
 from palu.kernels.latents import LatentProjection
 
 COMBINE_RANK, COMBINE_PARTS, COMBINE_OUT = 128, 32, 32
@@ -34,16 +34,18 @@ def combine(parts: Parts, value: LatentProjection, query: Tensor, head_dim: int)
     width = stride if value.up is None else head_dim
     output = query.new_empty(rows, num_heads, width)
     block = COMBINE_PARTS if parts.sums.shape[0] <= COMBINE_PARTS else 2 * COMBINE_PARTS
-    pieces = cdiv(stride, COMBINE_RANK) if value.up is None else cdiv(head_dim, COMBINE_OUT)
+    # Every piece reads all parts of its head.
+    out = COMBINE_OUT * block // COMBINE_PARTS
+    pieces = cdiv(stride, COMBINE_RANK) if value.up is None else cdiv(head_dim, out)
     combine_kernel[(rows * num_heads, pieces)](
         *parts, up, up if value.bias is None else value.bias, output, side.rank, side.offset,
         parts.sums.shape[0], rows * num_heads, up.stride(0),
         HEADS=num_heads, HEADS_PER_GROUP=per_group, QUERIES=num_heads // kv_heads, HEAD_DIM=head_dim,
         RANK_STRIDE=stride, BLOCK_RANK=COMBINE_RANK,
         BLOCK_PARTS=block, PASSES=next_power_of_2(cdiv(parts.sums.shape[0], block)),
-        AHEAD=cdiv(stride, COMBINE_RANK) <= MOST_AHEAD, BLOCK_OUT=COMBINE_OUT,
+        AHEAD=cdiv(stride, COMBINE_RANK) <= MOST_AHEAD, BLOCK_OUT=out,
         CHUNKS=cdiv(stride, COMBINE_RANK),
-        HAS_UP=value.up is not None, HAS_BIAS=value.bias is not None, DIVISOR=divisor(ranks), EVEN=even_rank(ranks),
+        HAS_UP=value.up is not None, HAS_BIAS=value.bias is not None, DIVISOR=divisor(ranks),
         num_warps=block // 8,
     )  # fmt: skip
     if value.up is not None or len(set(ranks)) == 1:

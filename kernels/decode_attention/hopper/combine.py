@@ -6,7 +6,7 @@ Each warp has its own latents of all parts, so that the warps exchange only the 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from palu.kernels.decode_attention.hopper.common import bits_of, wait_for_launch_before
+from palu.kernels.decode_attention.hopper.common import bits_of, place_of, wait_for_launch_before
 from palu.kernels.decode_attention.kernel import LOWEST
 
 # Warps of a program.
@@ -40,11 +40,7 @@ def hopper_combine_kernel(
     row_head, piece = gl.program_id(0), gl.program_id(1)
     head = row_head % HEADS
     group = head // HEADS_PER_GROUP
-    if EVEN > 0:
-        rank, offset = gl.to_tensor(EVEN), group * EVEN
-    else:
-        rank, offset = gl.load(rank_of + group), gl.load(offset_of + group)
-    rank, offset = gl.multiple_of(rank, DIVISOR), gl.multiple_of(offset, DIVISOR)
+    rank, offset = place_of(rank_of, offset_of, group, EVEN, DIVISOR)
     by_out: gl.constexpr = gl.BlockedLayout([OUTPUTS // WARPS, min(8, LATENTS // 32)], [1, 32], [WARPS, 1], [1, 0])
     out = piece * OUTPUTS + gl.arange(0, OUTPUTS, gl.SliceLayout(1, by_out))
     latent = gl.arange(0, LATENTS, gl.SliceLayout(0, by_out))
@@ -57,8 +53,9 @@ def hopper_combine_kernel(
     part = gl.minimum(gl.arange(0, PARTS, gl.SliceLayout(1, by_part)), parts - 1)
     latent = gl.arange(0, LATENTS, gl.SliceLayout(0, by_part))
     at_sums = sums + row_head.to(gl.int64) * RANK_STRIDE
-    there = (latent < rank)[None, :] & (part >= 0)[:, None]
-    found = gl.load(at_sums + (part * rows_heads * RANK_STRIDE)[:, None] + latent[None, :], mask=there)
+    found = gl.load(
+        at_sums + (part * rows_heads * RANK_STRIDE)[:, None] + latent[None, :], mask=(latent < rank)[None, :]
+    )
     each: gl.constexpr = gl.BlockedLayout([max(1, PARTS // 32)], [32], [WARPS], [0])
     part = gl.arange(0, PARTS, each)
     at = part * rows_heads + row_head

@@ -30,6 +30,16 @@ def copied_layout(columns: int) -> gl.BlockedLayout:
 
 
 @gluon.jit
+def place_of(rank_of, offset_of, group, EVEN: gl.constexpr, DIVISOR: gl.constexpr):
+    """A group's latents and those before it; EVEN: those of every group, which need no memory access, or 0."""
+    if EVEN > 0:
+        rank, offset = gl.to_tensor(EVEN), group * EVEN
+    else:
+        rank, offset = gl.load(rank_of + group), gl.load(offset_of + group)
+    return gl.multiple_of(rank, DIVISOR), gl.multiple_of(offset, DIVISOR)
+
+
+@gluon.jit
 def _every_thread(instruction: gl.constexpr):
     warps: gl.constexpr = gl.num_warps()
     threads = gl.arange(0, 32 * warps, gl.BlockedLayout([1], [32], [warps], [0]))

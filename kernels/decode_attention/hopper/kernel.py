@@ -12,6 +12,7 @@ from palu.kernels.decode_attention.hopper.common import (
     TILE,
     WARPS,
     allow_launch_after,
+    place_of,
     seen_as,
     synchronize,
     visible_tiles,
@@ -23,16 +24,6 @@ from palu.kernels.decode_attention.hopper.scores import score_absorbed, score_re
 from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT
 from palu.kernels.decode_attention.hopper.values import CHUNK, weigh_values
 from palu.kernels.latent_scores.tiles import GAPS
-
-
-@gluon.jit
-def _place(rank_of, offset_of, group, EVEN: gl.constexpr, DIVISOR: gl.constexpr):
-    """A group's latents and those before it; EVEN: those of every group, which need no memory access, or 0."""
-    if EVEN > 0:
-        rank, offset = gl.to_tensor(EVEN), group * EVEN
-    else:
-        rank, offset = gl.load(rank_of + group), gl.load(offset_of + group)
-    return gl.multiple_of(rank, DIVISOR), gl.multiple_of(offset, DIVISOR)
 
 
 @gluon.jit(do_not_specialize=["length", "table_b", "mask_b", "spans_b", "rows_heads"])
@@ -63,8 +54,8 @@ def hopper_kernel(
     part, group, row = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     parts = gl.num_programs(0)
     at_row = (row // QUERY_ROWS).to(gl.int64)
-    key_rank, key_offset = _place(key_rank_of, key_offset_of, group, EVEN_KEYS, KEY_DIVISOR)
-    value_rank, value_offset = _place(value_rank_of, value_offset_of, group, EVEN_VALUES, VALUE_DIVISOR)
+    key_rank, key_offset = place_of(key_rank_of, key_offset_of, group, EVEN_KEYS, KEY_DIVISOR)
+    value_rank, value_offset = place_of(value_rank_of, value_offset_of, group, EVEN_VALUES, VALUE_DIVISOR)
     at_keys, at_values = keys + at_row * keys_b, values + at_row * values_b
     if BITS < 16:
         PARAMETERS: gl.constexpr = 2 if ASYMMETRIC else 1

@@ -11,6 +11,7 @@ from palu.kernels.decode_attention.hopper.kernel import hopper_kernel
 from palu.kernels.decode_attention.hopper.plans import (
     CHUNK,
     COLUMNS,
+    MOST_PARTS,
     TILE,
     Heads,
     Plan,
@@ -22,7 +23,7 @@ from palu.kernels.decode_attention.hopper.plans import (
     weighers_of,
 )
 from palu.kernels.decode_attention.hopper.spans import spans_of
-from palu.kernels.decode_attention.parts import Parts, combine
+from palu.kernels.decode_attention.parts import COMBINE_OUT, Parts, combine
 from palu.kernels.integers import cdiv, next_power_of_2
 from palu.kernels.latent_scores.factors import ordered_factor, unit_order
 from palu.kernels.latent_scores.launch import LOG2_E
@@ -44,8 +45,8 @@ from palu.kernels.rotation import Rotation, Window
 from palu.kernels.tuning import length_class, pick, searches
 
 COMBINE_WARPS = KERNEL_WARPS.value
-# Outputs of a program that adds up parts; latents of a head and parts at least and at most.
-OUTPUTS, LEAST_LATENTS, MOST_LATENTS, LEAST_PARTS, MOST_COMBINED = 32, 128, 512, 16, 64
+# Latents of a head, at least and at most, and parts at least that a program adds up.
+LEAST_LATENTS, MOST_LATENTS, LEAST_PARTS = 128, 512, 16
 # Tiles of a program from which on windows, and a launch more, are worth their making.
 LEAST_TILES = 8
 # Pairs of keys with several queries that are rebuilt where the others are interpolated.
@@ -255,18 +256,18 @@ def _combine_early(parts: Parts, value: LatentProjection, query: Tensor, head_di
     """As `parts.combine`, of parts that a launch makes which allows this one to begin before it ends."""
     rows, num_heads, _ = query.shape
     ranks, count = tuple(value.ranks), parts.sums.shape[0]
-    fits = max(ranks) <= MOST_LATENTS and count <= MOST_COMBINED and parts.sums.numel() < 1 << 31
+    fits = max(ranks) <= MOST_LATENTS and count <= MOST_PARTS and parts.sums.numel() < 1 << 31
     if value.up is None or not fits:
         return combine(parts, value, query, head_dim)
     side = side_of(ranks, 16, query.device)
     output = query.new_empty(rows, num_heads, head_dim)
-    hopper_combine_kernel[(rows * num_heads, cdiv(head_dim, OUTPUTS))](
+    hopper_combine_kernel[(rows * num_heads, cdiv(head_dim, COMBINE_OUT))](
         *parts, value.up, value.up if value.bias is None else value.bias, output, side.rank, side.offset,
         count, rows * num_heads, value.up.stride(0),
         HEADS=num_heads, HEADS_PER_GROUP=num_heads // len(ranks),
         QUERIES=num_heads // (value.up.shape[0] * len(ranks) // head_dim), HEAD_DIM=head_dim,
         RANK_STRIDE=max(ranks), PARTS=max(LEAST_PARTS, next_power_of_2(count)),
-        LATENTS=max(LEAST_LATENTS, next_power_of_2(max(ranks))), OUTPUTS=OUTPUTS,
+        LATENTS=max(LEAST_LATENTS, next_power_of_2(max(ranks))), OUTPUTS=COMBINE_OUT,
         HAS_BIAS=value.bias is not None, DIVISOR=divisor(ranks), EVEN=even_rank(ranks),
         num_warps=COMBINE_WARPS, launch_pdl=True,
     )  # fmt: skip

@@ -44,7 +44,9 @@ class Plan(NamedTuple):
 # In the order of preference, of which the first that fits is taken. Numbers are made of codes chunk after chunk, the
 # more tokens at a time the better while there are registers.
 LAST_PLANS = (Plan(1, 32, 4), Plan(1, 32, 3), Plan(1, 16, 5), Plan(1, 16, 4), Plan(1, 16, 3), Plan(1, 16, 2))
-FIRST_PLANS = {"folded": (Plan(1, 64, 3),), "rotated": (), "absorbed": (Plan(2, 32, 4),)}
+FIRST_PLANS = {
+    "numbers": (Plan(2, 32, 4),), "folded": (Plan(1, 64, 3),), "rotated": (), "absorbed": (Plan(2, 32, 4),),
+}  # fmt: skip
 
 # What the full search tries.
 GRID = tuple(Plan(*each) for each in itertools.product((1, 2, 3, 4), (16, 32, 64), (2, 3, 4, 5, 6)))
@@ -140,7 +142,7 @@ def plans_for(
     parameters = 2 if bits < 16 else 0
     kept = 2 * (kept + weighers * heads.slots * TILE) + 8 * TILE * (heads.slots + parameters) + RESERVED
     fitting = []
-    preferred = (*(FIRST_PLANS[heads.mode] if bits < 16 else (Plan(2, 32, 4),)), *LAST_PLANS)
+    preferred = (*FIRST_PLANS["numbers" if bits == 16 else heads.mode], *LAST_PLANS)
     for plan in dict.fromkeys((*preferred, *(GRID if all_of_them else ()))):
         tiles = (2 if rebuilt else 1) * plan.key_stages * TILE * rank
         tiles += weighers * plan.value_stages * plan.step * chunks * CHUNK

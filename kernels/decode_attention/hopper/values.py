@@ -136,15 +136,20 @@ def _load_scores(found, buffer, there, STEPS: gl.constexpr, STEP: gl.constexpr, 
 
 
 @gluon.jit
-def _store_excess(excess, scores, reference):
-    """Whether some of a warp's scores are far above their references, to shared memory [warps]."""
+def _highest(scores):
+    """The larger score of every slot and token, of all steps."""
     highest = scores[0]
     for part in gl.static_range(1, len(scores)):
         highest = gl.maximum(highest, scores[part])
-    above = (highest - reference[:, None] > MOST).to(gl.int32)
-    # One instruction adds up integers of a warp.
-    of_warps = gl.max(above.reshape([WARPS, above.shape[0] // WARPS * above.shape[1]]), 1)
-    excess.store(of_warps)
+    return highest
+
+
+@gluon.jit
+def _store_excess(excess, scores, reference):
+    """Whether some of a warp's scores are far above their references, to shared memory [warps]."""
+    above = (_highest(scores) - reference[:, None] > MOST).to(gl.int32)
+    # One instruction finds the largest integer of a warp.
+    excess.store(gl.max(above.reshape([WARPS, above.shape[0] // WARPS * above.shape[1]]), 1))
 
 
 @gluon.jit
@@ -161,10 +166,7 @@ def _softmax(
     USED: gl.constexpr = reference.shape[0]
     of_tokens: gl.constexpr = gl.SliceLayout(0, weights_layout(USED, STEP))
     if gl.max(excess.load(_everywhere(WARPS.value)), 0) > 0:
-        highest = scores[0]
-        for part in gl.static_range(1, len(scores)):
-            highest = gl.maximum(highest, scores[part])
-        peak = gl.max(highest, 1)
+        peak = gl.max(_highest(scores), 1)
         higher = gl.where(peak - reference > MOST, peak - HEADROOM, reference)
         factor = gl.exp2(reference - higher)
         summed = _rescaled(summed, factor)
