@@ -23,7 +23,27 @@ from palu.kernels.decode_attention.hopper.prologue import load_queries
 from palu.kernels.decode_attention.hopper.scores import score_absorbed, score_rebuilt
 from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT
 from palu.kernels.decode_attention.hopper.values import CHUNK, weigh_values
+from palu.kernels.decode_attention.hopper.whole import weigh_whole
 from palu.kernels.latent_scores.tiles import GAPS
+
+
+@gluon.jit
+def _weigh(
+    rings, weights, tops, out, arguments, WHICH: gl.constexpr, SHARED_BY: gl.constexpr, KV: gl.constexpr,
+    QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr,
+    RANK_STRIDE: gl.constexpr, BITS: gl.constexpr, WHOLE: gl.constexpr,
+):  # fmt: skip
+    """Weigh values; WHOLE: slots of weights that are whole numbers, or 0 where they are not."""
+    if WHOLE > 0:
+        weigh_whole(
+            rings, weights, tops, out, arguments, WHICH, SHARED_BY, KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS,
+            RANK_STRIDE, BITS,
+        )  # fmt: skip
+    else:
+        weigh_values(
+            rings, weights, tops, out, arguments, WHICH, SHARED_BY, KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS,
+            RANK_STRIDE, BITS,
+        )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["length", "table_b", "mask_b", "spans_b", "rows_heads"])
@@ -39,7 +59,7 @@ def hopper_kernel(
     CHUNKS: gl.constexpr, STEP: gl.constexpr, VALUE_STAGES: gl.constexpr, VALUE_DIVISOR: gl.constexpr,
     RANK_STRIDE: gl.constexpr, MASK: gl.constexpr, DTYPE: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr,
     BITS: gl.constexpr, ASYMMETRIC: gl.constexpr, WEIGHERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr,
-    VALUE_REGISTERS: gl.constexpr, EVEN_KEYS: gl.constexpr, EVEN_VALUES: gl.constexpr,
+    VALUE_REGISTERS: gl.constexpr, WHOLE: gl.constexpr, EVEN_KEYS: gl.constexpr, EVEN_VALUES: gl.constexpr,
 ):  # fmt: skip
     """Sums of value latents of a group's heads over a part of the tokens, relative to their peaks.
 
@@ -74,17 +94,23 @@ def hopper_kernel(
     key_units: gl.constexpr = RANK * BITS // 16
     value_units: gl.constexpr = CHUNK * BITS // 16
     # A buffer for each chunk, so that the compiler sees that copies do not overlap.
-    all_rings, all_weights = (), ()
+    all_rings, all_weights, all_excess = (), (), ()
     for _weigher in gl.static_range(WEIGHERS):
         value_rings = ()
         for _chunk in gl.static_range(CHUNKS):
             ring = gl.allocate_shared_memory(stored, [VALUE_STAGES, STEP, value_units], swizzled(value_units))
             value_rings = value_rings + (ring,)
         all_rings = all_rings + (value_rings,)
-        weights = gl.allocate_shared_memory(DTYPE, [TILE // STEP, SLOTS, STEP], swizzled(STEP))
-        all_weights = all_weights + (weights,)
+        if WHOLE > 0:
+            weights = gl.allocate_shared_memory(
+                gl.int8, [4 // WEIGHERS * TILE // STEP, 2 * WHOLE, STEP], gl.NVMMASharedLayout(STEP, 8, rank=2)
+            )
+            excess = gl.allocate_shared_memory(gl.float32, [2, WHOLE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        else:
+            weights = gl.allocate_shared_memory(DTYPE, [TILE // STEP, SLOTS, STEP], swizzled(STEP))
+            excess = gl.allocate_shared_memory(gl.int32, [WARPS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        all_weights, all_excess = all_weights + (weights,), all_excess + (excess,)
     found = gl.allocate_shared_memory(gl.float32, [2, TILE, SLOTS], gl.SwizzledSharedLayout(1, 1, 1, [0, 1]))
-    excess = gl.allocate_shared_memory(gl.int32, [WEIGHERS, WARPS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     # Of a tile's values: one over the scale, the shift.
     scales = gl.allocate_shared_memory(gl.float32, [4, TILE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -129,21 +155,21 @@ def hopper_kernel(
         if WEIGHERS == 1:
             gl.warp_specialize([
                 (score_absorbed, (found, scales, full, empty, ring, queries, to_scores, BITS, ASYMMETRIC, MASK)),
-                (weigh_values, (
-                    all_rings[0], all_weights[0], excess.index(0), out, to_values, 0, WEIGHERS,
-                    KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
+                (_weigh, (
+                    all_rings[0], all_weights[0], all_excess[0], out, to_values, 0, WEIGHERS,
+                    KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS, WHOLE,
                 )),
             ], [4], [VALUE_REGISTERS])  # fmt: skip
         else:
             gl.warp_specialize([
                 (score_absorbed, (found, scales, full, empty, ring, queries, to_scores, BITS, ASYMMETRIC, MASK)),
-                (weigh_values, (
-                    all_rings[0], all_weights[0], excess.index(0), out, to_values, 0, WEIGHERS,
-                    KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
+                (_weigh, (
+                    all_rings[0], all_weights[0], all_excess[0], out, to_values, 0, WEIGHERS,
+                    KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS, WHOLE,
                 )),
-                (weigh_values, (
-                    all_rings[1], all_weights[1], excess.index(1), out + rows_heads, to_values, 1, WEIGHERS,
-                    KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
+                (_weigh, (
+                    all_rings[1], all_weights[1], all_excess[1], out + rows_heads, to_values, 1, WEIGHERS,
+                    KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS, WHOLE,
                 )),
             ], [4, 4], [VALUE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
     else:
@@ -200,9 +226,9 @@ def hopper_kernel(
                 places[1], scales, full.index(1), empty.index(1), ready, rings[1], factors, besides[1], to_scores,
                 1, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK,
             )),
-            (weigh_values, (
-                all_rings[0], all_weights[0], excess.index(0), out, to_values, 0, WEIGHERS,
-                KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS,
+            (_weigh, (
+                all_rings[0], all_weights[0], all_excess[0], out, to_values, 0, WEIGHERS,
+                KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS, WHOLE,
             )),
         ], [4, 4], [SCORE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
     if TAKES == "gapless":

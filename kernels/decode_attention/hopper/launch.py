@@ -21,6 +21,7 @@ from palu.kernels.decode_attention.hopper.plans import (
     parts_of,
     plans_for,
     weighers_of,
+    whole_slots,
 )
 from palu.kernels.decode_attention.hopper.spans import spans_of
 from palu.kernels.decode_attention.parts import COMBINE_OUT, Parts, combine
@@ -247,6 +248,7 @@ def _launch(
         VALUE_DIVISOR=divisor(value_ranks), RANK_STRIDE=max(value_ranks), MASK=mask_kind(mask),
         DTYPE=DTYPES[dtype], TOGETHER=heads.together, COLUMNS=heads.columns, BITS=bits,
         ASYMMETRIC=asymmetric, WEIGHERS=weighers, SCORE_REGISTERS=registers[0], VALUE_REGISTERS=registers[1],
+        WHOLE=whole_slots(heads, bits),
         EVEN_KEYS=even_rank(ranks), EVEN_VALUES=even_rank(value_ranks),
         num_warps=4, launch_pdl=takes == "gapless",
     )  # fmt: skip

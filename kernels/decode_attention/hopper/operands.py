@@ -51,20 +51,21 @@ def _fields(bits: int, shifted: bool, scaled: bool) -> tuple[str, str]:
 
 
 @gluon.constexpr_function
-def _types(bits: int) -> tuple[gl.dtype, ...]:
-    return (gl.float16,) * (16 // bits)
+def _types(bits: int, dtype: gl.dtype) -> tuple[gl.dtype, ...]:
+    return (dtype,) * (16 // bits)
 
 
 @gluon.constexpr_function
-def units_layout(units: int, tokens: int) -> gl.DistributedLinearLayout:
+def units_layout(units: int, tokens: int, fours: bool) -> gl.DistributedLinearLayout:
     """Units [units, tokens] as the matrix units want the fields of them: pairs of tokens, a unit in one lane of four.
 
-    64 units: a field is 64 rows of a product; 32: two fields are.
+    64 units: a field is 64 rows of a product; 32: two fields are. fours: two pairs of tokens follow each other.
     """
     held = [[0, 8 << bit] for bit in range(bits_of(tokens) - 3)]
     if units == 64:
+        inside = [held[0], [8, 0], *held[1:]] if fours else [[8, 0], *held]
         return gl.DistributedLinearLayout(
-            [[0, 1], [8, 0], *held], [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [units, tokens]
+            [[0, 1], *inside], [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [units, tokens]
         )
     return gl.DistributedLinearLayout(
         [[0, 1], *held], [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], [[8, 0], [16, 0]], [], [units, tokens]
@@ -89,7 +90,7 @@ def key_operand(slot, shift, scale, result: gl.constexpr, BITS: gl.constexpr, SC
             factor = gl.convert_layout(scale.to(gl.float16), gl.SliceLayout(1, operand))
             given = [loaded, across, factor[:, None].broadcast_to([TILE, UNITS])]
         fields = gl.inline_asm_elementwise(
-            _fields(BITS, True, SCALED)[0], _fields(BITS, True, SCALED)[1], given, dtype=_types(BITS), is_pure=True,
+            _fields(BITS, True, SCALED)[0], _fields(BITS, True, SCALED)[1], given, dtype=_types(BITS, gl.float16), is_pure=True,
             pack=2,
         )  # fmt: skip
         if BITS == 8:
@@ -102,22 +103,77 @@ def key_operand(slot, shift, scale, result: gl.constexpr, BITS: gl.constexpr, SC
 
 
 @gluon.jit
-def value_operand(slot, result: gl.constexpr, BITS: gl.constexpr):
-    """Codes of a chunk's values less the middle one, [128, tokens], of shared memory [tokens, units]."""
-    TOKENS: gl.constexpr = slot.shape[0]
-    UNITS: gl.constexpr = slot.shape[1]
-    packed = slot.permute((1, 0)).load(units_layout(UNITS, TOKENS))
-    fields = gl.inline_asm_elementwise(
-        _fields(BITS, False, False)[0], _fields(BITS, False, False)[1], [packed], dtype=_types(BITS), is_pure=True,
-        pack=2,
-    )  # fmt: skip
+def _rows_of(fields, BITS: gl.constexpr):
+    """Fields [units, tokens] of a chunk's values as rows of a product, [128, tokens]."""
+    TOKENS: gl.constexpr = fields[0].shape[1]
     if BITS == 8:
         rows = gl.join(fields[0], fields[1]).permute([2, 0, 1]).reshape([128, TOKENS])
     else:
         joined = gl.join(gl.join(fields[0], fields[1]), gl.join(fields[2], fields[3]))
         # Of warps, their lanes, tokens and fields: a warp's rows of both halves of the product.
         rows = joined.reshape([4, 8, TOKENS, 2, 2]).permute([4, 0, 3, 1, 2]).reshape([128, TOKENS])
-    return gl.convert_layout(rows, gl.DotOperandLayout(0, result, 2), assert_trivial=True)
+    return rows
+
+
+@gluon.jit
+def value_operand(slot, result: gl.constexpr, BITS: gl.constexpr):
+    """Codes of a chunk's values less the middle one, [128, tokens], of shared memory [tokens, units]."""
+    TOKENS: gl.constexpr = slot.shape[0]
+    UNITS: gl.constexpr = slot.shape[1]
+    packed = slot.permute((1, 0)).load(units_layout(UNITS, TOKENS, False))
+    fields = gl.inline_asm_elementwise(
+        _fields(BITS, False, False)[0], _fields(BITS, False, False)[1], [packed], dtype=_types(BITS, gl.float16), is_pure=True,
+        pack=2,
+    )  # fmt: skip
+    return gl.convert_layout(_rows_of(fields, BITS), gl.DotOperandLayout(0, result, 2), assert_trivial=True)
+
+
+@gluon.constexpr_function
+def _bytes(bits: int) -> tuple[str, str]:
+    """Assembly that makes words of four tokens' codes, one word of each field, of units of two by two tokens.
+
+    Of 8 bits the middle code is taken away, so that they are signed.
+    """
+    count = 16 // bits
+    lines = [".reg .b32 even, odd;"]
+    lines += [f"prmt.b32 {name}, ${count}, ${count + 1}, {order};" for name, order in (("even", "0x6420"), ("odd", "0x7531"))]
+    if bits == 8:
+        lines += ["xor.b32 $0, even, 0x80808080;", "xor.b32 $1, odd, 0x80808080;"]
+    else:
+        for field, source in enumerate(("even", "odd")):
+            lines.append(f"and.b32 ${2 * field}, {source}, 0x0f0f0f0f; shr.b32 {source}, {source}, 4;")
+            lines.append(f"and.b32 ${2 * field + 1}, {source}, 0x0f0f0f0f;")
+    return "{ " + " ".join(lines) + " }", ",".join(["=&r"] * count + ["r", "r"])
+
+
+@gluon.constexpr_function
+def middle_of(bits: int) -> float:
+    """What `bytes_operand` leaves in codes of what shifts have without it."""
+    return 0.0 if bits == 8 else float(1 << (bits - 1))
+
+
+@gluon.jit
+def side_by_side(numbers):
+    """Numbers [rows, tokens] with tokens 2 i, 2 i + 1, 2 i + 8, 2 i + 9 (i < 4) side by side, of every 16."""
+    ROWS: gl.constexpr = numbers.shape[0]
+    TOKENS: gl.constexpr = numbers.shape[1]
+    return numbers.reshape([ROWS, TOKENS // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([ROWS, TOKENS])
+
+
+@gluon.jit
+def bytes_operand(slot, result: gl.constexpr, BITS: gl.constexpr):
+    """Codes of a chunk's values, int8 [128, tokens] `side_by_side`, of shared memory [tokens, units].
+
+    Rows as in `value_operand`.
+    """
+    TOKENS: gl.constexpr = slot.shape[0]
+    UNITS: gl.constexpr = slot.shape[1]
+    packed = slot.permute((1, 0)).load(units_layout(UNITS, TOKENS, True))
+    fields = gl.inline_asm_elementwise(
+        _bytes(BITS)[0], _bytes(BITS)[1], [packed], dtype=_types(BITS, gl.int8), is_pure=True, pack=4
+    )
+    operand: gl.constexpr = gl.DotOperandLayout(0, result, 4)
+    return gl.convert_layout(side_by_side(_rows_of(fields, BITS)), operand, assert_trivial=True)
 
 
 @gluon.jit

@@ -17,6 +17,8 @@ TILE, CHUNK, LEAST, COLUMNS = KERNEL_TILE.value, KERNEL_CHUNK.value, KERNEL_LEAS
 MOST_SLOTS, LEAST_RANK, LEAST_CODES = 32, 32, 64
 # Columns of slow pairs at least, and latents of a window's matrices, which are made in registers, at most.
 LEAST_COLUMNS, MOST_WINDOW_RANK = 4, 128
+# Tokens of a step at least there, and slots of heads at most whose codes are weighed by products of whole numbers.
+LEAST_STEP, MOST_WHOLE_SLOTS = 32, 8
 # kv heads of a group at most: what tells heads apart in the kernel counts on few.
 MOST_KV = 8
 # Latents of a group's keys at most where they are rebuilt, and registers of a thread for the sums of values.
@@ -45,7 +47,8 @@ class Plan(NamedTuple):
 # more tokens at a time the better while there are registers.
 LAST_PLANS = (Plan(1, 32, 4), Plan(1, 32, 3), Plan(1, 16, 5), Plan(1, 16, 4), Plan(1, 16, 3), Plan(1, 16, 2))
 FIRST_PLANS = {
-    "numbers": (Plan(2, 32, 4),), "folded": (Plan(1, 64, 3),), "rotated": (), "absorbed": (Plan(2, 32, 4),),
+    "numbers": (Plan(2, 32, 4),), "whole": (Plan(2, 64, 4), Plan(1, 64, 4), Plan(1, 64, 3)), "folded": (),
+    "rotated": (), "absorbed": (Plan(2, 32, 4),),
 }  # fmt: skip
 
 # What the full search tries.
@@ -94,6 +97,16 @@ def weighers_of(mode: str, bits: int) -> int:
     return 2 if bits < 8 and mode == "absorbed" else 1
 
 
+def whole_slots(heads: Heads, bits: int) -> int:
+    """Slots of a group's heads where codes are weighed by products of whole numbers (`whole`), else zero.
+
+    More slots would take too many registers.
+    """
+    last = (heads.kv - 1) * heads.query_slots + heads.queries
+    used = heads.slots // 2 if heads.columns == heads.slots and 2 * last <= heads.slots else heads.slots
+    return used if bits < 16 and used <= MOST_WHOLE_SLOTS else 0
+
+
 def padded_rank(ranks: Sequence[int], bits: int) -> int:
     """Latents that a program reads of each group of keys."""
     return max(LEAST_RANK if bits == 16 else LEAST_CODES, next_power_of_2(max(ranks)))
@@ -140,16 +153,30 @@ def plans_for(
     # Bytes: numbers of 16 bits are kept, those of tiles are codes, which have scales and shifts.
     weighers = weighers_of(heads.mode, bits)
     parameters = 2 if bits < 16 else 0
-    kept = 2 * (kept + weighers * heads.slots * TILE) + 8 * TILE * (heads.slots + parameters) + RESERVED
+    whole = whole_slots(heads, bits)
+    # Weights of fp16, or both bytes of those of two tiles by turns.
+    weights = 4 * whole * 2 * TILE if whole else weighers * heads.slots * TILE * 2
+    kept = 2 * kept + weights + 8 * TILE * (heads.slots + parameters) + RESERVED
     fitting = []
-    preferred = (*FIRST_PLANS["numbers" if bits == 16 else heads.mode], *LAST_PLANS)
+    first = FIRST_PLANS["numbers" if bits == 16 else "whole" if whole else heads.mode]
+    preferred = (*first, *LAST_PLANS)
     for plan in dict.fromkeys((*preferred, *(GRID if all_of_them else ()))):
         tiles = (2 if rebuilt else 1) * plan.key_stages * TILE * rank
         tiles += weighers * plan.value_stages * plan.step * chunks * CHUNK
-        operands = chunks * heads.slots + min(chunks, 2) * plan.step // 2 if bits < 16 else 0
-        if kept + tiles * bits // 8 <= memory and operands <= MOST_OPERANDS:
+        fits = _registers(plan, heads, chunks, bits) <= MOST_OPERANDS and (not whole or plan.step >= LEAST_STEP)
+        if fits and kept + tiles * bits // 8 <= memory:
             fitting.append(plan)
     return tuple(fitting if all_of_them else fitting[:1])
+
+
+def _registers(plan: Plan, heads: Heads, chunks: int, bits: int) -> int:
+    """Registers of a thread for sums of values and what codes became."""
+    if bits == 16:
+        return chunks * heads.slots
+    whole = whole_slots(heads, bits)
+    if whole:
+        return chunks * 3 * whole + plan.step // 2
+    return chunks * heads.slots + min(chunks, 2) * plan.step // 2
 
 
 @functools.lru_cache(maxsize=4096)

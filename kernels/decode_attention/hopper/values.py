@@ -76,7 +76,7 @@ def _there(sums):
 
 
 @gluon.jit
-def _head_of(
+def head_of(
     slot, KV: gl.constexpr, QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, TOGETHER: gl.constexpr,
     COLUMNS: gl.constexpr,
 ):  # fmt: skip
@@ -86,7 +86,7 @@ def _head_of(
 
 
 @gluon.jit
-def _copy_step(rings, stage, latents, tiles, begin, number, latents_t, units, EVERY: gl.constexpr):
+def copy_step(rings, stage, latents, tiles, begin, number, latents_t, units, EVERY: gl.constexpr):
     """Start copying step `number` of every EVERY-th tile from `begin` on, `units` numbers of 16 bits each.
 
     Nothing is read behind the last tile.
@@ -104,7 +104,7 @@ def _copy_step(rings, stage, latents, tiles, begin, number, latents_t, units, EV
 
 
 @gluon.jit
-def _scores_of(found, buffer, first, STEP: gl.constexpr, USED: gl.constexpr):
+def scores_of(found, buffer, first, STEP: gl.constexpr, USED: gl.constexpr):
     """Scores of a step's tokens in the slots in use, shared memory [slots, tokens]."""
     scores = found.index(buffer).slice(first, STEP, dim=0)
     if found.shape[2] > USED:
@@ -130,7 +130,7 @@ def _load_scores(found, buffer, there, STEPS: gl.constexpr, STEP: gl.constexpr, 
     layout: gl.constexpr = weights_layout(USED, STEP)
     scores = ()
     for part in gl.static_range(STEPS):
-        score = _scores_of(found, buffer, part * STEP, STEP, USED).load(layout)
+        score = scores_of(found, buffer, part * STEP, STEP, USED).load(layout)
         scores = scores + (gl.where(there[:, None], score, float("-inf")),)
     return scores
 
@@ -243,7 +243,7 @@ def weigh_values(
     USED: gl.constexpr = SLOTS // 2 if HALF else SLOTS
     layout: gl.constexpr = weights_layout(USED, STEP)
     slot = gl.arange(0, USED, gl.SliceLayout(1, layout))
-    head, there = _head_of(slot, KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS)
+    head, there = head_of(slot, KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS)
     result: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, SLOTS, 16])
     reference = gl.full([USED], LOWEST, gl.float32, gl.SliceLayout(1, layout))
     total = gl.zeros([USED, STEP], gl.float32, layout)
@@ -255,7 +255,7 @@ def weigh_values(
     begin += WHICH
     units = gl.multiple_of(rank * BITS // 16, 8)
     for stage in gl.static_range(STAGES - 1):
-        _copy_step(rings, stage, latents, tiles, begin, stage, latents_t, units, SHARED_BY)
+        copy_step(rings, stage, latents, tiles, begin, stage, latents_t, units, SHARED_BY)
     for index in range(begin, end, SHARED_BY):
         done = (index - begin) // SHARED_BY
         buffer = WHICH if SHARED_BY == 2 else done % 2
@@ -289,13 +289,13 @@ def weigh_values(
             ahead = number + STAGES - 1
             if BITS < 16:
                 # The slot that is written has been read by all.
-                _copy_step(rings, ahead % STAGES, latents, tiles, begin, ahead, latents_t, units, SHARED_BY)
+                copy_step(rings, ahead % STAGES, latents, tiles, begin, ahead, latents_t, units, SHARED_BY)
                 if part > 0:
                     operand = value_operand(rings[0].index(number % STAGES), result, BITS)
                 summed = _weigh_codes(rings, number % STAGES, operand, weights.index(part), summed, BITS)
             else:
                 summed = _weigh_numbers(rings, number % STAGES, weights.index(part), summed)
-                _copy_step(rings, ahead % STAGES, latents, tiles, begin, ahead, latents_t, units, SHARED_BY)
+                copy_step(rings, ahead % STAGES, latents, tiles, begin, ahead, latents_t, units, SHARED_BY)
         if BITS == 16:
             summed = _there(summed)
     async_copy.wait_group(0)
@@ -303,7 +303,7 @@ def weigh_values(
     gl.store(totals + out + head, gl.sum(total, 1), mask=there)
     gl.store(peaks + out + head, reference, mask=there)
     column = gl.arange(0, SLOTS, gl.SliceLayout(0, result))
-    head, there = _head_of(column, KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS)
+    head, there = head_of(column, KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS)
     at_head = sums + (out + head).to(gl.int64) * RANK_STRIDE
     away = gl.zeros([SLOTS], gl.float32, gl.SliceLayout(0, result))
     if BITS < 16:

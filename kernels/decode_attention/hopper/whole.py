@@ -1,0 +1,221 @@
+"""Values of codes, weighed by products of whole numbers, which the matrix units add up exactly.
+
+A tile's weights are taken relative to its own largest score, as numbers of 15 bits: two signed bytes, in neighbouring
+columns of a product with the codes, which are bytes without more than a mask. Sums of tiles are added up in float32.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from palu.kernels.decode_attention.hopper.common import TILE, WARPS, synchronize
+from palu.kernels.decode_attention.hopper.operands import bytes_operand, latent_of, middle_of, side_by_side
+from palu.kernels.decode_attention.hopper.values import CHUNK, copy_step, head_of, scores_of, weights_layout
+from palu.kernels.decode_attention.kernel import LOWEST
+
+# The largest weight of a tile: its upper byte is 127.
+LARGEST: gl.constexpr = gl.constexpr(127.0 * 256.0)
+
+
+@gluon.constexpr_function
+def _product(used: int) -> gl.NVMMADistributedLayout:
+    """Products of codes and both bytes of the weights of so many slots."""
+    return gl.NVMMADistributedLayout([3, 0], [WARPS.value, 1], [16, 2 * used, 32])
+
+
+@gluon.jit
+def _parts_of(product):
+    """Both bytes' sums [CHUNK, slots]."""
+    upper, lower = gl.split(product.reshape([CHUNK, product.shape[1] // 2, 2]))
+    return upper, lower
+
+
+@gluon.jit
+def _load_scores(found, number, there, STEP: gl.constexpr, TILES: gl.constexpr, FIRST: gl.constexpr):
+    """Scores [slots, STEP] of `number` of the tiles, of which TILES there may be, step by step."""
+    USED: gl.constexpr = there.shape[0]
+    scores = ()
+    for tile in gl.static_range(TILES):
+        for step in gl.static_range(TILE // STEP):
+            score = scores_of(found, FIRST + tile, step * STEP, STEP, USED).load(weights_layout(USED, STEP))
+            scores = scores + (gl.where((there & (tile < number))[:, None], score, float("-inf")),)
+    return scores
+
+
+@gluon.jit
+def _ordered(bits):
+    """Bits of numbers to integers that are larger where these are, or back."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@gluon.jit
+def _largest(scores):
+    """The largest score of every slot; one instruction finds the largest integer of a warp."""
+    highest = scores[0]
+    for part in gl.static_range(1, len(scores)):
+        highest = gl.maximum(highest, scores[part])
+    most = _ordered(gl.max(_ordered(highest.to(gl.int32, bitcast=True)), 1))
+    return gl.maximum(most.to(gl.float32, bitcast=True), LOWEST)
+
+
+@gluon.jit
+def _store_weights(weights, whole):
+    """Both bytes of weights [slots, STEP], int32, as rows side by side, tokens as the codes' operand has them."""
+    USED: gl.constexpr = whole.shape[0]
+    STEP: gl.constexpr = whole.shape[1]
+    upper = (whole + 128) >> 8
+    both = gl.join(upper, whole - (upper << 8)).permute([0, 2, 1]).reshape([2 * USED, STEP])
+    weights.store(side_by_side(both.to(gl.int8)))
+
+
+@gluon.jit
+def _parameters_of(scales, buffer, first, STEP: gl.constexpr, of_tokens: gl.constexpr):
+    """One over the scales, and the shifts, of a step's values."""
+    inverse = scales.index(2 * buffer).slice(first, STEP).load(of_tokens)
+    return inverse, scales.index(2 * buffer + 1).slice(first, STEP).load(of_tokens)
+
+
+@gluon.jit
+def _softmax(
+    scores, peak, scales, number, weights, first, reference, total, shifted, FIRST: gl.constexpr, BITS: gl.constexpr
+):  # fmt: skip
+    """Stores weights, from buffer `first` on, relative to the tiles' peaks; returns the reference, the weights' sum and that times the shifts.
+
+    Scores have the logarithm of the values' scales added, so the weights are times the scales.
+    """
+    USED: gl.constexpr = peak.shape[0]
+    STEP: gl.constexpr = weights.shape[2]
+    STEPS: gl.constexpr = TILE // STEP
+    of_tokens: gl.constexpr = gl.SliceLayout(0, weights_layout(USED, STEP))
+    higher = gl.maximum(reference, peak)
+    before, now = gl.exp2(reference - higher)[:, None], gl.exp2(peak - higher)[:, None]
+    total *= before
+    shifted *= before
+    for part in gl.static_range(len(scores)):
+        weight = gl.exp2(scores[part] - peak[:, None])
+        whole = (weight * LARGEST + 0.5).to(gl.int32)
+        _store_weights(weights.index(first + part), whole)
+        inverse, shift = _parameters_of(scales, FIRST + part // STEPS, part % STEPS * STEP, STEP, of_tokens)
+        # Of a tile that is not there they may be anything.
+        inverse = gl.where(part // STEPS < number, inverse, 0.0)
+        shift = gl.where(part // STEPS < number, shift, 0.0)
+        total += weight * inverse[None, :] * now
+        shifted += whole.to(gl.float32) * (shift + middle_of(BITS))[None, :] * (now * (1.0 / LARGEST))
+    return higher, total, shifted
+
+
+@gluon.jit
+def _weigh(rings, stage, weights, products, ADDED: gl.constexpr, BITS: gl.constexpr):
+    """A step's codes times its weights, chunk after chunk, two of which are under way at a time."""
+    result: gl.constexpr = products[0].type.layout
+    done = ()
+    for chunk in gl.static_range(len(rings)):
+        operand = bytes_operand(rings[chunk].index(stage), result, BITS)
+        begun = warpgroup_mma(operand, weights.permute((1, 0)), products[chunk], use_acc=ADDED, is_async=True)
+        if chunk > 0:
+            done = done + (warpgroup_mma_wait(1, deps=[under_way]),)
+        under_way = begun
+    return done + (warpgroup_mma_wait(0, deps=[under_way]),)
+
+
+@gluon.jit
+def _added(summed, products, before, now):
+    """Sums [CHUNK, slots] times a factor, and products' sums times another."""
+    result = ()
+    for chunk in gl.static_range(len(summed)):
+        upper, lower = _parts_of(products[chunk])
+        whole = ((upper << 8) + lower).to(gl.float32)
+        result = result + (summed[chunk] * before[None, :] + whole * now[None, :],)
+    return result
+
+
+@gluon.jit
+def weigh_whole(
+    rings, weights, tops, out, arguments, WHICH: gl.constexpr, SHARED_BY: gl.constexpr, KV: gl.constexpr,
+    QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr,
+    RANK_STRIDE: gl.constexpr, BITS: gl.constexpr,
+):  # fmt: skip
+    """As `weigh_values`, of codes; two tiles at a time, or of two groups of warps each every other tile.
+
+    weights: int8 [2 * steps, 2 * slots, tokens of a step]; tops: float32 [2, slots], the tiles' largest scores. Both by
+    turns, so that warps wait for each other once per step only.
+    """
+    found, scales, full, empty, tiles, latents, sums, totals, peaks, rank, latents_t, ours = arguments
+    TILES: gl.constexpr = 2 // SHARED_BY
+    PARTS: gl.constexpr = weights.shape[0] // 2
+    STEP: gl.constexpr = weights.shape[2]
+    USED: gl.constexpr = weights.shape[1] // 2
+    CHUNKS: gl.constexpr = len(rings)
+    STAGES: gl.constexpr = rings[0].shape[0]
+    FIRST: gl.constexpr = WHICH
+    layout: gl.constexpr = weights_layout(USED, STEP)
+    result: gl.constexpr = _product(USED)
+    slot = gl.arange(0, USED, gl.SliceLayout(1, layout))
+    head, there = head_of(slot, KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS)
+    zeros = gl.zeros([CHUNK, 2 * USED], gl.int32, result)
+    upper, _ = _parts_of(zeros)
+    by_slot: gl.constexpr = gl.SliceLayout(0, upper.type.layout)
+    reference = gl.full([USED], LOWEST, gl.float32, gl.SliceLayout(1, layout))
+    reference_of_sums = gl.full([USED], LOWEST, gl.float32, by_slot)
+    total = gl.zeros([USED, STEP], gl.float32, layout)
+    shifted = gl.zeros([USED, STEP], gl.float32, layout)
+    summed = ()
+    for _chunk in gl.static_range(CHUNKS):
+        summed = summed + (upper.to(gl.float32),)
+    _, _, begin, end, _ = tiles
+    begin += WHICH
+    units = gl.multiple_of(rank * BITS // 16, 8)
+    for stage in gl.static_range(STAGES - 1):
+        copy_step(rings, stage, latents, tiles, begin, stage, latents_t, units, SHARED_BY)
+    for index in range(begin, end, 2):
+        round = (index - begin) // 2
+        number = gl.minimum(end - index, TILES)
+        mbarrier.wait(full.index(FIRST), round & 1)
+        if TILES == 2:
+            if number == 2:
+                mbarrier.wait(full.index(FIRST + 1), round & 1)
+        scores = _load_scores(found, number, there, STEP, TILES, FIRST)
+        peak = _largest(scores)
+        tops.index(round % 2).store(peak)
+        own = round % 2 * PARTS
+        reference, total, shifted = _softmax(
+            scores, peak, scales, number, weights, own, reference, total, shifted, FIRST, BITS
+        )
+        products = (zeros,) * CHUNKS
+        for part in gl.static_range(PARTS):
+            step = round * PARTS + part
+            async_copy.wait_group(STAGES - 2)
+            if part == 0:
+                fence_async_shared()
+            # The step is there, and the one before it has been read by all.
+            synchronize()
+            if part == 0:
+                # All have read the scores.
+                for tile in gl.static_range(TILES):
+                    mbarrier.arrive(empty.index(FIRST + tile), count=1)
+            ahead = step + STAGES - 1
+            copy_step(rings, ahead % STAGES, latents, tiles, begin, ahead, latents_t, units, SHARED_BY)
+            products = _weigh(rings, step % STAGES, weights.index(own + part), products, part > 0, BITS)
+        top = tops.index(round % 2).load(by_slot)
+        higher = gl.maximum(reference_of_sums, top)
+        before, now = gl.exp2(reference_of_sums - higher), gl.exp2(top - higher) * (1.0 / LARGEST)
+        summed = _added(summed, products, before, now)
+        reference_of_sums = higher
+    async_copy.wait_group(0)
+    there = there & ours
+    gl.store(totals + out + head, gl.sum(total, 1), mask=there)
+    gl.store(peaks + out + head, reference, mask=there)
+    column = gl.arange(0, USED, by_slot)
+    head, there = head_of(column, KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS)
+    at_head = sums + (out + head).to(gl.int64) * RANK_STRIDE
+    away = gl.convert_layout(gl.sum(shifted, 1), by_slot)
+    for chunk in gl.static_range(CHUNKS):
+        latent = chunk * CHUNK + latent_of(gl.arange(0, CHUNK, gl.SliceLayout(1, upper.type.layout)), BITS)
+        ok = (latent < rank)[:, None] & (there & ours)[None, :]
+        gl.store(at_head[None, :] + latent[:, None], summed[chunk] - away[None, :], mask=ok)
