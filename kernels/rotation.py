@@ -223,10 +223,10 @@ class Rotation:
 
         return _made_once(self.frequencies, ("slow", queries, self.tolerance, device, dtype), make)
 
-    def window(self, fast: int, slow: int, columns: int) -> Window | None:
+    def window(self, fast: int, slow: int, columns: int, lanes: bool = False) -> Window | None:
         """How all but the fast pairs are interpolated in windows of positions; None where those would be too small.
 
-        Where it is all pairs, the basis is `by_lane`. slow: room for so many pairs.
+        slow: room for so many pairs; lanes: the basis is `by_lane`.
         """
         device = self.positions.device
 
@@ -234,7 +234,7 @@ class Rotation:
             found = largest_window(frequencies, fast, slow, columns, self.tolerance)
             if found is None:
                 return None
-            basis = found.basis.half() if fast > 0 else by_lane(found.basis)
+            basis = by_lane(found.basis) if lanes else found.basis.half()
             return Window(basis.to(device), found.bases.to(device))
 
-        return _made_once(self.frequencies, ("window", fast, slow, columns, self.tolerance, device), make)
+        return _made_once(self.frequencies, ("window", fast, slow, columns, lanes, self.tolerance, device), make)

@@ -95,7 +95,7 @@ def test_nothing_is_launched_between_launches_of_which_the_later_begins_early(kv
 
 
 # Heads, kv heads, head_dim, base.
-WINDOWED = [(8, 8, 128, 1e4), (3, 3, 96, 1e6), (16, 4, 128, 1e6), (6, 2, 96, 1e4), (7, 1, 128, 1e6)]
+WINDOWED = [(8, 8, 128, 1e4), (3, 3, 96, 1e6), (5, 5, 128, 1e6), (16, 4, 128, 1e6), (6, 2, 96, 1e4), (7, 1, 128, 1e6)]
 # Four columns of slow pairs reach too few positions where frequencies fall slowly.
 NOT_WINDOWED = (16, 4, 128, 1e4)
 
@@ -103,7 +103,7 @@ NOT_WINDOWED = (16, 4, 128, 1e4)
 @needs_hopper
 @torch.no_grad()
 @pytest.mark.usefixtures("empty_memory_is_nan")
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("heads", [*WINDOWED, NOT_WINDOWED], ids=lambda heads: "-".join(map(str, heads)))
 @pytest.mark.parametrize("gaps", ["none", "one row", "all rows"])
 @pytest.mark.parametrize("hidden", ["nothing", "padding", "some", "end"])
@@ -128,12 +128,14 @@ def test_windows_of_positions_equal_the_definition(heads, gaps, hidden, bits, mo
         mask = torch.rand(mask.shape) < 0.7
     elif hidden == "end":
         mask[..., 2100:] = False
-    packed, held = quantized(latents, bits, key, value)
+    packed, held = quantized(latents, bits, key, value) if bits < 16 else (latents, None)
     windows, launched = [], hopper._launch
     monkeypatch.setattr(hopper, "_launch", lambda *args: windows.append(args[2] is not None) or launched(*args))
     given = None if hidden == "nothing" else mask
     checked((query, *packed, key, value, rotation), shape, mask, given, "float16", monkeypatch, held)
-    assert windows == ([False] if (*heads, base) == NOT_WINDOWED else [False, True])
+    # Several queries' numbers take longer to read than to multiply.
+    exact = (*heads, base) == NOT_WINDOWED or (bits == 16 and heads[0] > heads[1])
+    assert windows == ([False] if exact else [False, True])
 
 
 @needs_hopper
@@ -141,14 +143,19 @@ def test_windows_of_positions_equal_the_definition(heads, gaps, hidden, bits, mo
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("heads", [(8, 8), (16, 4), (1, 1)], ids=["windows", "mixed", "one head"])
-def test_windows_take_every_kind_of_codes_and_several_queries(heads, symmetric, dtype, monkeypatch):
+@pytest.mark.parametrize("bits", [16, 4])
+def test_windows_take_numbers_and_every_kind_of_codes_and_several_queries(heads, bits, symmetric, dtype, monkeypatch):
+    if bits == 16 and (symmetric or heads == (16, 4)):
+        pytest.skip("no windows")
     groups = max(1, heads[1] // 4)
     shape = Shape(2, *heads, 128, 3, 2100, (96,) * groups, (256,) * groups)
     monkeypatch.setattr(hopper, "parts_of", lambda *args: 2)
     query, *latents, key, value, rotation, _ = random_call(shape, getattr(torch, dtype), False, gapless=True)
     rotation = Rotation(rotation.positions, 1e6 ** (-torch.arange(64) / 64), 1.2)
     mask = torch.ones(2, 1, 3, shape.length, dtype=torch.bool).tril(shape.length - 3)
-    packed, held = quantized([latent * 3 + 0.2 for latent in latents], 4, key, value, symmetric=symmetric)
+    packed, held = latents, None
+    if bits < 16:
+        packed, held = quantized([latent * 3 + 0.2 for latent in latents], bits, key, value, symmetric=symmetric)
     windows, launched = [], hopper._launch
     monkeypatch.setattr(hopper, "_launch", lambda *args: windows.append(args[2] is not None) or launched(*args))
     checked((query, *packed, key, value, rotation), shape, mask, mask, dtype, monkeypatch, held)

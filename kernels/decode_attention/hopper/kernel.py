@@ -24,6 +24,7 @@ from palu.kernels.decode_attention.hopper.scores import score_absorbed, score_re
 from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT
 from palu.kernels.decode_attention.hopper.values import CHUNK, weigh_values
 from palu.kernels.decode_attention.hopper.whole import weigh_whole
+from palu.kernels.decode_attention.hopper.windows import PIECES
 from palu.kernels.latent_scores.tiles import GAPS
 
 
@@ -59,7 +60,7 @@ def hopper_kernel(
     CHUNKS: gl.constexpr, STEP: gl.constexpr, VALUE_STAGES: gl.constexpr, VALUE_DIVISOR: gl.constexpr,
     RANK_STRIDE: gl.constexpr, MASK: gl.constexpr, DTYPE: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr,
     BITS: gl.constexpr, ASYMMETRIC: gl.constexpr, WEIGHERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr,
-    VALUE_REGISTERS: gl.constexpr, WHOLE: gl.constexpr, EVEN_KEYS: gl.constexpr, EVEN_VALUES: gl.constexpr,
+    VALUE_REGISTERS: gl.constexpr, WHOLE: gl.constexpr, HELD: gl.constexpr, EVEN_KEYS: gl.constexpr, EVEN_VALUES: gl.constexpr,
 ):  # fmt: skip
     """Sums of value latents of a group's heads over a part of the tokens, relative to their peaks.
 
@@ -177,10 +178,10 @@ def hopper_kernel(
         up_offset, up_rank = key_offset, key_rank
         if BITS < 16:
             up_offset, up_rank = group * RANK, RANK
-        # Windows take half of the columns of a head.
-        UNITS: gl.constexpr = KV * WIDE // UNIT if SPAN == 0 else KV + 1 if MODE == "mixed" else KV
+        # Windows take half of the columns of a head, of two heads at a time.
+        UNITS: gl.constexpr = KV * WIDE // UNIT if SPAN == 0 else KV + 1 if MODE == "mixed" else (KV + 1) // 2 * 2
         WIDTH_OF_PLACE: gl.constexpr = (
-            SLOTS if MODE == "mixed" else LEAST if MODE == "rotated" else 2 if UNITS == KV else 1
+            SLOTS if MODE == "mixed" else LEAST if MODE == "rotated" else 1 if MODE == "folded" and UNITS > KV else 2
         )
         factors = gl.allocate_shared_memory(DTYPE, [UNITS, UNIT, RANK], swizzled(RANK))
         at_table = table + gl.multiple_of(at_row * table_b, 8)
@@ -193,8 +194,6 @@ def hopper_kernel(
                 gl.allocate_shared_memory(DTYPE, [KV, SLOTS, UNIT], swizzled(UNIT)),
                 gl.allocate_shared_memory(DTYPE, [KV * 2, UNIT // 2, RANK], swizzled(RANK)),
             )
-        if MODE == "windows":
-            halves = gl.allocate_shared_memory(DTYPE, [2, UNIT, WIDE // 2], swizzled(WIDE // 2))
         rings, places, besides = (), (), ()
         for which in gl.static_range(2):
             ring = gl.allocate_shared_memory(stored, [KEY_STAGES, TILE, key_units], swizzled(key_units))
@@ -205,11 +204,14 @@ def hopper_kernel(
             )  # fmt: skip
             places = places + (place,)
             if MODE == "windows":
-                beside = (
-                    gl.allocate_shared_memory(DTYPE, [2, WIDE // 2, RANK], swizzled(RANK)),
-                    gl.allocate_shared_memory(DTYPE, [KV + 1, WIDE // 2], gl.SwizzledSharedLayout(1, 1, 1, [0])),
-                    halves,
-                )
+                held = ()
+                for piece in gl.static_range(2):
+                    some = gl.allocate_shared_memory(DTYPE, [2 * HELD, PIECES[piece], RANK], swizzled(RANK))
+                    held = held + (some,)
+                turned = gl.allocate_shared_memory(
+                    gl.float16, [(KV + 3) // 4 * 2, 2, 64], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+                )  # fmt: skip
+                beside = (held, turned)
             besides = besides + (beside,)
         to_scores = (
             tiles, at_keys, parameters, at_table, mask, up + up_offset, at_query, key_units_there, up_rank, keys_t,

@@ -12,6 +12,7 @@ from palu.kernels.decode_attention.hopper.plans import (
     CHUNK,
     COLUMNS,
     MOST_PARTS,
+    SLOW,
     TILE,
     Heads,
     Plan,
@@ -24,6 +25,8 @@ from palu.kernels.decode_attention.hopper.plans import (
     whole_slots,
 )
 from palu.kernels.decode_attention.hopper.spans import spans_of
+from palu.kernels.decode_attention.hopper.windows import COLUMNS as KERNEL_COLUMNS
+from palu.kernels.decode_attention.hopper.windows import FAST as KERNEL_FAST
 from palu.kernels.decode_attention.parts import COMBINE_OUT, Parts, combine
 from palu.kernels.integers import cdiv, next_power_of_2
 from palu.kernels.latent_scores.factors import ordered_factor, unit_order
@@ -46,6 +49,7 @@ from palu.kernels.rotation import Rotation, Window
 from palu.kernels.tuning import length_class, pick, searches
 
 COMBINE_WARPS = KERNEL_WARPS.value
+WINDOW_FAST, WINDOW_COLUMNS = KERNEL_FAST.value, KERNEL_COLUMNS.value
 # Latents of a head, at least and at most, and parts at least that a program adds up.
 LEAST_LATENTS, MOST_LATENTS, LEAST_PARTS = 128, 512, 16
 # Tiles of a program from which on windows, and a launch more, are worth their making.
@@ -175,11 +179,12 @@ def launch(
 
 def _window_of(call: Call) -> Window | None:
     """In what windows of positions the call's keys can be interpolated, where that is faster."""
-    # Numbers take longer to read than to multiply.
-    if call.bits == 16 or call.heads.mode == "absorbed" or not call.plans(True, False):
+    # Several queries' numbers take longer to read than to multiply.
+    numbers = call.bits == 16 and call.heads.mode != "folded"
+    if numbers or call.heads.mode == "absorbed" or not call.plans(True, False):
         return None
     if call.heads.mode == "folded":
-        return call.rotation.window(0, COLUMNS, COLUMNS)
+        return call.rotation.window(WINDOW_FAST, SLOW, WINDOW_COLUMNS, lanes=True)
     return call.rotation.window(FAST, COLUMNS - FAST, COLUMNS // call.heads.slots)
 
 
@@ -209,8 +214,10 @@ def _tables(call: Call, window: Window | None, takes: str) -> Tables:
         spans = spans_of(rotation, call.mask, length, call.rows_per_latent, TILE)
     if window is None:
         return Tables(lane_table(rotation, call.dtype), spans, query, query, query)
-    folded = call.heads.mode == "folded"
-    table = window.basis[None] if folded else lane_table(rotation, call.dtype, FAST)
+    if call.heads.mode == "folded":
+        table = lane_table(rotation, torch.float16, WINDOW_FAST)
+    else:
+        table = lane_table(rotation, call.dtype, FAST)
     return Tables(table, spans, window.bases, window.basis, rotation.frequencies.to(query.device, torch.float32))
 
 
@@ -248,7 +255,7 @@ def _launch(
         VALUE_DIVISOR=divisor(value_ranks), RANK_STRIDE=max(value_ranks), MASK=mask_kind(mask),
         DTYPE=DTYPES[dtype], TOGETHER=heads.together, COLUMNS=heads.columns, BITS=bits,
         ASYMMETRIC=asymmetric, WEIGHERS=weighers, SCORE_REGISTERS=registers[0], VALUE_REGISTERS=registers[1],
-        WHOLE=whole_slots(heads, bits),
+        WHOLE=whole_slots(heads, bits), HELD=1 + plan.stays,
         EVEN_KEYS=even_rank(ranks), EVEN_VALUES=even_rank(value_ranks),
         num_warps=4, launch_pdl=takes == "gapless",
     )  # fmt: skip

@@ -9,14 +9,18 @@ from palu.kernels.decode_attention.hopper.common import TILE as KERNEL_TILE
 from palu.kernels.decode_attention.hopper.turns import LEAST as KERNEL_LEAST
 from palu.kernels.decode_attention.hopper.turns import UNIT as KERNEL_UNIT
 from palu.kernels.decode_attention.hopper.values import CHUNK as KERNEL_CHUNK
+from palu.kernels.decode_attention.hopper.windows import SLOW as KERNEL_SLOW
 from palu.kernels.decode_attention.parts import COMBINE_PARTS
 from palu.kernels.integers import cdiv, next_power_of_2
 
 TILE, CHUNK, LEAST, COLUMNS = KERNEL_TILE.value, KERNEL_CHUNK.value, KERNEL_LEAST.value, KERNEL_UNIT.value
+SLOW = KERNEL_SLOW.value
 # Columns of a group's scores at most, and latents of its keys at least, for the matrix units: of numbers and of codes.
 MOST_SLOTS, LEAST_RANK, LEAST_CODES = 32, 32, 64
 # Columns of slow pairs at least, and latents of a window's matrices, which are made in registers, at most.
 LEAST_COLUMNS, MOST_WINDOW_RANK = 4, 128
+# kv heads at most of which all slow pairs can stay in shared memory.
+MOST_STAYING = 4
 # Tokens of a step at least there, and slots of heads at most whose codes are weighed by products of whole numbers.
 LEAST_STEP, MOST_WHOLE_SLOTS = 32, 8
 # kv heads of a group at most: what tells heads apart in the kernel counts on few.
@@ -36,11 +40,15 @@ START = 3
 
 
 class Plan(NamedTuple):
-    """Tiles of keys under way for each group of warps that scores, tokens per step of the values, steps under way."""
+    """Tiles of keys under way for each group of warps that scores, tokens per step of the values, steps under way.
+
+    stays: slow pairs of all heads' factors stay in shared memory, of which windows are made.
+    """
 
     key_stages: int
     step: int
     value_stages: int
+    stays: bool = False
 
 
 # In the order of preference, of which the first that fits is taken. Numbers are made of codes chunk after chunk, the
@@ -142,8 +150,8 @@ def plans_for(
         "absorbed": heads.slots * rank,
         "folded": heads.kv * wide * rank,
         "rotated": heads.kv * wide * (rank + LEAST),
-        # A head's factor beside for each group of warps that scores, turned queries, bases.
-        "windows": (heads.kv * COLUMNS + 2 * wide) * rank + (COLUMNS + heads.kv + 1) * wide,
+        # Two heads have a unit of fast pairs and one of slow ones; turned queries.
+        "windows": cdiv(heads.kv, 2) * 2 * (COLUMNS * rank + COLUMNS * 4),
         # Fast and slow pairs, the windows of these.
         "mixed": (heads.kv * wide + COLUMNS) * rank + heads.kv * heads.slots * COLUMNS,
     }[mode]
@@ -159,12 +167,17 @@ def plans_for(
     kept = 2 * kept + weights + 8 * TILE * (heads.slots + parameters) + RESERVED
     fitting = []
     first = FIRST_PLANS["numbers" if bits == 16 else "whole" if whole else heads.mode]
-    preferred = (*first, *LAST_PLANS)
-    for plan in dict.fromkeys((*preferred, *(GRID if all_of_them else ()))):
+    preferred = (*first, *LAST_PLANS, *(GRID if all_of_them else ()))
+    if mode == "windows":
+        staying = tuple(plan._replace(stays=True) for plan in preferred if plan.value_stages > 2)
+        preferred = (*(staying if heads.kv <= MOST_STAYING else ()), *preferred)
+    for plan in dict.fromkeys(preferred):
+        # Slow pairs of one head's factor or of two for each group of warps that scores.
+        held = 2 * 2 * SLOW * rank * (1 + plan.stays) if mode == "windows" else 0
         tiles = (2 if rebuilt else 1) * plan.key_stages * TILE * rank
         tiles += weighers * plan.value_stages * plan.step * chunks * CHUNK
         fits = _registers(plan, heads, chunks, bits) <= MOST_OPERANDS and (not whole or plan.step >= LEAST_STEP)
-        if fits and kept + tiles * bits // 8 <= memory:
+        if fits and kept + 2 * held + tiles * bits // 8 <= memory:
             fitting.append(plan)
     return tuple(fitting if all_of_them else fitting[:1])
 

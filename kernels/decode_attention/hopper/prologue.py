@@ -39,12 +39,42 @@ def copy_factors(
 
 
 @gluon.jit
-def copy_halves(to, up, up_stride, rank, FIRST: gl.constexpr, WIDTH: gl.constexpr):
+def pieces_of(factors, KV: gl.constexpr, WHICH: gl.constexpr, WINDOWS: gl.constexpr):
+    """Every other kv head's rows that a query is folded into, as shared memory [ROWS, RANK] each.
+
+    Of windows each head has one, every other unit of which has two.
+    """
+    PIECES: gl.constexpr = UNIT // ROWS
+    OF_HEAD: gl.constexpr = 1 if WINDOWS else factors.shape[0] // KV * PIECES
+    result = ()
+    for head in gl.static_range(WHICH, KV, 2):
+        for piece in gl.static_range(head * OF_HEAD, (head + 1) * OF_HEAD):
+            unit = factors.index(piece // PIECES * (2 if WINDOWS else 1))
+            result = result + (unit.slice(piece % PIECES * ROWS, ROWS),)
+    return result
+
+
+@gluon.jit
+def copy_fast(pieces, up, up_stride, rank, WIDTH: gl.constexpr, WHICH: gl.constexpr):
+    """Start copying the first pairs of every other kv head's factor, of a window, both of a pair side by side."""
+    RANK: gl.constexpr = pieces[0].shape[1]
+    layout: gl.constexpr = copied_layout(RANK)
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    latent = gl.arange(0, RANK, gl.SliceLayout(0, layout))
+    ok = (row // 2 < WIDTH // 2)[:, None] & (latent < rank)[None, :]
+    at = up + ((row // 2 + row % 2 * (WIDTH // 2)) * up_stride)[:, None] + latent[None, :]
+    for piece in gl.static_range(len(pieces)):
+        copy_to_shared(pieces[piece], at + (WHICH + 2 * piece) * WIDTH * up_stride, mask=ok)
+
+
+@gluon.jit
+def copy_halves(
+    to, up, up_stride, rank, FIRST: gl.constexpr, HALVES: gl.constexpr, WIDTH: gl.constexpr
+):  # fmt: skip
     """Start copying pairs FIRST .. of kv heads' up factors: [heads * 2, pairs, RANK], both numbers of the pairs.
 
-    Zero where there are none.
+    Zero where there are none. HALVES: two of every head.
     """
-    HALVES: gl.constexpr = to.shape[0]
     PAIRS: gl.constexpr = to.shape[1]
     RANK: gl.constexpr = to.shape[2]
     layout: gl.constexpr = copied_layout(RANK)
@@ -54,7 +84,6 @@ def copy_halves(to, up, up_stride, rank, FIRST: gl.constexpr, WIDTH: gl.constexp
     at = up + (pair * up_stride)[:, None] + latent[None, :]
     for half in gl.static_range(HALVES):
         copy_to_shared(to.index(half), at + half * (WIDTH // 2) * up_stride, mask=ok)
-    async_copy.commit_group()
 
 
 @gluon.jit
@@ -99,16 +128,10 @@ def load_pairs(
 
 
 @gluon.jit
-def fold(factors, q_first, q_second, KV: gl.constexpr, WHICH: gl.constexpr):
-    """Every other kv head's factor in shared memory, folded with its query, to the same place."""
-    UNITS: gl.constexpr = factors.shape[0] // KV
-    PIECES: gl.constexpr = UNIT // ROWS
-    for head in gl.static_range(WHICH, KV, 2):
-        for piece in gl.static_range(UNITS * PIECES):
-            _fold(
-                factors.index(head * UNITS + piece // PIECES).slice(piece % PIECES * ROWS, ROWS),
-                q_first[head // 2 * (UNITS * PIECES) + piece], q_second[head // 2 * (UNITS * PIECES) + piece],
-            )  # fmt: skip
+def fold(pieces, q_first, q_second):
+    """Pieces of factors in shared memory, folded with queries, to the same place."""
+    for piece in gl.static_range(len(pieces)):
+        _fold(pieces[piece], q_first[piece], q_second[piece])
 
 
 @gluon.jit

@@ -26,11 +26,26 @@ from palu.kernels.decode_attention.hopper.parameters import (
     scale_of,
     shift_of,
 )
-from palu.kernels.decode_attention.hopper.prologue import copy_factors, copy_halves, fold, load_pairs, store_queries
+from palu.kernels.decode_attention.hopper.prologue import (
+    copy_factors,
+    copy_fast,
+    copy_halves,
+    fold,
+    load_pairs,
+    pieces_of,
+    store_queries,
+)
 from palu.kernels.decode_attention.hopper.slow import load_basis, make_slow
-from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT, load_turns, units_of
+from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT, by_pair, load_turns, units_of
 from palu.kernels.decode_attention.hopper.units import hand_on, score_turned, score_weighed
-from palu.kernels.decode_attention.hopper.windows import copy_bases, load_frequencies, load_own_queries, make_window
+from palu.kernels.decode_attention.hopper.windows import (
+    COLUMNS,
+    FAST,
+    copy_slow,
+    load_frequencies,
+    load_own_queries,
+    make_window,
+)
 
 
 @gluon.jit
@@ -61,29 +76,41 @@ def _operand(
 
 
 @gluon.jit
-def _turns_of(table, tiles, index, table_t, WORDS: gl.constexpr, SPAN: gl.constexpr):
-    """Of a tile's tokens, what weighs their products: cosines and sines, or rows of the basis of windows of SPAN."""
+def _turns_of(table, basis, tiles, index, table_t, WORDS: gl.constexpr, SPAN: gl.constexpr):
+    """Of a tile's tokens, what weighs their products: cosines and sines, and rows of the basis of windows of SPAN."""
     first, step, begin, _, length = tiles
+    words = (load_turns(table, (first + index * step) * TILE, table_t, length, WORDS),)
     if SPAN > 0:
-        words = load_turns(table, (index - begin) * TILE % SPAN, table_t, SPAN, WORDS)
+        words = words + (load_turns(basis, (index - begin) * TILE % SPAN, COLUMNS, SPAN, COLUMNS // 2),)
+    return words
+
+
+@gluon.jit
+def _words_of(turns, layout: gl.constexpr):
+    """Words of a tile's turns for every unit of a head, or of windows of fast and of slow pairs."""
+    if len(turns) == 2:
+        words = (by_pair(turns[0]), by_pair(turns[1]))
     else:
-        words = load_turns(table, (first + index * step) * TILE, table_t, length, WORDS)
+        words = units_of(turns[0], layout)
     return words
 
 
 @gluon.jit
 def _start(
-    factors, beside, up, up_stride, rank, bases, KV: gl.constexpr, WIDTH: gl.constexpr, MODE: gl.constexpr,
+    factors, beside, up, up_stride, rank, KV: gl.constexpr, WIDTH: gl.constexpr, MODE: gl.constexpr,
     WHICH: gl.constexpr,
 ):  # fmt: skip
     """Start copying what this group of warps prepares."""
     if MODE == "windows":
-        copy_bases(beside[2], bases, beside[2].shape[2], WHICH)
-        copy_halves(beside[0], up + min(WHICH, KV - 1) * WIDTH * up_stride, up_stride, rank, 0, WIDTH)
+        if WHICH < KV:
+            copy_fast(pieces_of(factors, KV, WHICH, True), up, up_stride, rank, WIDTH, WHICH)
+        HEADS: gl.constexpr = min(beside[0][0].shape[0] // 2, max(0, KV - 2 * WHICH))
+        copy_slow(beside[0], up, up_stride, rank, 2 * WHICH, HEADS, WIDTH)
     elif MODE != "mixed":
         copy_factors(factors, up, up_stride, rank, KV, WIDTH, WHICH, 2)
     elif WHICH == 0:
-        copy_halves(beside[1], up, up_stride, rank, beside[1].shape[1], WIDTH)
+        copy_halves(beside[1], up, up_stride, rank, beside[1].shape[1], 2 * KV, WIDTH)
+        async_copy.commit_group()
     else:
         copy_factors(factors, up, up_stride, rank, KV, WIDTH, 0, 1)
 
@@ -97,7 +124,9 @@ def _prepare(
     """Make what tiles are multiplied with ready: of all, or of a window. Each of two groups of warps does a part."""
     up_stride, rank, query_stride, scaling = numbers
     if MODE == "windows":
-        make_window(factors, beside, ready, frequency, own, up, (up_stride, rank), position, more, WIDTH, WHICH)
+        make_window(
+            factors, beside, ready, frequency, own, bases, up, (up_stride, rank), position, more, KV, WIDTH, WHICH
+        )  # fmt: skip
     elif MODE == "mixed":
         SLOTS: gl.constexpr = beside[0].shape[1]
         # All warps have done their products with the last window.
@@ -123,7 +152,7 @@ def _prepare(
         async_copy.wait_group(KEY_STAGES)
         synchronize()
         if MODE == "folded":
-            fold(factors, q_first, q_second, KV, WHICH)
+            fold(pieces_of(factors, KV, WHICH, False), q_first, q_second)
         hand_over(ready, 0)
 
 
@@ -149,27 +178,31 @@ def score_rebuilt(
     TURNED: gl.constexpr = MODE == "rotated" or MODE == "mixed"
     SLOTS: gl.constexpr = found.shape[2] if TURNED else LEAST
     WINDOW: gl.constexpr = SPAN // TILE if SPAN > 0 else 1 << 30
-    # Windows of all pairs have rows of their own, not of tokens.
+    # Of windows, rows of the basis weigh products besides.
     ROWS_SPAN: gl.constexpr = SPAN if MODE == "windows" else 0
-    PAIRS: gl.constexpr = (factors.shape[0] - (1 if MODE == "mixed" else 0)) // KV * (UNIT // 2)
+    PAIRS: gl.constexpr = FAST if MODE == "windows" else (factors.shape[0] - (1 if MODE == "mixed" else 0)) // KV * (UNIT // 2)
+    TURNS: gl.constexpr = gl.float16 if MODE == "windows" else DTYPE
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, UNIT, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, SLOTS, 16])
     rows: gl.constexpr = gl.SliceLayout(1, wide)
     first, step, begin, end, length = tiles
     # Nothing is read where there is no tile.
-    _start(factors, beside, up, up_stride, gl.where(begin < end, rank, 0), bases, KV, WIDTH, MODE, WHICH)
+    _start(factors, beside, up, up_stride, gl.where(begin < end, rank, 0), KV, WIDTH, MODE, WHICH)
     for stage in gl.static_range(STAGES):
         _copy_tile(ring.index(stage), latents, tiles, begin + WHICH + 2 * stage, latents_t, units)
-    turns = _turns_of(table, tiles, begin + WHICH, table_t, PAIRS, ROWS_SPAN)
+    turns = _turns_of(table, basis, tiles, begin + WHICH, table_t, PAIRS, ROWS_SPAN)
     parameters = load_parameters(stored, tiles, begin + WHICH, rows, BITS, ASYMMETRIC)
     shares = ()
     if MODE == "mixed":
         shares = load_basis(basis, WHICH * TILE, UNIT // SLOTS, SLOTS)
     frequency, own = 0.0, ()
     if MODE == "windows":
-        frequency = load_frequencies(frequencies, beside[2].shape[2], WIDTH)
-        pairs: gl.constexpr = frequency.type.layout
-        own = load_own_queries(query, query_stride, scaling, pairs, KV, WIDTH, WHICH, beside[2].shape[2])
+        frequency = load_frequencies(frequencies, WIDTH)
+        own = load_own_queries(query, query_stride, scaling, KV, WIDTH, WHICH)
+        q_first, q_second = load_pairs(query, query_stride, scaling, KV, UNIT // 2, factors.shape[2], WIDTH, WHICH)
+        async_copy.wait_group(STAGES)
+        synchronize()
+        fold(pieces_of(factors, KV, WHICH, True), q_first, q_second)
     numbers = (up_stride, rank, query_stride, scaling)
     for window in range(begin, end, WINDOW):
         _prepare(
@@ -185,7 +218,7 @@ def score_rebuilt(
             slot = ring.index(done % STAGES)
             # Asked for long before they are needed, where there are registers.
             if MODE == "windows":
-                next_turns = _turns_of(table, tiles, index + 2, table_t, PAIRS, ROWS_SPAN)
+                next_turns = _turns_of(table, basis, tiles, index + 2, table_t, PAIRS, ROWS_SPAN)
             next_shares = shares
             if MODE == "mixed":
                 next_shares = load_basis(basis, (index + 2 - window) * TILE % SPAN, UNIT // SLOTS, SLOTS)
@@ -197,7 +230,7 @@ def score_rebuilt(
             _copy_tile(slot, latents, tiles, index + 2 * STAGES, latents_t, units)
             logarithm = logarithm_of(parameters, seen, rows, BITS, ASYMMETRIC)
             free = (empty, (done & 1) ^ 1)
-            words = units_of(turns, wide)
+            words = _words_of(turns, wide)
             if TURNED:
                 queries = beside[0] if MODE == "mixed" else beside
                 scores = gl.zeros([TILE, SLOTS], gl.float32, narrow)
@@ -206,9 +239,9 @@ def score_rebuilt(
                     narrow, KV, TOGETHER, MODE, DTYPE,
                 )  # fmt: skip
             else:
-                score_weighed(found, free, operand, factors, words, seen, scale, logarithm, KV, MODE, DTYPE)
+                score_weighed(found, free, operand, factors, words, seen, scale, logarithm, KV, MODE, TURNS)
             if MODE != "windows":
-                next_turns = _turns_of(table, tiles, index + 2, table_t, PAIRS, ROWS_SPAN)
+                next_turns = _turns_of(table, basis, tiles, index + 2, table_t, PAIRS, ROWS_SPAN)
             hand_on_parameters(scales, WHICH, parameters, seen, rows, BITS, ASYMMETRIC)
             turns, shares, parameters = next_turns, next_shares, next_parameters
             synchronize()

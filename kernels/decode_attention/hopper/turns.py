@@ -44,18 +44,29 @@ def load_turns(table, first, table_t, length, PAIRS: gl.constexpr):
 
 
 @gluon.jit
-def units_of(turns, product: gl.constexpr):
-    """Words of a tile's turns, a tuple of [tile, UNIT / 2] as pairs stand side by side in products of a layout."""
+def by_pair(turns):
+    """Words of a tile's turns [tile, pairs], pair after pair."""
     PAIRS: gl.constexpr = turns.shape[1]
-    by_pair = turns.reshape([TILE, 4, PAIRS // 4]).permute([0, 2, 1]).reshape([TILE, PAIRS])
+    return turns.reshape([TILE, 4, PAIRS // 4]).permute([0, 2, 1]).reshape([TILE, PAIRS])
+
+
+@gluon.jit
+def _as_pairs(numbers, product: gl.constexpr):
+    """Numbers [tile, UNIT / 2] as pairs stand side by side in products of a layout."""
     # As `split` leaves the halves of a product.
     halves, _ = gl.split(gl.zeros([TILE, UNIT], gl.float32, product).reshape([TILE, UNIT // 2, 2]))
-    units = (by_pair,)
-    if PAIRS > UNIT // 2:
-        units = gl.split(by_pair.reshape([TILE, 2, UNIT // 2]).permute([0, 2, 1]))
+    return gl.convert_layout(numbers, halves.type.layout, assert_trivial=True)
+
+
+@gluon.jit
+def units_of(turns, product: gl.constexpr):
+    """Words of a tile's turns, a tuple of [tile, UNIT / 2] as pairs stand side by side in products of a layout."""
+    units = (by_pair(turns),)
+    if turns.shape[1] > UNIT // 2:
+        units = gl.split(units[0].reshape([TILE, 2, UNIT // 2]).permute([0, 2, 1]))
     result = ()
     for unit in gl.static_range(len(units)):
-        result = result + (gl.convert_layout(units[unit], halves.type.layout, assert_trivial=True),)
+        result = result + (_as_pairs(units[unit], product),)
     return result
 
 
@@ -69,14 +80,27 @@ def unpacked(words, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def weighed(product, cos, sin, SUMS: gl.constexpr):
-    """Products [tile, WIDE] with a and b of every pair, times cosines and sines, added up to [tile]."""
-    WIDE: gl.constexpr = product.shape[1]
-    layout: gl.constexpr = product.type.layout
-    along_a, along_b = gl.split(product.reshape([TILE, WIDE // 2, 2]))
-    # Every product of its own: added up, each is one multiply-add. In two sums, so that they need not wait so long.
-    total = gl.sum(gl.sum(gl.join(along_a * cos, along_b * sin).reshape([TILE, SUMS, WIDE // SUMS]), 2), 1)
-    return gl.convert_layout(total, gl.SliceLayout(1, layout), assert_trivial=True)
+def turns_of(words, product: gl.constexpr, HEADS: gl.constexpr, DTYPE: gl.constexpr):
+    """Cosines and sines, float32 [tile, UNIT / 2], of a unit's words; of two heads side by side they are the same."""
+    cos, sin = unpacked(words, DTYPE)
+    if HEADS == 2:
+        # Half as many words, unpacked once.
+        cos = _as_pairs(gl.join(cos, cos).permute([0, 2, 1]).reshape([TILE, UNIT // 2]), product)
+        sin = _as_pairs(gl.join(sin, sin).permute([0, 2, 1]).reshape([TILE, UNIT // 2]), product)
+    return cos, sin
+
+
+@gluon.jit
+def weighed(product, cos, sin, HEADS: gl.constexpr):
+    """Products [tile, UNIT] with a and b of every pair, times cosines and sines, added up by each thread.
+
+    float32 [tile, HEADS, 4]: what is left to add up are four neighbouring threads' sums.
+    """
+    along_a, along_b = gl.split(product.reshape([TILE, UNIT // 2, 2]))
+    OF_THREAD: gl.constexpr = UNIT // 2 // HEADS // 4
+    # Every product of its own: added up, each is one multiply-add.
+    each = gl.join(along_a * cos, along_b * sin).reshape([TILE, HEADS, OF_THREAD, 4, 2]).permute([0, 1, 3, 2, 4])
+    return gl.sum(each.reshape([TILE, HEADS, 4, OF_THREAD * 2]), 3)
 
 
 @gluon.jit

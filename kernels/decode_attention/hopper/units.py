@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from palu.kernels.decode_attention.hopper.common import TILE, WARPS
 from palu.kernels.decode_attention.hopper.slow import slow_scores
-from palu.kernels.decode_attention.hopper.turns import UNIT, rotated, unpacked, weighed
+from palu.kernels.decode_attention.hopper.turns import UNIT, rotated, turns_of, unpacked, weighed
 from palu.kernels.latent_scores.tiles import LOG2_E
 
 
@@ -110,10 +110,11 @@ def score_turned(
 
 
 @gluon.jit
-def _weigh(product, words, score, MODE: gl.constexpr, DTYPE: gl.constexpr):
-    """Scores of a unit's products, added to others."""
-    cos, sin = unpacked(words, gl.float16 if MODE == "windows" else DTYPE)
-    return _settled(score + weighed(product, cos, sin, 2 if MODE == "windows" else 1))
+def _weigh(product, words, sums, HEADS: gl.constexpr, DTYPE: gl.constexpr):
+    """Scores of a unit's products, added to others, as `weighed` leaves them."""
+    layout: gl.constexpr = product.type.layout
+    cos, sin = turns_of(words, layout, HEADS, DTYPE)
+    return _settled(sums + weighed(product, cos, sin, HEADS))
 
 
 @gluon.jit
@@ -121,25 +122,29 @@ def score_weighed(
     found, free, operand, factors, words, seen, scale, logarithm,
     KV: gl.constexpr, MODE: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
-    """Scores of products with folded factors, or with a window's, unit after unit, as in `score_turned`."""
+    """Scores of products with folded factors, or with a window's, unit after unit, as in `score_turned`.
+
+    words: of the units of a head; of windows, of fast pairs and of slow ones, which two heads share.
+    """
     TOTAL: gl.constexpr = factors.shape[0]
-    OF_HEAD: gl.constexpr = TOTAL // KV
-    zero = gl.zeros([TILE], gl.float32, gl.SliceLayout(1, operand.type.layout.parent))
+    HEADS: gl.constexpr = 2 if MODE == "windows" else 1
+    # A head of 64 has one unit.
+    ALONE: gl.constexpr = len(words) == 1
     for first in range(0, TOTAL - 1, 2):
         product = _begun(operand, factors, first)
         other = _begun(operand, factors, first + 1)
-        if OF_HEAD == 1:
+        if ALONE:
             product, other, operand = warpgroup_mma_wait(0, deps=[product, other, operand])
-            score = _weigh(product, words[0], zero, MODE, DTYPE)
-            together = gl.join(score, _weigh(other, words[0], zero, MODE, DTYPE))
+            score = gl.sum(_weigh(product, words[0], 0.0, HEADS, DTYPE), 2)
+            score = gl.join(score, gl.sum(_weigh(other, words[0], 0.0, HEADS, DTYPE), 2)).reshape([TILE, 2])
         else:
-            score = _weigh(warpgroup_mma_wait(1, deps=[product]), words[0], zero, MODE, DTYPE)
+            sums = _weigh(warpgroup_mma_wait(1, deps=[product]), words[0], 0.0, HEADS, DTYPE)
             other, operand = warpgroup_mma_wait(0, deps=[other, operand])
-            together = _weigh(other, words[1], score, MODE, DTYPE)[:, None]
+            score = gl.sum(_weigh(other, words[1], sums, HEADS, DTYPE), 2)
         mbarrier.wait(free[0], free[1])
-        hand_on(found.index(first // 2), together, seen, scale, logarithm)
+        hand_on(found.index(first // 2), score, seen, scale, logarithm)
     if TOTAL % 2 == 1:
         product, operand = warpgroup_mma_wait(0, deps=[_begun(operand, factors, TOTAL - 1), operand])
-        score = _weigh(product, words[0], zero, MODE, DTYPE)
+        score = gl.sum(_weigh(product, words[0], 0.0, HEADS, DTYPE), 2)
         mbarrier.wait(free[0], free[1])
-        hand_on(found.index(TOTAL // 2), gl.join(score, score), seen, scale, logarithm)
+        hand_on(found.index(TOTAL // 2), gl.join(score, score).reshape([TILE, 2]), seen, scale, logarithm)

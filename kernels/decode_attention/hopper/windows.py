@@ -1,11 +1,12 @@
-"""Windows of positions: what latents are multiplied with there instead of every pair's a and b.
+"""Windows of positions: what latents are multiplied with there instead of slow pairs' a and b.
 
-Inside a window of positions t0 + s the cosines and sines of all pairs are few columns' combinations,
-[cos(s w), sin(s w)] ~ P(s) [C, S]. So q . RoPE_t(B x) = sum_m P_m(s) (W_m . x), made once per window and head of
+Inside a window of positions t0 + s the cosines and sines of all but the fastest pairs are few columns' combinations,
+[cos(s w), sin(s w)] ~ P(s) [C, S]. So their share of q . RoPE_t(B x) = sum_m P_m(s) (W_m . x), made once per window
+and head of
 
 W_m = sum_i (C_mi q1_i + S_mi q2_i) B_i + (C_mi q2_i - S_mi q1_i) B_{i+D/2},
 
-q1, q2: the query's pairs turned back to the window's first position.
+q1, q2: the query's pairs turned back to the window's first position. Columns of two heads lie side by side.
 """
 
 from triton.experimental import gluon
@@ -17,110 +18,176 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from palu.kernels.decode_attention.hopper.common import WARPS, copied_layout, copy_to_shared, hand_over, synchronize
+from palu.kernels.decode_attention.hopper.common import WARPS, bits_of, hand_over, synchronize
 from palu.kernels.decode_attention.hopper.prologue import copy_halves
 from palu.kernels.decode_attention.hopper.turns import UNIT
 from palu.kernels.latent_scores.tiles import turn
 
+# The fastest pairs, which stay exact, and room for the others, in two pieces.
+FAST: gl.constexpr = gl.constexpr(16)
+PIECES: gl.constexpr = gl.constexpr((32, 16))
+SLOW: gl.constexpr = gl.constexpr(48)
+# Slow pairs' columns of a head.
+COLUMNS: gl.constexpr = gl.constexpr(32)
+# Threads' places for pairs of two heads.
+_PAIRS: gl.constexpr = gl.constexpr(64)
+_OF_PAIRS: gl.constexpr = gl.constexpr(gl.BlockedLayout([1, 1], [1, 32], [2, 2], [1, 0]))
+
+
+@gluon.constexpr_function
+def _columns_layout(pairs: int) -> gl.DistributedLinearLayout:
+    """Two heads' columns and pairs [2, COLUMNS, pairs] as the left side of a product of 64 rows has them."""
+    held = [[0, 0, 8 << bit] for bit in range(bits_of(pairs) - 3)]
+    lanes = [[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
+    return gl.DistributedLinearLayout(
+        [[0, 0, 1], [0, 8, 0], *held], lanes, [[0, 16, 0], [1, 0, 0]], [], [2, COLUMNS.value, pairs]
+    )
+
 
 @gluon.jit
-def copy_bases(to, bases, PAIRS: gl.constexpr, WHICH: gl.constexpr):
-    """Start copying C or S, fp16 [columns, pairs]: each of two groups of warps one of them."""
-    ROWS: gl.constexpr = to.shape[1]
-    layout: gl.constexpr = copied_layout(PAIRS)
-    place = (gl.arange(0, ROWS, gl.SliceLayout(1, layout)) * PAIRS)[:, None] + gl.arange(
-        0, PAIRS, gl.SliceLayout(0, layout)
-    )[None, :]
-    copy_to_shared(to.index(WHICH), bases + WHICH * ROWS * PAIRS + place)
+def copy_slow(held, up, up_stride, rank, first, HEADS: gl.constexpr, WIDTH: gl.constexpr):
+    """Start copying slow pairs of the factors of HEADS kv heads from head `first` on."""
+    at = up + first * WIDTH * up_stride
+    copy_halves(held[0], at, up_stride, rank, FAST, 2 * HEADS, WIDTH)
+    copy_halves(held[1], at, up_stride, rank, FAST + PIECES[0], 2 * HEADS, WIDTH)
     async_copy.commit_group()
 
 
 @gluon.jit
-def load_frequencies(frequencies, PAIRS: gl.constexpr, WIDTH: gl.constexpr):
-    """Frequencies of all pairs, one a thread."""
-    pair = gl.arange(0, PAIRS, gl.BlockedLayout([1], [32], [WARPS], [0]))
+def load_frequencies(frequencies, WIDTH: gl.constexpr):
+    """Frequencies of the slow pairs."""
+    pair = FAST + gl.arange(0, _PAIRS, gl.SliceLayout(0, _OF_PAIRS))
     return gl.load(frequencies + pair, mask=pair < WIDTH // 2, other=0.0)
 
 
 @gluon.jit
-def load_own_queries(
-    query, query_stride, scaling, layout: gl.constexpr, KV: gl.constexpr, WIDTH: gl.constexpr, WHICH: gl.constexpr,
-    PAIRS: gl.constexpr,
-):  # fmt: skip
-    """Both numbers of every pair of every other query, float32 [pairs] each."""
-    pair = gl.arange(0, PAIRS, layout)
+def load_own_queries(query, query_stride, scaling, KV: gl.constexpr, WIDTH: gl.constexpr, WHICH: gl.constexpr):
+    """Both numbers of slow pairs of every other two queries, float32 [2, pairs] each."""
+    inside = gl.arange(0, 2, gl.SliceLayout(1, _OF_PAIRS))
+    pair = FAST + gl.arange(0, _PAIRS, gl.SliceLayout(0, _OF_PAIRS))
     result = ()
-    for head in gl.static_range(WHICH, KV, 2):
-        at = query + head * query_stride + pair
-        first = gl.load(at, mask=pair < WIDTH // 2, other=0.0).to(gl.float32) * scaling
-        second = gl.load(at + WIDTH // 2, mask=pair < WIDTH // 2, other=0.0).to(gl.float32) * scaling
+    for head in gl.static_range(2 * WHICH, KV, 4):
+        ok = (head + inside < KV)[:, None] & (pair < WIDTH // 2)[None, :]
+        at = query + ((head + inside) * query_stride)[:, None] + pair[None, :]
+        first = gl.load(at, mask=ok, other=0.0).to(gl.float32) * scaling
+        second = gl.load(at + WIDTH // 2, mask=ok, other=0.0).to(gl.float32) * scaling
         result = result + (first, second)
     return result
 
 
 @gluon.jit
 def _store_turned(turned, own, angle):
-    """Queries, turned back by angles [pairs], to shared memory [heads * 2, pairs]."""
+    """Queries, turned back by angles [pairs], to shared memory [numbers of pairs of heads, 2, pairs]."""
     cos, sin = turn(angle)
     for at in gl.static_range(0, len(own), 2):
-        turned.index(at).store((own[at] * cos + own[at + 1] * sin).to(turned.dtype))
-        turned.index(at + 1).store((own[at + 1] * cos - own[at] * sin).to(turned.dtype))
+        turned.index(at).store((own[at] * cos[None, :] + own[at + 1] * sin[None, :]).to(turned.dtype))
+        turned.index(at + 1).store((own[at + 1] * cos[None, :] - own[at] * sin[None, :]).to(turned.dtype))
 
 
 @gluon.jit
-def _with_query(bases, turned, head, operand: gl.constexpr):
-    """What a head's factor is multiplied with from the left, for both numbers of the pairs, fp16 [columns, pairs]."""
-    by_pair: gl.constexpr = gl.SliceLayout(0, operand)
-    along_cos, along_sin = bases.index(0).load(operand), bases.index(1).load(operand)
-    first, second = turned.index(head // 2 * 2).load(by_pair), turned.index(head // 2 * 2 + 1).load(by_pair)
-    return gl.inline_asm_elementwise(
+def _load_bases(bases, FIRST: gl.constexpr, PAIRS: gl.constexpr):
+    """C and S of some pairs, fp16 [COLUMNS, pairs] each."""
+    layout: gl.constexpr = gl.SliceLayout(0, _columns_layout(PAIRS))
+    column = gl.arange(0, COLUMNS, gl.SliceLayout(1, layout))
+    pair = FIRST + gl.arange(0, PAIRS, gl.SliceLayout(0, layout))
+    at = bases + (column * SLOW)[:, None] + pair[None, :]
+    return gl.load(at), gl.load(at + COLUMNS * SLOW)
+
+
+@gluon.jit
+def _with_queries(
+    along_cos, along_sin, first, second, FIRST: gl.constexpr, result: gl.constexpr, DTYPE: gl.constexpr
+):  # fmt: skip
+    """What two heads' factors are multiplied with from the left, for both numbers of the pairs, [64, pairs]."""
+    PAIRS: gl.constexpr = along_cos.shape[1]
+    SHAPE: gl.constexpr = [2, COLUMNS, PAIRS]
+    by_head: gl.constexpr = gl.SliceLayout(1, _columns_layout(PAIRS))
+    first = first.slice(FIRST, PAIRS, dim=1).load(by_head)[:, None, :].broadcast_to(SHAPE)
+    second = second.slice(FIRST, PAIRS, dim=1).load(by_head)[:, None, :].broadcast_to(SHAPE)
+    along_cos = along_cos[None, :, :].broadcast_to(SHAPE)
+    along_sin = along_sin[None, :, :].broadcast_to(SHAPE)
+    with_first, with_second = gl.inline_asm_elementwise(
         "{ .reg .b32 other; mul.rn.f16x2 other, $3, $5; fma.rn.f16x2 $0, $2, $4, other; mul.rn.f16x2 other, $3, $4; "
         "neg.f16x2 other, other; fma.rn.f16x2 $1, $2, $5, other; }",
-        "=&r,=&r,r,r,r,r",
-        [
-            along_cos, along_sin, first[None, :].broadcast_to(along_cos.shape),
-            second[None, :].broadcast_to(along_cos.shape),
-        ],
-        dtype=(gl.float16, gl.float16), is_pure=True, pack=2,
+        "=&r,=&r,r,r,r,r", [along_cos, along_sin, first, second], dtype=(gl.float16, gl.float16), is_pure=True, pack=2,
     )  # fmt: skip
+    operand: gl.constexpr = gl.DotOperandLayout(0, result, 2)
+    with_first = gl.convert_layout(with_first.reshape([UNIT, PAIRS]), operand, assert_trivial=True)
+    with_second = gl.convert_layout(with_second.reshape([UNIT, PAIRS]), operand, assert_trivial=True)
+    return with_first.to(DTYPE), with_second.to(DTYPE)
+
+
+@gluon.jit
+def _of_head(numbers, inside: gl.constexpr):
+    """Rows of one of two heads, zero in those of the other."""
+    row = gl.arange(0, UNIT, gl.SliceLayout(1, numbers.type.layout))
+    return gl.where((row // COLUMNS == inside)[:, None], numbers, 0.0)
+
+
+@gluon.jit
+def _multiplied(made, left, held, half: gl.constexpr, inside: gl.constexpr):
+    """A head's product, added to what the other one's gave; left: of both pieces, with first and second numbers."""
+    first, second = _of_head(left[0], inside), _of_head(left[1], inside)
+    more_first, more_second = _of_head(left[2], inside), _of_head(left[3], inside)
+    made = warpgroup_mma(first, held[0].index(half), made, use_acc=inside > 0, is_async=True)
+    made = warpgroup_mma(second, held[0].index(half + 1), made, is_async=True)
+    made = warpgroup_mma(more_first, held[1].index(half), made, is_async=True)
+    made = warpgroup_mma(more_second, held[1].index(half + 1), made, is_async=True)
+    made, first, second, more_first, more_second = warpgroup_mma_wait(
+        0, deps=[made, first, second, more_first, more_second]
+    )
+    return made
+
+
+@gluon.jit
+def _copy_following(
+    held, up, up_stride, rank, more, head: gl.constexpr, KV: gl.constexpr, WIDTH: gl.constexpr, WHICH: gl.constexpr
+):  # fmt: skip
+    """Start copying what the next of every other two heads needs, or the first one where there are more windows."""
+    NEXT: gl.constexpr = head + 1 if head % 2 == 0 and head + 1 < KV else head // 2 * 2 + 4
+    if NEXT < KV:
+        copy_slow(held, up, up_stride, rank, NEXT, 1, WIDTH)
+    else:
+        copy_slow(held, up, up_stride, gl.where(more == 0, 0, rank), 2 * WHICH, 1, WIDTH)
 
 
 @gluon.jit
 def make_window(
-    prepared, beside, ready, frequency, own, up, arguments, position, more,
-    WIDTH: gl.constexpr, WHICH: gl.constexpr,
+    prepared, beside, ready, frequency, own, bases, up, arguments, position, more,
+    KV: gl.constexpr, WIDTH: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
-    """Every other kv head's W, to shared memory [KV, columns, RANK], for the window that begins at a position.
+    """W of every other two kv heads, to shared memory [2 * pairs of heads, UNIT, RANK], every second of them.
 
-    own: `load_own_queries`. beside: shared memory for a head's factor, the first one on its way, which it will be again
-    where there are more windows; for the turned queries; and C and S. ready: two groups of warps arrive when they need
-    the last window no more, and when theirs is made.
+    For the window that begins at a position. own: `load_own_queries`. beside: shared memory for slow pairs of factors,
+    of a head, the first one on its way, which it will be again where there are more windows, or of two, which stay; and
+    for the turned queries. ready: two groups of warps arrive when they need the last window no more, and when theirs
+    is made.
     """
-    factor, turned, bases = beside
+    held, turned = beside
     up_stride, rank = arguments
-    KV: gl.constexpr = prepared.shape[0]
+    STAYS: gl.constexpr = held[0].shape[0] == 4
     RANK: gl.constexpr = prepared.shape[2]
     result: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, RANK, 16])
-    operand: gl.constexpr = gl.DotOperandLayout(0, result, 2)
+    along = _load_bases(bases, 0, PIECES[0]) + _load_bases(bases, PIECES[0], PIECES[1])
     _store_turned(turned, own, position.to(gl.float32) * frequency)
-    zeros = gl.zeros([UNIT, RANK], gl.float32, result)
     # What was copied is there, and all warps have done their products with the last window.
     async_copy.wait_group(0)
     hand_over(ready, 0)
-    for head in range(WHICH, KV, 2):
-        with_first, with_second = _with_query(bases, turned, head, operand)
-        # Of another head than the first, the factor has to arrive.
-        async_copy.wait_group(0)
-        fence_async_shared()
-        synchronize()
-        made = warpgroup_mma(with_first, factor.index(0), zeros, use_acc=False, is_async=True)
-        made = warpgroup_mma(with_second, factor.index(1), made, is_async=True)
-        made, with_first, with_second = warpgroup_mma_wait(0, deps=[made, with_first, with_second])
-        # All warps have read the factor.
-        synchronize()
-        last = head + 2 >= KV
-        following = gl.where(last, WHICH, head + 2)
-        wanted = gl.where(last & (more == 0), 0, rank)
-        copy_halves(factor, up + following * WIDTH * up_stride, up_stride, wanted, 0, WIDTH)
-        prepared.index(head).store(made.to(prepared.dtype))
+    for head in gl.static_range(2 * WHICH, KV, 4):
+        first, second = turned.index((head - 2 * WHICH) // 2), turned.index((head - 2 * WHICH) // 2 + 1)
+        left = _with_queries(along[0], along[1], first, second, 0, result, prepared.dtype)
+        left = left + _with_queries(along[2], along[3], first, second, PIECES[0], result, prepared.dtype)
+        made = gl.zeros([UNIT, RANK], gl.float32, result)
+        for inside in gl.static_range(min(2, KV - head)):
+            if not STAYS:
+                # Of another head than the first, the factor has to arrive.
+                async_copy.wait_group(0)
+                fence_async_shared()
+                synchronize()
+            made = _multiplied(made, left, held, 2 * inside if STAYS else 0, inside)
+            if not STAYS:
+                # All warps have read the factor.
+                synchronize()
+                _copy_following(held, up, up_stride, rank, more, head + inside, KV, WIDTH, WHICH)
+        prepared.index(head + 1).store(made.to(prepared.dtype))
     hand_over(ready, 1)
