@@ -129,9 +129,12 @@ def largest_window(
 
 
 def by_lane(basis: Tensor) -> Tensor:
-    """A basis [span, columns] in the order in which four lanes hold a row of a matrix product, in fp16."""
+    """A basis [span, columns] in the order in which four lanes hold a row of a matrix product, in fp16.
+
+    Of columns 2 p and 2 p + 1 as of a pair's cosine and sine in `lane_table`.
+    """
     span, columns = basis.shape
-    return basis.view(span, columns // 8, 4, 2).transpose(1, 2).reshape(span, columns).half()
+    return basis.view(span, columns // 16, 2, 4, 2).permute(0, 3, 1, 4, 2).reshape(span, columns).half()
 
 
 # The parameters of every model's embedding on the host, and its interpolations on every device.

@@ -109,7 +109,7 @@ def test_windows_are_within_the_tolerance_and_as_large_as_that_allows(base, head
     basis = found.basis.double()
     if fast == 16:
         # Back from the order of four lanes.
-        basis = basis.view(found.span, 4, columns // 8, 2).transpose(1, 2).reshape(found.span, columns)
+        basis = basis.view(found.span, 4, columns // 16, 2, 2).permute(0, 2, 4, 1, 3).reshape(found.span, columns)
         assert torch.equal(by_lane(basis.float()), found.basis)
     angles = torch.arange(found.span)[:, None] * frequencies[fast:].double()
     pairs = angles.shape[1]

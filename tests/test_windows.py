@@ -21,7 +21,7 @@ from tests.kernel_calls import quantized, random_call
 def test_windows_of_real_models_fit(bits):
     for heads in (LLAMA_2, LLAMA_3):
         assert fitting(heads, 128, 384, bits=bits, windows=True)[0].value_stages >= 3
-        assert not fitting(heads, 128, 384, 163 << 10, bits=bits, windows=True)
+        assert not fitting(heads, 128, 384, 131 << 10, bits=bits, windows=True)
     assert not fitting(LLAMA_2, 256, 128, bits=bits, windows=True)
     # More slots than there are columns of slow pairs for.
     assert not fitting(plans.heads_of(28, 1, 4), 128, 384, bits=bits, windows=True)

@@ -23,7 +23,8 @@ def fast_table(rotation: Rotation, pairs: int, dtype: torch.dtype) -> Tensor:
 def lane_table(rotation: Rotation, dtype: torch.dtype, pairs: int | None = None) -> Tensor:
     """cos and sin of the first pairs, or of all, in the order in which four lanes hold a row of a matrix product.
 
-    [batch or 1, length, columns]: pairs padded to a power of two with zeros, the numbers of pairs 0, 4, 8, .. first.
+    [batch or 1, length, columns]: pairs padded to a power of two with zeros, the numbers of pairs 0, 4, 8, .. first:
+    cosines of 0 and 4, their sines, cosines of 8 and 12, ..
     """
     pairs = pairs or rotation.frequencies.shape[0]
     columns = next_power_of_2(pairs)

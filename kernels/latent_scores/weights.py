@@ -17,7 +17,7 @@ def table_kernel(
 ):  # fmt: skip
     """cos and sin of PAIRS pairs of TOKENS tokens: pairs 0, LANES, 2 LANES, .. first.
 
-    table: [rows, length, STORED, 2]; COLUMNS: STORED padded to a power of two.
+    Of LANES, cosines of two of them come before both sines. table: [rows, length, STORED, 2]; COLUMNS: STORED padded to a power of two.
     """
     token, row = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.program_id(1)
     ok = token < length
@@ -29,6 +29,8 @@ def table_kernel(
     cosine, sine = turn(position[:, None] * frequency[None, :])
     there = (pair < PAIRS)[None, :]
     both = tl.join(tl.where(there, cosine, 0.0), tl.where(there, sine, 0.0)).to(DTYPE)
+    if LANES > 1:
+        both = tl.permute(tl.reshape(both, (TOKENS, COLUMNS // 2, 2, 2)), (0, 1, 3, 2))
     place = tl.arange(0, 2 * COLUMNS)[None, :]
     at = table + (row.to(tl.int64) * length + token)[:, None] * (2 * STORED) + place
     tl.store(at, tl.reshape(both, (TOKENS, 2 * COLUMNS)), mask=ok[:, None] & (place < 2 * STORED))

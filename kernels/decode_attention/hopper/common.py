@@ -40,6 +40,31 @@ def place_of(rank_of, offset_of, group, EVEN: gl.constexpr, DIVISOR: gl.constexp
 
 
 @gluon.jit
+def _approximate(instruction: gl.constexpr, numbers):
+    return gl.inline_asm_elementwise(
+        instruction + ".approx.ftz.f32 $0, $1;", "=f,f", [numbers], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def exp2(numbers):
+    """Powers of two of float32 numbers; subnormal results are zero, as in the two below, which saves instructions."""
+    return _approximate("ex2", numbers)
+
+
+@gluon.jit
+def log2(numbers):
+    """Logarithms of normal float32 numbers."""
+    return _approximate("lg2", numbers)
+
+
+@gluon.jit
+def reciprocal(numbers):
+    """One over float32 numbers, to a unit in the last place."""
+    return _approximate("rcp", numbers)
+
+
+@gluon.jit
 def _every_thread(instruction: gl.constexpr):
     warps: gl.constexpr = gl.num_warps()
     threads = gl.arange(0, 32 * warps, gl.BlockedLayout([1], [32], [warps], [0]))

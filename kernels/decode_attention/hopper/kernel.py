@@ -8,6 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from palu.kernels.decode_attention.hopper.absorbed import score_absorbed, score_absorbed_codes, store_whole_queries
 from palu.kernels.decode_attention.hopper.common import (
     TILE,
     WARPS,
@@ -20,12 +21,26 @@ from palu.kernels.decode_attention.hopper.common import (
 )
 from palu.kernels.decode_attention.hopper.operands import swizzled
 from palu.kernels.decode_attention.hopper.prologue import load_queries
-from palu.kernels.decode_attention.hopper.scores import score_absorbed, score_rebuilt
+from palu.kernels.decode_attention.hopper.scores import score_rebuilt
 from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT
 from palu.kernels.decode_attention.hopper.values import CHUNK, weigh_values
 from palu.kernels.decode_attention.hopper.whole import weigh_whole
 from palu.kernels.decode_attention.hopper.windows import PIECES
 from palu.kernels.latent_scores.tiles import GAPS
+
+
+@gluon.jit
+def _score_absorbed(
+    found, scales, full, empty, ring, queries, units, arguments,
+    BITS: gl.constexpr, ASYMMETRIC: gl.constexpr, MASK: gl.constexpr, WHOLE: gl.constexpr,
+):  # fmt: skip
+    """Score latents; WHOLE: as in `_weigh`."""
+    if WHOLE > 0:
+        score_absorbed_codes(
+            found, scales, full, empty, ring, queries, units, arguments, BITS, ASYMMETRIC, MASK
+        )  # fmt: skip
+    else:
+        score_absorbed(found, scales, full, empty, ring, queries, arguments, BITS, ASYMMETRIC, MASK)
 
 
 @gluon.jit
@@ -147,15 +162,25 @@ def hopper_kernel(
     key_units_there = gl.multiple_of(key_rank * BITS // 16, 8)
     if MODE == "absorbed":
         ring = gl.allocate_shared_memory(stored, [KEY_STAGES, TILE, key_units], swizzled(key_units))
-        queries = gl.allocate_shared_memory(DTYPE, [SLOTS, RANK], swizzled(RANK))
-        loaded = load_queries(at_query, query_stride, key_rank, 0, SLOTS, RANK, QUERIES, 0, False, BITS)
-        queries.store((loaded * scaling).to(DTYPE))
         to_scores = (tiles, at_keys, parameters, mask, key_units_there, keys_t, row * mask_b, mask_t)
+        if WHOLE > 0:
+            queries = gl.allocate_shared_memory(
+                gl.int8, [2 * WHOLE, RANK], gl.NVMMASharedLayout(min(128, RANK), 8, rank=2)
+            )  # fmt: skip
+            units = gl.allocate_shared_memory(gl.float32, [2, WHOLE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+            store_whole_queries(queries, units, at_query, query_stride, key_rank, scaling, QUERIES, BITS)
+        else:
+            queries = gl.allocate_shared_memory(DTYPE, [SLOTS, RANK], swizzled(RANK))
+            units = queries
+            loaded = load_queries(at_query, query_stride, key_rank, 0, SLOTS, RANK, QUERIES, 0, False, BITS)
+            queries.store((loaded * scaling).to(DTYPE))
         fence_async_shared()
         synchronize()
         if WEIGHERS == 1:
             gl.warp_specialize([
-                (score_absorbed, (found, scales, full, empty, ring, queries, to_scores, BITS, ASYMMETRIC, MASK)),
+                (_score_absorbed, (
+                    found, scales, full, empty, ring, queries, units, to_scores, BITS, ASYMMETRIC, MASK, WHOLE,
+                )),
                 (_weigh, (
                     all_rings[0], all_weights[0], all_excess[0], out, to_values, 0, WEIGHERS,
                     KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS, WHOLE,
@@ -163,7 +188,9 @@ def hopper_kernel(
             ], [4], [VALUE_REGISTERS])  # fmt: skip
         else:
             gl.warp_specialize([
-                (score_absorbed, (found, scales, full, empty, ring, queries, to_scores, BITS, ASYMMETRIC, MASK)),
+                (_score_absorbed, (
+                    found, scales, full, empty, ring, queries, units, to_scores, BITS, ASYMMETRIC, MASK, WHOLE,
+                )),
                 (_weigh, (
                     all_rings[0], all_weights[0], all_excess[0], out, to_values, 0, WEIGHERS,
                     KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS, WHOLE,

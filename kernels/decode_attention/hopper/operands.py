@@ -176,6 +176,55 @@ def bytes_operand(slot, result: gl.constexpr, BITS: gl.constexpr):
     return gl.convert_layout(side_by_side(_rows_of(fields, BITS)), operand, assert_trivial=True)
 
 
+@gluon.constexpr_function
+def _key_units_layout(units: int) -> gl.DistributedLinearLayout:
+    """Units [tile, units] as `key_bytes` needs them: two pairs of units of eights that follow each other."""
+    further = [[0, 16 << bit] for bit in range(bits_of(units) - 4)]
+    return gl.DistributedLinearLayout(
+        [[0, 1], [0, 8], [8, 0], *further], [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [],
+        [TILE.value, units],
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def _key_bytes(bits: int) -> tuple[str, str]:
+    """Assembly that makes words of four codes of two words of units; of 8 bits less the middle code."""
+    if bits == 8:
+        return "xor.b32 $0, $2, 0x80808080; xor.b32 $1, $3, 0x80808080;", "=&r,=&r,r,r"
+    lines = [".reg .b32 upper;"]
+    for word in range(2):
+        lines.append(f"and.b32 ${2 * word}, ${4 + word}, 0x0f0f0f0f; shr.b32 upper, ${4 + word}, 4;")
+        lines.append(f"and.b32 ${2 * word + 1}, upper, 0x0f0f0f0f;")
+    return "{ " + " ".join(lines) + " }", "=&r,=&r,=&r,=&r,r,r"
+
+
+@gluon.jit
+def key_bytes(slot, result: gl.constexpr, BITS: gl.constexpr):
+    """A tile's key codes, int8 [tile, RANK] in the order of `latent_of_byte`, from shared memory."""
+    UNITS: gl.constexpr = slot.shape[1]
+    packed = slot.load(_key_units_layout(UNITS))
+    fields = gl.inline_asm_elementwise(
+        _key_bytes(BITS)[0], _key_bytes(BITS)[1], [packed], dtype=_types(BITS, gl.int8), is_pure=True, pack=4
+    )
+    if BITS == 8:
+        # Of sixteens of units: halves, pairs, which of a pair, word.
+        joined = gl.join(fields[0], fields[1]).reshape([TILE, UNITS // 16, 2, 4, 2, 2])
+        codes = joined.permute([0, 1, 5, 3, 2, 4]).reshape([TILE, 2 * UNITS])
+    else:
+        joined = gl.join(gl.join(fields[0], fields[1]), gl.join(fields[2], fields[3]))
+        joined = joined.reshape([TILE, UNITS // 16, 2, 4, 2, 2, 2])
+        codes = joined.permute([0, 1, 6, 5, 3, 2, 4]).reshape([TILE, 4 * UNITS])
+    return gl.convert_layout(codes, gl.DotOperandLayout(0, result, 4), assert_trivial=True)
+
+
+@gluon.jit
+def latent_of_byte(place, BITS: gl.constexpr):
+    """Which latent stands at a place of `key_bytes`."""
+    if BITS == 4:
+        place = place // 32 * 32 + place % 16 // 4 * 8 + place % 4 * 2 + place % 32 // 16
+    return place
+
+
 @gluon.jit
 def latent_of(row, BITS: gl.constexpr):
     """Which latent of a chunk has a row of `value_operand`."""

@@ -3,7 +3,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from palu.kernels.decode_attention.hopper.common import TILE
+from palu.kernels.decode_attention.hopper.common import TILE, log2, reciprocal
 
 
 @gluon.jit
@@ -58,7 +58,7 @@ def logarithm_of(parameters, seen, layout: gl.constexpr, BITS: gl.constexpr, ASY
     """The logarithm of the scales of a tile's values, zero of numbers."""
     logarithm = gl.zeros([TILE], gl.float32, layout)
     if BITS < 16:
-        logarithm = gl.log2(_visible_scale(parameters, seen, ASYMMETRIC))
+        logarithm = log2(_visible_scale(parameters, seen, ASYMMETRIC))
     return logarithm
 
 
@@ -68,6 +68,6 @@ def hand_on_parameters(
 ):  # fmt: skip
     """Store what weights need of a tile's values: 1 / scale and shift."""
     if BITS < 16:
-        scales.index(2 * buffer).store(1.0 / _visible_scale(parameters, seen, ASYMMETRIC))
+        scales.index(2 * buffer).store(reciprocal(_visible_scale(parameters, seen, ASYMMETRIC)))
         shift = shift_of(parameters, 1, layout, BITS, ASYMMETRIC)
         scales.index(2 * buffer + 1).store(gl.where(seen > float("-inf"), shift, 0.0))

@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
 from palu.kernels.decode_attention.hopper.common import WARPS, copied_layout, copy_to_shared
 from palu.kernels.decode_attention.hopper.operands import latent_at
-from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT
+from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT, in_columns
 
 # Rows of a factor that are folded at a time.
 ROWS: gl.constexpr = gl.constexpr(32)
@@ -141,14 +141,14 @@ def load_queries(
 ):  # fmt: skip
     """Queries of a kv head in slots first_slot .. of [SLOTS, COLUMNS], zero elsewhere.
 
-    PAIRED: pairs side by side, from pair FIRST on; else, absorbed, as the latents come.
+    PAIRED: first numbers of pairs from FIRST on, then second ones; else, absorbed, as the latents come.
     """
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [WARPS, 1], [1, 0])
     wanted = gl.arange(0, SLOTS, gl.SliceLayout(1, layout)) - first_slot
     column = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
     if PAIRED:
-        half = FIRST + column // 2
-        dim, inside = half + column % 2 * (width // 2), half < width // 2
+        pair = FIRST + column % (COLUMNS // 2)
+        dim, inside = pair + column // (COLUMNS // 2) * (width // 2), pair < width // 2
     else:
         dim = latent_at(column, COLUMNS, BITS)
         inside = dim < width
@@ -179,5 +179,5 @@ def store_queries(
             loaded = loaded + (numbers,)
     for head in gl.static_range(WHICH, KV, EVERY):
         for unit in gl.static_range(UNITS):
-            numbers = loaded[head // EVERY * UNITS + unit]
-            queries.index(head * UNITS + unit).store((numbers * scaling).to(queries.dtype))
+            numbers = in_columns(loaded[head // EVERY * UNITS + unit] * scaling)
+            queries.index(head * UNITS + unit).store(numbers.to(queries.dtype))

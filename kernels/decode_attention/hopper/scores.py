@@ -2,12 +2,7 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
 
 from palu.kernels.decode_attention.hopper.common import (
     TILE,
@@ -37,7 +32,7 @@ from palu.kernels.decode_attention.hopper.prologue import (
 )
 from palu.kernels.decode_attention.hopper.slow import load_basis, make_slow
 from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT, by_pair, load_turns, units_of
-from palu.kernels.decode_attention.hopper.units import hand_on, score_turned, score_weighed
+from palu.kernels.decode_attention.hopper.units import score_turned, score_weighed
 from palu.kernels.decode_attention.hopper.windows import (
     COLUMNS,
     FAST,
@@ -49,7 +44,7 @@ from palu.kernels.decode_attention.hopper.windows import (
 
 
 @gluon.jit
-def _copy_tile(to, latents, tiles, index, latents_t, units):
+def copy_tile(to, latents, tiles, index, latents_t, units):
     """Start copying a tile's latents, `units` numbers of 16 bits each; nothing is read behind the last tile."""
     first, step, _, end, length = tiles
     until = gl.where(index < end, length, 0)
@@ -58,7 +53,7 @@ def _copy_tile(to, latents, tiles, index, latents_t, units):
 
 
 @gluon.jit
-def _operand(
+def operand_of(
     slot, parameters, STAGES: gl.constexpr, result: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr,
     SCALED: gl.constexpr,
 ):  # fmt: skip
@@ -189,7 +184,7 @@ def score_rebuilt(
     # Nothing is read where there is no tile.
     _start(factors, beside, up, up_stride, gl.where(begin < end, rank, 0), KV, WIDTH, MODE, WHICH)
     for stage in gl.static_range(STAGES):
-        _copy_tile(ring.index(stage), latents, tiles, begin + WHICH + 2 * stage, latents_t, units)
+        copy_tile(ring.index(stage), latents, tiles, begin + WHICH + 2 * stage, latents_t, units)
     turns = _turns_of(table, basis, tiles, begin + WHICH, table_t, PAIRS, ROWS_SPAN)
     parameters = load_parameters(stored, tiles, begin + WHICH, rows, BITS, ASYMMETRIC)
     shares = ()
@@ -224,10 +219,10 @@ def score_rebuilt(
                 next_shares = load_basis(basis, (index + 2 - window) * TILE % SPAN, UNIT // SLOTS, SLOTS)
             # Rebuilt keys are rounded to fp16 before they meet the queries, in whose range only scaled ones are sure
             # to be.
-            operand, scale = _operand(slot, parameters, STAGES, wide, BITS, ASYMMETRIC, TURNED)
+            operand, scale = operand_of(slot, parameters, STAGES, wide, BITS, ASYMMETRIC, TURNED)
             # All have read the latents.
             synchronize()
-            _copy_tile(slot, latents, tiles, index + 2 * STAGES, latents_t, units)
+            copy_tile(slot, latents, tiles, index + 2 * STAGES, latents_t, units)
             logarithm = logarithm_of(parameters, seen, rows, BITS, ASYMMETRIC)
             free = (empty, (done & 1) ^ 1)
             words = _words_of(turns, wide)
@@ -248,44 +243,4 @@ def score_rebuilt(
             mbarrier.arrive(full, count=1)
     async_copy.wait_group(0)
     # The values of the last tile take less than a launch.
-    allow_launch_after()
-
-
-@gluon.jit
-def score_absorbed(
-    found, scales, full, empty, ring, queries, arguments,
-    BITS: gl.constexpr, ASYMMETRIC: gl.constexpr, MASK: gl.constexpr,
-):  # fmt: skip
-    """Scores of all tiles with queries that the up factor is multiplied into, [slots, RANK]; two buffers by turns."""
-    tiles, latents, stored, mask, units, latents_t, row_mask, mask_t = arguments
-    SLOTS: gl.constexpr = queries.shape[0]
-    STAGES: gl.constexpr = ring.shape[0]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, SLOTS, 16])
-    rows: gl.constexpr = gl.SliceLayout(1, layout)
-    first, step, begin, end, length = tiles
-    for stage in gl.static_range(STAGES):
-        _copy_tile(ring.index(stage), latents, tiles, begin + stage, latents_t, units)
-    parameters = load_parameters(stored, tiles, begin, rows, BITS, ASYMMETRIC)
-    zeros = gl.zeros([TILE, SLOTS], gl.float32, layout)
-    for index in range(begin, end):
-        done = index - begin
-        buffer = done % 2
-        token = (first + index * step) * TILE + gl.arange(0, TILE, rows)
-        seen = load_seen(mask, row_mask, mask_t, token, token < length, MASK)
-        next_parameters = load_parameters(stored, tiles, index + 1, rows, BITS, ASYMMETRIC)
-        slot = ring.index(done % STAGES)
-        operand, scale = _operand(slot, parameters, STAGES, layout, BITS, ASYMMETRIC, False)
-        begun = warpgroup_mma(operand, queries.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        # All have read the latents.
-        synchronize()
-        _copy_tile(slot, latents, tiles, index + STAGES, latents_t, units)
-        mbarrier.wait(empty.index(buffer), ((done // 2) & 1) ^ 1)
-        logarithm = logarithm_of(parameters, seen, rows, BITS, ASYMMETRIC)
-        hand_on_parameters(scales, buffer, parameters, seen, rows, BITS, ASYMMETRIC)
-        score, operand = warpgroup_mma_wait(0, deps=[begun, operand])
-        hand_on(found.index(buffer), score, seen, scale, logarithm)
-        parameters = next_parameters
-        synchronize()
-        mbarrier.arrive(full.index(buffer), count=1)
-    async_copy.wait_group(0)
     allow_launch_after()

@@ -34,7 +34,7 @@ def _halves(dtype: gl.dtype) -> str:
 
 @gluon.jit
 def load_turns(table, first, table_t, length, PAIRS: gl.constexpr):
-    """Cosines and sines of a tile's tokens as words [tile, PAIRS], as `lane_table` has them."""
+    """Cosines and sines of a tile's tokens as words [tile, PAIRS], as `lane_table` has them: of two pairs each."""
     layout: gl.constexpr = rows_layout(PAIRS)
     # Behind the last token any numbers do.
     token = gl.minimum(first + gl.arange(0, TILE, gl.SliceLayout(1, layout)), length - 1)
@@ -72,7 +72,7 @@ def units_of(turns, product: gl.constexpr):
 
 @gluon.jit
 def unpacked(words, DTYPE: gl.constexpr):
-    """Cosines and sines, float32, of words."""
+    """Both numbers, float32, of words."""
     # Not pure: heads after heads meet the same numbers, which would be kept unpacked, but there are no registers.
     return gl.inline_asm_elementwise(
         _halves(DTYPE), "=f,=f,r", [words], dtype=(gl.float32, gl.float32), is_pure=False, pack=1
@@ -80,14 +80,32 @@ def unpacked(words, DTYPE: gl.constexpr):
 
 
 @gluon.jit
+def _by_two(numbers):
+    """Numbers of every other four of pairs [tile, pairs], and of those between: [tile, pairs / 8, 4] each."""
+    PAIRS: gl.constexpr = numbers.shape[1]
+    even, odd = gl.split(numbers.reshape([TILE, PAIRS // 8, 2, 4]).permute([0, 1, 3, 2]))
+    return even, odd
+
+
+@gluon.jit
+def _in_turn(even, odd):
+    """What `_by_two` took apart."""
+    return gl.join(even, odd).permute([0, 1, 3, 2]).reshape([TILE, even.shape[1] * 8])
+
+
+@gluon.jit
 def turns_of(words, product: gl.constexpr, HEADS: gl.constexpr, DTYPE: gl.constexpr):
     """Cosines and sines, float32 [tile, UNIT / 2], of a unit's words; of two heads side by side they are the same."""
-    cos, sin = unpacked(words, DTYPE)
+    cos, sin = _by_two(words)
+    even, odd = unpacked(cos, DTYPE)
+    cos = _in_turn(even, odd)
+    even, odd = unpacked(sin, DTYPE)
+    sin = _in_turn(even, odd)
     if HEADS == 2:
         # Half as many words, unpacked once.
-        cos = _as_pairs(gl.join(cos, cos).permute([0, 2, 1]).reshape([TILE, UNIT // 2]), product)
-        sin = _as_pairs(gl.join(sin, sin).permute([0, 2, 1]).reshape([TILE, UNIT // 2]), product)
-    return cos, sin
+        cos = gl.join(cos, cos).permute([0, 2, 1]).reshape([TILE, UNIT // 2])
+        sin = gl.join(sin, sin).permute([0, 2, 1]).reshape([TILE, UNIT // 2])
+    return _as_pairs(cos, product), _as_pairs(sin, product)
 
 
 @gluon.jit
@@ -104,10 +122,45 @@ def weighed(product, cos, sin, HEADS: gl.constexpr):
 
 
 @gluon.jit
-def rotated(product, cos, sin, result: gl.constexpr, DTYPE: gl.constexpr):
-    """Rebuilt keys [tile, WIDE], both numbers of a pair side by side, turned, for a product of layout `result`."""
-    WIDE: gl.constexpr = product.shape[1]
-    first, second = gl.split(product.reshape([TILE, WIDE // 2, 2]))
-    turned = gl.join(first * cos - second * sin, second * cos + first * sin)
-    operand: gl.constexpr = gl.DotOperandLayout(0, result, 2)
-    return gl.convert_layout(turned.reshape([TILE, WIDE]).to(DTYPE), operand, assert_trivial=True)
+def _turned_words(first, second, words):
+    """Turned numbers of pairs, fp16: firsts of every other four, of those between, seconds likewise.
+
+    first, second: float32 [tile, UNIT / 2]. Numbers of two pairs share a register, as cosines and sines do in words.
+    """
+    cos, sin = _by_two(words)
+    first_even, first_odd = _by_two(first)
+    second_even, second_odd = _by_two(second)
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 first, second, one, other; cvt.rn.f16x2.f32 first, $5, $4; cvt.rn.f16x2.f32 second, $7, $6; "
+        "mul.rn.f16x2 one, first, $8; mul.rn.f16x2 other, first, $9; neg.f16x2 first, second; "
+        "fma.rn.f16x2 one, first, $9, one; fma.rn.f16x2 other, second, $8, other; "
+        "mov.b32 {$0, $1}, one; mov.b32 {$2, $3}, other; }",
+        "=h,=h,=h,=h,f,f,f,f,r,r", [first_even, first_odd, second_even, second_odd, cos, sin],
+        dtype=(gl.float16, gl.float16, gl.float16, gl.float16), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def rotated(product, words, result: gl.constexpr, WORDS: gl.constexpr, DTYPE: gl.constexpr):
+    """Rebuilt keys [tile, UNIT], both numbers of a pair side by side, turned, for a product of layout `result`.
+
+    Their order is that of `in_columns`. words: cosines and sines [tile, UNIT / 2] of type WORDS.
+    """
+    first, second = gl.split(product.reshape([TILE, UNIT // 2, 2]))
+    if DTYPE == gl.float16:
+        first_even, first_odd, second_even, second_odd = _turned_words(first, second, words)
+    else:
+        layout: gl.constexpr = product.type.layout
+        cos, sin = turns_of(words, layout, 1, WORDS)
+        first_even, first_odd = _by_two((first * cos - second * sin).to(DTYPE))
+        second_even, second_odd = _by_two((second * cos + first * sin).to(DTYPE))
+    # Of eights of pairs: [.., 4, 2, 2] to [.., 2, 4, 2], numbers of a pair further apart.
+    turned = gl.join(gl.join(first_even, first_odd), gl.join(second_even, second_odd)).permute([0, 1, 4, 2, 3])
+    return gl.convert_layout(turned.reshape([TILE, UNIT]), gl.DotOperandLayout(0, result, 2), assert_trivial=True)
+
+
+@gluon.jit
+def in_columns(numbers):
+    """Numbers [rows, UNIT] of pairs, first all firsts, in the order of `rotated`."""
+    ROWS: gl.constexpr = numbers.shape[0]
+    return numbers.reshape([ROWS, 2, UNIT // 16, 2, 4]).permute([0, 2, 1, 4, 3]).reshape([ROWS, UNIT])

@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from palu.kernels.decode_attention.hopper.common import TILE, WARPS
 from palu.kernels.decode_attention.hopper.slow import slow_scores
-from palu.kernels.decode_attention.hopper.turns import UNIT, rotated, turns_of, unpacked, weighed
+from palu.kernels.decode_attention.hopper.turns import UNIT, rotated, turns_of, weighed
 from palu.kernels.latent_scores.tiles import LOG2_E
 
 
@@ -50,8 +50,7 @@ def _settled(numbers):
 @gluon.jit
 def _turned(product, words, narrow: gl.constexpr, MODE: gl.constexpr, DTYPE: gl.constexpr):
     """Rebuilt keys, turned, as the left side of a product."""
-    cos, sin = unpacked(words, gl.float16 if MODE == "mixed" else DTYPE)
-    return rotated(product, cos, sin, narrow, DTYPE)
+    return rotated(product, words, narrow, gl.float16 if MODE == "mixed" else DTYPE, DTYPE)
 
 
 @gluon.jit

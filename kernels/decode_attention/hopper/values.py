@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from palu.kernels.decode_attention.hopper.common import TILE, WARPS, bits_of, copy_rows, synchronize
+from palu.kernels.decode_attention.hopper.common import TILE, WARPS, bits_of, copy_rows, exp2, synchronize
 from palu.kernels.decode_attention.hopper.operands import kv_head_of, latent_of, value_operand
 from palu.kernels.decode_attention.kernel import LOWEST
 
@@ -168,14 +168,14 @@ def _softmax(
     if gl.max(excess.load(_everywhere(WARPS.value)), 0) > 0:
         peak = gl.max(_highest(scores), 1)
         higher = gl.where(peak - reference > MOST, peak - HEADROOM, reference)
-        factor = gl.exp2(reference - higher)
+        factor = exp2(reference - higher)
         summed = _rescaled(summed, factor)
         total *= factor[:, None]
         if BITS < 16:
             shifted *= factor[:, None]
         reference = higher
     for part in gl.static_range(len(scores)):
-        weight = gl.exp2(scores[part] - reference[:, None])
+        weight = exp2(scores[part] - reference[:, None])
         rounded = weight.to(weights.dtype)
         _stored(weights, part, rounded)
         if BITS < 16:

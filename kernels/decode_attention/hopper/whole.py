@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from palu.kernels.decode_attention.hopper.common import TILE, WARPS, synchronize
+from palu.kernels.decode_attention.hopper.common import TILE, WARPS, exp2, synchronize
 from palu.kernels.decode_attention.hopper.operands import bytes_operand, latent_of, middle_of, side_by_side
 from palu.kernels.decode_attention.hopper.values import CHUNK, copy_step, head_of, scores_of, weights_layout
 from palu.kernels.decode_attention.kernel import LOWEST
@@ -30,9 +30,9 @@ def _product(used: int) -> gl.NVMMADistributedLayout:
 
 
 @gluon.jit
-def _parts_of(product):
-    """Both bytes' sums [CHUNK, slots]."""
-    upper, lower = gl.split(product.reshape([CHUNK, product.shape[1] // 2, 2]))
+def parts_of(product):
+    """Both bytes' sums [rows, slots]."""
+    upper, lower = gl.split(product.reshape([product.shape[0], product.shape[1] // 2, 2]))
     return upper, lower
 
 
@@ -65,13 +65,11 @@ def _largest(scores):
 
 
 @gluon.jit
-def _store_weights(weights, whole):
-    """Both bytes of weights [slots, STEP], int32, as rows side by side, tokens as the codes' operand has them."""
-    USED: gl.constexpr = whole.shape[0]
-    STEP: gl.constexpr = whole.shape[1]
+def two_bytes(whole):
+    """Both bytes of numbers [slots, columns], int32, as rows side by side, int8 [2 * slots, columns]."""
     upper = (whole + 128) >> 8
-    both = gl.join(upper, whole - (upper << 8)).permute([0, 2, 1]).reshape([2 * USED, STEP])
-    weights.store(side_by_side(both.to(gl.int8)))
+    both = gl.join(upper, whole - (upper << 8)).permute([0, 2, 1]).reshape([2 * whole.shape[0], whole.shape[1]])
+    return both.to(gl.int8)
 
 
 @gluon.jit
@@ -94,13 +92,13 @@ def _softmax(
     STEPS: gl.constexpr = TILE // STEP
     of_tokens: gl.constexpr = gl.SliceLayout(0, weights_layout(USED, STEP))
     higher = gl.maximum(reference, peak)
-    before, now = gl.exp2(reference - higher)[:, None], gl.exp2(peak - higher)[:, None]
+    before, now = exp2(reference - higher)[:, None], exp2(peak - higher)[:, None]
     total *= before
     shifted *= before
     for part in gl.static_range(len(scores)):
-        weight = gl.exp2(scores[part] - peak[:, None])
+        weight = exp2(scores[part] - peak[:, None])
         whole = (weight * LARGEST + 0.5).to(gl.int32)
-        _store_weights(weights.index(first + part), whole)
+        weights.index(first + part).store(side_by_side(two_bytes(whole)))
         inverse, shift = _parameters_of(scales, FIRST + part // STEPS, part % STEPS * STEP, STEP, of_tokens)
         # Of a tile that is not there they may be anything.
         inverse = gl.where(part // STEPS < number, inverse, 0.0)
@@ -129,7 +127,7 @@ def _added(summed, products, before, now):
     """Sums [CHUNK, slots] times a factor, and products' sums times another."""
     result = ()
     for chunk in gl.static_range(len(summed)):
-        upper, lower = _parts_of(products[chunk])
+        upper, lower = parts_of(products[chunk])
         whole = ((upper << 8) + lower).to(gl.float32)
         result = result + (summed[chunk] * before[None, :] + whole * now[None, :],)
     return result
@@ -159,7 +157,7 @@ def weigh_whole(
     slot = gl.arange(0, USED, gl.SliceLayout(1, layout))
     head, there = head_of(slot, KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS)
     zeros = gl.zeros([CHUNK, 2 * USED], gl.int32, result)
-    upper, _ = _parts_of(zeros)
+    upper, _ = parts_of(zeros)
     by_slot: gl.constexpr = gl.SliceLayout(0, upper.type.layout)
     reference = gl.full([USED], LOWEST, gl.float32, gl.SliceLayout(1, layout))
     reference_of_sums = gl.full([USED], LOWEST, gl.float32, by_slot)
@@ -204,7 +202,7 @@ def weigh_whole(
             products = _weigh(rings, step % STAGES, weights.index(own + part), products, part > 0, BITS)
         top = tops.index(round % 2).load(by_slot)
         higher = gl.maximum(reference_of_sums, top)
-        before, now = gl.exp2(reference_of_sums - higher), gl.exp2(top - higher) * (1.0 / LARGEST)
+        before, now = exp2(reference_of_sums - higher), exp2(top - higher) * (1.0 / LARGEST)
         summed = _added(summed, products, before, now)
         reference_of_sums = higher
     async_copy.wait_group(0)

@@ -1,0 +1,139 @@
+"""The warps that score where keys are absorbed: latents meet the queries that the up factor is multiplied into."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from palu.kernels.decode_attention.hopper.common import TILE, WARPS, allow_launch_after, load_seen, synchronize
+from palu.kernels.decode_attention.hopper.operands import key_bytes, latent_of_byte, middle_of
+from palu.kernels.decode_attention.hopper.parameters import (
+    hand_on_parameters,
+    load_parameters,
+    logarithm_of,
+    scale_of,
+    shift_of,
+)
+from palu.kernels.decode_attention.hopper.scores import copy_tile, operand_of
+from palu.kernels.decode_attention.hopper.units import hand_on
+from palu.kernels.decode_attention.hopper.whole import LARGEST, parts_of, two_bytes
+
+
+@gluon.jit
+def store_whole_queries(
+    queries, units, query, head_step, width, scaling, QUERIES: gl.constexpr, BITS: gl.constexpr
+):  # fmt: skip
+    """Queries as whole numbers of 15 bits, both bytes as rows side by side, latents as the codes' operand has them.
+
+    queries: int8 [2 * slots, RANK]; units: float32 [2, slots], what the numbers stand for, and the queries' sums.
+    """
+    SLOTS: gl.constexpr = queries.shape[0] // 2
+    RANK: gl.constexpr = queries.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
+    slot = gl.arange(0, SLOTS, gl.SliceLayout(1, layout))
+    latent = latent_of_byte(gl.arange(0, RANK, gl.SliceLayout(0, layout)), BITS)
+    ok = (slot < QUERIES)[:, None] & (latent < width)[None, :]
+    numbers = gl.load(query + (slot * head_step)[:, None] + latent[None, :], mask=ok, other=0.0).to(gl.float32)
+    numbers *= scaling
+    # Of a query of zeros any unit does.
+    unit = gl.maximum(gl.max(gl.abs(numbers), 1), 1e-30) * (1.0 / LARGEST)
+    whole = gl.floor(numbers / unit[:, None] + 0.5).to(gl.int32)
+    queries.store(two_bytes(whole))
+    units.index(0).store(unit)
+    units.index(1).store(gl.sum(whole, 1).to(gl.float32) * unit)
+
+
+@gluon.jit
+def score_absorbed_codes(
+    found, scales, full, empty, ring, queries, units, arguments,
+    BITS: gl.constexpr, ASYMMETRIC: gl.constexpr, MASK: gl.constexpr,
+):  # fmt: skip
+    """As `score_absorbed`, of codes and of queries that are whole numbers (`store_whole_queries`)."""
+    tiles, latents, stored, mask, width, latents_t, row_mask, mask_t = arguments
+    SLOTS: gl.constexpr = queries.shape[0] // 2
+    STAGES: gl.constexpr = ring.shape[0]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 2 * SLOTS, 32])
+    rows: gl.constexpr = gl.SliceLayout(1, layout)
+    first, step, begin, end, length = tiles
+    for stage in gl.static_range(STAGES):
+        copy_tile(ring.index(stage), latents, tiles, begin + stage, latents_t, width)
+    parameters = load_parameters(stored, tiles, begin, rows, BITS, ASYMMETRIC)
+    zeros = gl.zeros([TILE, 2 * SLOTS], gl.int32, layout)
+    upper, _ = parts_of(zeros)
+    by_slot: gl.constexpr = gl.SliceLayout(0, upper.type.layout)
+    unit, total = units.index(0).load(by_slot), units.index(1).load(by_slot)
+    for index in range(begin, end):
+        done = index - begin
+        buffer = done % 2
+        token = (first + index * step) * TILE + gl.arange(0, TILE, rows)
+        seen = load_seen(mask, row_mask, mask_t, token, token < length, MASK)
+        next_parameters = load_parameters(stored, tiles, index + 1, rows, BITS, ASYMMETRIC)
+        slot = ring.index(done % STAGES)
+        async_copy.wait_group(STAGES - 1)
+        synchronize()
+        operand = key_bytes(slot, layout, BITS)
+        begun = warpgroup_mma(operand, queries.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        # All have read the latents.
+        synchronize()
+        copy_tile(slot, latents, tiles, index + STAGES, latents_t, width)
+        mbarrier.wait(empty.index(buffer), ((done // 2) & 1) ^ 1)
+        scale = scale_of(parameters, 0, ASYMMETRIC)
+        shift = shift_of(parameters, 0, rows, BITS, ASYMMETRIC) + middle_of(BITS)
+        shift = gl.convert_layout(shift, gl.SliceLayout(1, upper.type.layout), assert_trivial=True)
+        logarithm = logarithm_of(parameters, seen, rows, BITS, ASYMMETRIC)
+        hand_on_parameters(scales, buffer, parameters, seen, rows, BITS, ASYMMETRIC)
+        above, below = parts_of(warpgroup_mma_wait(0, deps=[begun]))
+        score = ((above << 8) + below).to(gl.float32) * unit[None, :] - shift[:, None] * total[None, :]
+        place = found.index(buffer)
+        if place.shape[1] > SLOTS:
+            place = place.slice(0, SLOTS, dim=1)
+        hand_on(place, score, seen, scale, logarithm)
+        parameters = next_parameters
+        synchronize()
+        mbarrier.arrive(full.index(buffer), count=1)
+    async_copy.wait_group(0)
+    allow_launch_after()
+
+
+@gluon.jit
+def score_absorbed(
+    found, scales, full, empty, ring, queries, arguments,
+    BITS: gl.constexpr, ASYMMETRIC: gl.constexpr, MASK: gl.constexpr,
+):  # fmt: skip
+    """Scores of all tiles with queries that the up factor is multiplied into, [slots, RANK]; two buffers by turns."""
+    tiles, latents, stored, mask, units, latents_t, row_mask, mask_t = arguments
+    SLOTS: gl.constexpr = queries.shape[0]
+    STAGES: gl.constexpr = ring.shape[0]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, SLOTS, 16])
+    rows: gl.constexpr = gl.SliceLayout(1, layout)
+    first, step, begin, end, length = tiles
+    for stage in gl.static_range(STAGES):
+        copy_tile(ring.index(stage), latents, tiles, begin + stage, latents_t, units)
+    parameters = load_parameters(stored, tiles, begin, rows, BITS, ASYMMETRIC)
+    zeros = gl.zeros([TILE, SLOTS], gl.float32, layout)
+    for index in range(begin, end):
+        done = index - begin
+        buffer = done % 2
+        token = (first + index * step) * TILE + gl.arange(0, TILE, rows)
+        seen = load_seen(mask, row_mask, mask_t, token, token < length, MASK)
+        next_parameters = load_parameters(stored, tiles, index + 1, rows, BITS, ASYMMETRIC)
+        slot = ring.index(done % STAGES)
+        operand, scale = operand_of(slot, parameters, STAGES, layout, BITS, ASYMMETRIC, False)
+        begun = warpgroup_mma(operand, queries.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        # All have read the latents.
+        synchronize()
+        copy_tile(slot, latents, tiles, index + STAGES, latents_t, units)
+        mbarrier.wait(empty.index(buffer), ((done // 2) & 1) ^ 1)
+        logarithm = logarithm_of(parameters, seen, rows, BITS, ASYMMETRIC)
+        hand_on_parameters(scales, buffer, parameters, seen, rows, BITS, ASYMMETRIC)
+        score, operand = warpgroup_mma_wait(0, deps=[begun, operand])
+        hand_on(found.index(buffer), score, seen, scale, logarithm)
+        parameters = next_parameters
+        synchronize()
+        mbarrier.arrive(full.index(buffer), count=1)
+    async_copy.wait_group(0)
+    allow_launch_after()
