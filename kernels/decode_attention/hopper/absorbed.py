@@ -49,29 +49,34 @@ def store_whole_queries(
 
 @gluon.jit
 def score_absorbed_codes(
-    found, scales, full, empty, ring, queries, units, arguments,
+    found, scales, full, empty, ring, queries, units, arguments, WHICH: gl.constexpr, SHARED_BY: gl.constexpr,
     BITS: gl.constexpr, ASYMMETRIC: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
-    """As `score_absorbed`, of codes and of queries that are whole numbers (`store_whole_queries`)."""
+    """As `score_absorbed`, of codes and of queries that are whole numbers (`store_whole_queries`).
+
+    WHICH: of SHARED_BY groups of warps each has every other tile, and a buffer of its own.
+    """
     tiles, latents, stored, mask, width, latents_t, row_mask, mask_t = arguments
     SLOTS: gl.constexpr = queries.shape[0] // 2
     STAGES: gl.constexpr = ring.shape[0]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 2 * SLOTS, 32])
     rows: gl.constexpr = gl.SliceLayout(1, layout)
     first, step, begin, end, length = tiles
+    begin += WHICH
     for stage in gl.static_range(STAGES):
-        copy_tile(ring.index(stage), latents, tiles, begin + stage, latents_t, width)
+        copy_tile(ring.index(stage), latents, tiles, begin + SHARED_BY * stage, latents_t, width)
     parameters = load_parameters(stored, tiles, begin, rows, BITS, ASYMMETRIC)
     zeros = gl.zeros([TILE, 2 * SLOTS], gl.int32, layout)
     upper, _ = parts_of(zeros)
     by_slot: gl.constexpr = gl.SliceLayout(0, upper.type.layout)
     unit, total = units.index(0).load(by_slot), units.index(1).load(by_slot)
-    for index in range(begin, end):
-        done = index - begin
-        buffer = done % 2
+    for index in range(begin, end, SHARED_BY):
+        done = (index - begin) // SHARED_BY
+        buffer = WHICH if SHARED_BY == 2 else done % 2
+        round = done if SHARED_BY == 2 else done // 2
         token = (first + index * step) * TILE + gl.arange(0, TILE, rows)
         seen = load_seen(mask, row_mask, mask_t, token, token < length, MASK)
-        next_parameters = load_parameters(stored, tiles, index + 1, rows, BITS, ASYMMETRIC)
+        next_parameters = load_parameters(stored, tiles, index + SHARED_BY, rows, BITS, ASYMMETRIC)
         slot = ring.index(done % STAGES)
         async_copy.wait_group(STAGES - 1)
         synchronize()
@@ -79,8 +84,8 @@ def score_absorbed_codes(
         begun = warpgroup_mma(operand, queries.permute((1, 0)), zeros, use_acc=False, is_async=True)
         # All have read the latents.
         synchronize()
-        copy_tile(slot, latents, tiles, index + STAGES, latents_t, width)
-        mbarrier.wait(empty.index(buffer), ((done // 2) & 1) ^ 1)
+        copy_tile(slot, latents, tiles, index + SHARED_BY * STAGES, latents_t, width)
+        mbarrier.wait(empty.index(buffer), (round & 1) ^ 1)
         scale = scale_of(parameters, 0, ASYMMETRIC)
         shift = shift_of(parameters, 0, rows, BITS, ASYMMETRIC) + middle_of(BITS)
         shift = gl.convert_layout(shift, gl.SliceLayout(1, upper.type.layout), assert_trivial=True)

@@ -31,13 +31,13 @@ from palu.kernels.latent_scores.tiles import GAPS
 
 @gluon.jit
 def _score_absorbed(
-    found, scales, full, empty, ring, queries, units, arguments,
+    found, scales, full, empty, ring, queries, units, arguments, WHICH: gl.constexpr, SHARED_BY: gl.constexpr,
     BITS: gl.constexpr, ASYMMETRIC: gl.constexpr, MASK: gl.constexpr, WHOLE: gl.constexpr,
 ):  # fmt: skip
     """Score latents; WHOLE: as in `_weigh`."""
     if WHOLE > 0:
         score_absorbed_codes(
-            found, scales, full, empty, ring, queries, units, arguments, BITS, ASYMMETRIC, MASK
+            found, scales, full, empty, ring, queries, units, arguments, WHICH, SHARED_BY, BITS, ASYMMETRIC, MASK
         )  # fmt: skip
     else:
         score_absorbed(found, scales, full, empty, ring, queries, arguments, BITS, ASYMMETRIC, MASK)
@@ -161,7 +161,11 @@ def hopper_kernel(
     to_values = (found, scales, full, empty, tiles, at_values, sums, totals, peaks, value_rank, values_t, ours)
     key_units_there = gl.multiple_of(key_rank * BITS // 16, 8)
     if MODE == "absorbed":
-        ring = gl.allocate_shared_memory(stored, [KEY_STAGES, TILE, key_units], swizzled(key_units))
+        SCORERS: gl.constexpr = 2 if WEIGHERS == 2 and WHOLE > 0 else 1
+        rings = ()
+        for _scorer in gl.static_range(SCORERS):
+            ring = gl.allocate_shared_memory(stored, [KEY_STAGES, TILE, key_units], swizzled(key_units))
+            rings = rings + (ring,)
         to_scores = (tiles, at_keys, parameters, mask, key_units_there, keys_t, row * mask_b, mask_t)
         if WHOLE > 0:
             queries = gl.allocate_shared_memory(
@@ -179,17 +183,19 @@ def hopper_kernel(
         if WEIGHERS == 1:
             gl.warp_specialize([
                 (_score_absorbed, (
-                    found, scales, full, empty, ring, queries, units, to_scores, BITS, ASYMMETRIC, MASK, WHOLE,
+                    found, scales, full, empty, rings[0], queries, units, to_scores, 0, SCORERS,
+                    BITS, ASYMMETRIC, MASK, WHOLE,
                 )),
                 (_weigh, (
                     all_rings[0], all_weights[0], all_excess[0], out, to_values, 0, WEIGHERS,
                     KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS, WHOLE,
                 )),
             ], [4], [VALUE_REGISTERS])  # fmt: skip
-        else:
+        elif SCORERS == 1:
             gl.warp_specialize([
                 (_score_absorbed, (
-                    found, scales, full, empty, ring, queries, units, to_scores, BITS, ASYMMETRIC, MASK, WHOLE,
+                    found, scales, full, empty, rings[0], queries, units, to_scores, 0, SCORERS,
+                    BITS, ASYMMETRIC, MASK, WHOLE,
                 )),
                 (_weigh, (
                     all_rings[0], all_weights[0], all_excess[0], out, to_values, 0, WEIGHERS,
@@ -200,6 +206,25 @@ def hopper_kernel(
                     KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS, WHOLE,
                 )),
             ], [4, 4], [VALUE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
+        else:
+            gl.warp_specialize([
+                (_score_absorbed, (
+                    found, scales, full, empty, rings[0], queries, units, to_scores, 0, SCORERS,
+                    BITS, ASYMMETRIC, MASK, WHOLE,
+                )),
+                (_score_absorbed, (
+                    found, scales, full, empty, rings[1], queries, units, to_scores, 1, SCORERS,
+                    BITS, ASYMMETRIC, MASK, WHOLE,
+                )),
+                (_weigh, (
+                    all_rings[0], all_weights[0], all_excess[0], out, to_values, 0, WEIGHERS,
+                    KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS, WHOLE,
+                )),
+                (_weigh, (
+                    all_rings[1], all_weights[1], all_excess[1], out + rows_heads, to_values, 1, WEIGHERS,
+                    KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS, WHOLE,
+                )),
+            ], [4, 4, 4], [SCORE_REGISTERS, VALUE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
     else:
         # Factors for codes are in the codes' order, every group as wide as the others.
         up_offset, up_rank = key_offset, key_rank

@@ -60,7 +60,7 @@ FAST = COLUMNS // 2
 CODES = (8, 4)
 # Registers of a thread that scores and of one that weighs values, by the mode and the groups of warps that weigh.
 REGISTERS = {
-    ("folded", 1): (184, 136), ("rotated", 1): (184, 136), ("absorbed", 1): (240, 240), ("absorbed", 2): (152, 176),
+    ("folded", 1): (184, 136), ("rotated", 1): (184, 136), ("absorbed", 1): (240, 240), ("absorbed", 2): (152, 176), ("absorbed", 3): (104, 152),
 }  # fmt: skip
 
 
@@ -232,7 +232,7 @@ def _launch(
     (values, value_parameters), value_strides, _, _ = layout(value_latents)
     mode = mode_of(heads, window is not None)
     weighers = weighers_of(heads.mode, bits)
-    registers = REGISTERS[heads.mode, weighers]
+    registers = REGISTERS[heads.mode, 3 if weighers == 2 and whole_slots(heads, bits) else weighers]
     dtype = call.dtype
     rank, up = padded_rank(ranks, bits), query if absorbed else key.up
     if bits < 16 and not absorbed:
