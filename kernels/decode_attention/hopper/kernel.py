@@ -74,7 +74,7 @@ def hopper_kernel(
     WIDTH: gl.constexpr, WIDE: gl.constexpr, RANK: gl.constexpr, KEY_STAGES: gl.constexpr, KEY_DIVISOR: gl.constexpr,
     CHUNKS: gl.constexpr, STEP: gl.constexpr, VALUE_STAGES: gl.constexpr, VALUE_DIVISOR: gl.constexpr,
     RANK_STRIDE: gl.constexpr, MASK: gl.constexpr, DTYPE: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr,
-    BITS: gl.constexpr, ASYMMETRIC: gl.constexpr, WEIGHERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr,
+    BITS: gl.constexpr, ASYMMETRIC: gl.constexpr, SCORERS: gl.constexpr, WEIGHERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr,
     VALUE_REGISTERS: gl.constexpr, WHOLE: gl.constexpr, HELD: gl.constexpr, EVEN_KEYS: gl.constexpr, EVEN_VALUES: gl.constexpr,
 ):  # fmt: skip
     """Sums of value latents of a group's heads over a part of the tokens, relative to their peaks.
@@ -123,7 +123,10 @@ def hopper_kernel(
             )
             excess = gl.allocate_shared_memory(gl.float32, [2, WHOLE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         else:
-            weights = gl.allocate_shared_memory(DTYPE, [TILE // STEP, SLOTS, STEP], swizzled(STEP))
+            # Of codes, of two tiles.
+            weights = gl.allocate_shared_memory(
+                DTYPE, [(2 // WEIGHERS if BITS < 16 else 1) * TILE // STEP, SLOTS, STEP], swizzled(STEP)
+            )
             excess = gl.allocate_shared_memory(gl.int32, [WARPS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         all_weights, all_excess = all_weights + (weights,), all_excess + (excess,)
     found = gl.allocate_shared_memory(gl.float32, [2, TILE, SLOTS], gl.SwizzledSharedLayout(1, 1, 1, [0, 1]))
@@ -161,7 +164,6 @@ def hopper_kernel(
     to_values = (found, scales, full, empty, tiles, at_values, sums, totals, peaks, value_rank, values_t, ours)
     key_units_there = gl.multiple_of(key_rank * BITS // 16, 8)
     if MODE == "absorbed":
-        SCORERS: gl.constexpr = 2 if WEIGHERS == 2 and WHOLE > 0 else 1
         rings = ()
         for _scorer in gl.static_range(SCORERS):
             ring = gl.allocate_shared_memory(stored, [KEY_STAGES, TILE, key_units], swizzled(key_units))

@@ -21,6 +21,7 @@ from palu.kernels.decode_attention.hopper.plans import (
     padded_rank,
     parts_of,
     plans_for,
+    scorers_of,
     weighers_of,
     whole_slots,
 )
@@ -58,9 +59,11 @@ LEAST_TILES = 8
 FAST = COLUMNS // 2
 # Bits of codes that the kernel can make numbers of.
 CODES = (8, 4)
-# Registers of a thread that scores and of one that weighs values, by the mode and the groups of warps that weigh.
+# Registers of a thread that scores and of one that weighs values, by the mode, where it differs by whether it is of
+# codes, and by the groups of warps in all.
 REGISTERS = {
-    ("folded", 1): (184, 136), ("rotated", 1): (184, 136), ("absorbed", 1): (240, 240), ("absorbed", 2): (152, 176), ("absorbed", 3): (104, 152),
+    ("folded", 3): (184, 136), ("rotated", 3): (184, 136), ("rotated codes", 3): (168, 168), ("absorbed", 2): (240, 240),
+    ("absorbed", 3): (152, 176), ("absorbed", 4): (104, 152),
 }  # fmt: skip
 
 
@@ -232,7 +235,8 @@ def _launch(
     (values, value_parameters), value_strides, _, _ = layout(value_latents)
     mode = mode_of(heads, window is not None)
     weighers = weighers_of(heads.mode, bits)
-    registers = REGISTERS[heads.mode, 3 if weighers == 2 and whole_slots(heads, bits) else weighers]
+    kind = "rotated codes" if heads.mode == "rotated" and bits < 16 else heads.mode
+    registers = REGISTERS[kind, weighers + scorers_of(heads, bits)]
     dtype = call.dtype
     rank, up = padded_rank(ranks, bits), query if absorbed else key.up
     if bits < 16 and not absorbed:
@@ -254,7 +258,7 @@ def _launch(
         CHUNKS=cdiv(max(value_ranks), CHUNK), STEP=plan.step, VALUE_STAGES=plan.value_stages,
         VALUE_DIVISOR=divisor(value_ranks), RANK_STRIDE=max(value_ranks), MASK=mask_kind(mask),
         DTYPE=DTYPES[dtype], TOGETHER=heads.together, COLUMNS=heads.columns, BITS=bits,
-        ASYMMETRIC=asymmetric, WEIGHERS=weighers, SCORE_REGISTERS=registers[0], VALUE_REGISTERS=registers[1],
+        ASYMMETRIC=asymmetric, SCORERS=scorers_of(heads, bits), WEIGHERS=weighers, SCORE_REGISTERS=registers[0], VALUE_REGISTERS=registers[1],
         WHOLE=whole_slots(heads, bits), HELD=1 + plan.stays,
         EVEN_KEYS=even_rank(ranks), EVEN_VALUES=even_rank(value_ranks),
         num_warps=4, launch_pdl=takes == "gapless",

@@ -226,15 +226,14 @@ def latent_of_byte(place, BITS: gl.constexpr):
 
 
 @gluon.jit
-def latent_of(row, BITS: gl.constexpr):
-    """Which latent of a chunk has a row of `value_operand`."""
+def by_latent(numbers, BITS: gl.constexpr):
+    """Rows [128, columns] of `value_operand`, latent after latent."""
+    COLUMNS: gl.constexpr = numbers.shape[1]
     if BITS == 8:
-        latent = row % 64 * 2 + row // 64
+        numbers = numbers.reshape([2, 64, COLUMNS]).permute([1, 0, 2]).reshape([128, COLUMNS])
     elif BITS == 4:
-        latent = (row // 16 % 4 * 8 + row % 8) * 4 + row // 64 * 2 + row // 8 % 2
-    else:
-        latent = row
-    return latent
+        numbers = numbers.reshape([2, 4, 2, 8, COLUMNS]).permute([1, 3, 0, 2, 4]).reshape([128, COLUMNS])
+    return numbers
 
 
 @gluon.jit

@@ -56,7 +56,7 @@ class Plan(NamedTuple):
 LAST_PLANS = (Plan(1, 32, 4), Plan(1, 32, 3), Plan(1, 16, 5), Plan(1, 16, 4), Plan(1, 16, 3), Plan(1, 16, 2))
 FIRST_PLANS = {
     "numbers": (Plan(2, 32, 4),), "whole": (Plan(2, 64, 4), Plan(1, 64, 4), Plan(1, 64, 3)), "folded": (),
-    "rotated": (), "absorbed": (Plan(2, 32, 4),),
+    "rotated": (Plan(1, 64, 3),), "absorbed": (Plan(2, 32, 4),),
 }  # fmt: skip
 
 # What the full search tries.
@@ -103,6 +103,13 @@ def mode_of(heads: Heads, windows: bool) -> str:
 def weighers_of(mode: str, bits: int) -> int:
     """Groups of warps that weigh values: two where making numbers of codes takes longer than reading them."""
     return 2 if bits < 8 and mode == "absorbed" else 1
+
+
+def scorers_of(heads: Heads, bits: int) -> int:
+    """Groups of warps that score: two but where two weigh numbers of codes, which keeps their registers."""
+    if heads.mode != "absorbed":
+        return 2
+    return 2 if weighers_of(heads.mode, bits) == 2 and whole_slots(heads, bits) else 1
 
 
 def whole_slots(heads: Heads, bits: int) -> int:
@@ -163,7 +170,7 @@ def plans_for(
     parameters = 2 if bits < 16 else 0
     whole = whole_slots(heads, bits)
     # Weights of fp16, or both bytes of those of two tiles by turns.
-    weights = 4 * whole * 2 * TILE if whole else weighers * heads.slots * TILE * 2
+    weights = 4 * whole * 2 * TILE if whole else (1 if bits == 16 else 2) * heads.slots * TILE * 2
     kept = 2 * kept + weights + 8 * TILE * (heads.slots + parameters) + RESERVED
     fitting = []
     first = FIRST_PLANS["numbers" if bits == 16 else "whole" if whole else heads.mode]
@@ -174,7 +181,7 @@ def plans_for(
     for plan in dict.fromkeys(preferred):
         # Slow pairs of one head's factor or of two for each group of warps that scores.
         held = 2 * 2 * SLOW * rank * (1 + plan.stays) if mode == "windows" else 0
-        tiles = (2 if rebuilt else 1) * plan.key_stages * TILE * rank
+        tiles = scorers_of(heads, bits) * plan.key_stages * TILE * rank
         tiles += weighers * plan.value_stages * plan.step * chunks * CHUNK
         fits = _registers(plan, heads, chunks, bits) <= MOST_OPERANDS and (not whole or plan.step >= LEAST_STEP)
         if fits and kept + 2 * held + tiles * bits // 8 <= memory:

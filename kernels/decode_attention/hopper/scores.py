@@ -30,7 +30,7 @@ from palu.kernels.decode_attention.hopper.prologue import (
     pieces_of,
     store_queries,
 )
-from palu.kernels.decode_attention.hopper.slow import load_basis, make_slow
+from palu.kernels.decode_attention.hopper.slow import load_basis, make_slow, slow_numbers
 from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT, by_pair, load_turns, units_of
 from palu.kernels.decode_attention.hopper.units import score_turned, score_weighed
 from palu.kernels.decode_attention.hopper.windows import (
@@ -123,18 +123,19 @@ def _prepare(
             factors, beside, ready, frequency, own, bases, up, (up_stride, rank), position, more, KV, WIDTH, WHICH
         )  # fmt: skip
     elif MODE == "mixed":
-        SLOTS: gl.constexpr = beside[0].shape[1]
+        made: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, factors.shape[2], 16])
+        if WHICH == 0:
+            slow = slow_numbers(
+                bases, frequencies, query, query_stride, scaling, position, made, KV, QUERIES, QUERY_SLOTS, TOGETHER,
+                LEAST, UNIT, beside[0].shape[1], beside[1].shape[1], WIDTH, factors.dtype,
+            )  # fmt: skip
         # All warps have done their products with the last window.
         synchronize()
         mbarrier.arrive(ready, count=1)
         mbarrier.wait(ready, 0)
         if WHICH == 0:
-            make_slow(
-                factors.index(KV), beside[1], bases, frequencies, query, query_stride, scaling, position,
-                KV, QUERIES, QUERY_SLOTS, TOGETHER, LEAST, SLOTS, WIDTH,
-            )  # fmt: skip
+            make_slow(factors.index(KV), beside[1], slow, made)
         else:
-            store_queries(beside[0], query, query_stride, scaling, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, 0, 1)
             async_copy.wait_group(0)
         hand_over(ready, 1)
     else:
@@ -198,6 +199,8 @@ def score_rebuilt(
         async_copy.wait_group(STAGES)
         synchronize()
         fold(pieces_of(factors, KV, WHICH, True), q_first, q_second)
+    if MODE == "mixed" and WHICH == 1:
+        store_queries(beside[0], query, query_stride, scaling, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, 0, 1)
     numbers = (up_stride, rank, query_stride, scaling)
     for window in range(begin, end, WINDOW):
         _prepare(

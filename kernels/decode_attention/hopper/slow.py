@@ -23,41 +23,51 @@ from palu.kernels.latent_scores.tiles import turn
 
 
 @gluon.jit
-def make_slow(
-    to, factor, bases, frequencies, query, query_stride, scaling, position,
+def slow_numbers(
+    bases, frequencies, query, query_stride, scaling, position, result: gl.constexpr,
     KV: gl.constexpr, QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, TOGETHER: gl.constexpr,
-    PLACE: gl.constexpr, SLOTS: gl.constexpr, WIDTH: gl.constexpr,
+    PLACE: gl.constexpr, ROWS: gl.constexpr, SLOTS: gl.constexpr, PAIRS: gl.constexpr, WIDTH: gl.constexpr,
+    DTYPE: gl.constexpr,
 ):  # fmt: skip
-    """W of all columns and slots, to shared memory [columns * SLOTS, RANK], for the window that begins at a position.
+    """What both numbers of slow pairs are multiplied with from the left, [columns * SLOTS, pairs], and each row's head.
 
-    factor: [KV * 2, pairs, RANK], both numbers of every kv head's slow pairs, on its way; bases: fp16 [2, columns,
-    pairs], C and S.
+    For the window that begins at a position. bases: fp16 [2, columns, pairs], C and S. result: the products' layout.
     """
-    ROWS: gl.constexpr = to.shape[0]
-    RANK: gl.constexpr = to.shape[1]
-    PAIRS: gl.constexpr = factor.shape[1]
-    result: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, RANK, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, result, 2)
     row = gl.arange(0, ROWS, gl.SliceLayout(1, operand))
     pair = gl.arange(0, PAIRS, gl.SliceLayout(0, operand))
     kv_head, inside = kv_head_of(row % SLOTS, QUERY_SLOTS, TOGETHER, PLACE)
     there = (kv_head < KV) & (inside < QUERIES)
     dim = PAIRS + pair
-    cos, sin = turn(position.to(gl.float32) * gl.load(frequencies + dim, mask=dim < WIDTH // 2, other=0.0))
     ok = there[:, None] & (dim < WIDTH // 2)[None, :]
     at = query + ((kv_head * QUERIES + inside) * query_stride)[:, None] + dim[None, :]
-    first = gl.load(at, mask=ok, other=0.0).to(gl.float32) * scaling
-    second = gl.load(at + WIDTH // 2, mask=ok, other=0.0).to(gl.float32) * scaling
-    first, second = first * cos[None, :] + second * sin[None, :], second * cos[None, :] - first * sin[None, :]
+    first = gl.load(at, mask=ok, other=0.0)
+    second = gl.load(at + WIDTH // 2, mask=ok, other=0.0)
     at_bases = bases + (row // SLOTS * PAIRS)[:, None] + pair[None, :]
-    along_cos, along_sin = gl.load(at_bases).to(gl.float32), gl.load(at_bases + ROWS // SLOTS * PAIRS).to(gl.float32)
-    with_first = (along_cos * first + along_sin * second).to(to.dtype)
-    with_second = (along_cos * second - along_sin * first).to(to.dtype)
+    along_cos, along_sin = gl.load(at_bases), gl.load(at_bases + ROWS // SLOTS * PAIRS)
+    cos, sin = turn(position.to(gl.float32) * gl.load(frequencies + dim, mask=dim < WIDTH // 2, other=0.0))
+    first, second = first.to(gl.float32) * scaling, second.to(gl.float32) * scaling
+    first, second = first * cos[None, :] + second * sin[None, :], second * cos[None, :] - first * sin[None, :]
+    along_cos, along_sin = along_cos.to(gl.float32), along_sin.to(gl.float32)
+    with_first = (along_cos * first + along_sin * second).to(DTYPE)
+    with_second = (along_cos * second - along_sin * first).to(DTYPE)
+    return with_first, with_second, kv_head
+
+
+@gluon.jit
+def make_slow(to, factor, numbers, result: gl.constexpr):
+    """W of all columns and slots, to shared memory [columns * SLOTS, RANK], of `slow_numbers`.
+
+    factor: [KV * 2, pairs, RANK], both numbers of every kv head's slow pairs, on its way.
+    """
+    with_first, with_second, kv_head = numbers
+    ROWS: gl.constexpr = to.shape[0]
+    RANK: gl.constexpr = to.shape[1]
     made = gl.zeros([ROWS, RANK], gl.float32, result)
     async_copy.wait_group(0)
     fence_async_shared()
     synchronize()
-    for head in gl.static_range(KV):
+    for head in gl.static_range(factor.shape[0] // 2):
         own = (kv_head == head)[:, None]
         own_first, own_second = gl.where(own, with_first, 0.0), gl.where(own, with_second, 0.0)
         begun = warpgroup_mma(own_first, factor.index(2 * head), made, is_async=True)

@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from palu.kernels.decode_attention.hopper.common import TILE, WARPS, bits_of, copy_rows, exp2, synchronize
-from palu.kernels.decode_attention.hopper.operands import kv_head_of, latent_of, value_operand
+from palu.kernels.decode_attention.hopper.operands import by_latent, kv_head_of, value_operand
 from palu.kernels.decode_attention.kernel import LOWEST
 
 # Weights are 2 ** HEADROOM where they are relative to the largest score so far, and never more than 2 ** MOST.
@@ -125,14 +125,27 @@ def _stored(weights, part: gl.constexpr, rounded):
 
 
 @gluon.jit
-def _load_scores(found, buffer, there, STEPS: gl.constexpr, STEP: gl.constexpr, USED: gl.constexpr):
-    """A tile's scores [slots in use, tokens], step by step."""
-    layout: gl.constexpr = weights_layout(USED, STEP)
+def load_scores(found, first, number, there, STEP: gl.constexpr, TILES: gl.constexpr):
+    """Scores [slots in use, STEP] of `number` of TILES tiles, from buffer `first` on, step by step."""
+    USED: gl.constexpr = there.shape[0]
     scores = ()
-    for part in gl.static_range(STEPS):
-        score = scores_of(found, buffer, part * STEP, STEP, USED).load(layout)
-        scores = scores + (gl.where(there[:, None], score, float("-inf")),)
+    for tile in gl.static_range(TILES):
+        for step in gl.static_range(TILE // STEP):
+            score = scores_of(found, first + tile, step * STEP, STEP, USED).load(weights_layout(USED, STEP))
+            scores = scores + (gl.where((there & (tile < number))[:, None], score, float("-inf")),)
     return scores
+
+
+@gluon.jit
+def parameters_of(scales, first, part: gl.constexpr, number, STEP: gl.constexpr, layout: gl.constexpr):
+    """One over the scales, and the shifts, of step `part` of `number` tiles' values, from buffer `first` on."""
+    STEPS: gl.constexpr = TILE // STEP
+    at = 2 * (first + part // STEPS)
+    inverse = scales.index(at).slice(part % STEPS * STEP, STEP).load(layout)
+    shift = scales.index(at + 1).slice(part % STEPS * STEP, STEP).load(layout)
+    # Of a tile that is not there they may be anything.
+    there = part // STEPS < number
+    return gl.where(there, inverse, 0.0), gl.where(there, shift, 0.0)
 
 
 @gluon.jit
@@ -154,9 +167,9 @@ def _store_excess(excess, scores, reference):
 
 @gluon.jit
 def _softmax(
-    scores, excess, scales, buffer, weights, reference, total, shifted, summed, BITS: gl.constexpr
+    scores, excess, scales, buffer, number, weights, reference, total, shifted, summed, BITS: gl.constexpr
 ):  # fmt: skip
-    """Stores the weights of a tile's scores, relative to references [slots in use].
+    """Stores the weights of tiles' scores, relative to references [slots in use].
 
     References rise where scores are far above them, by `excess`; returns them, the weights added up, as they are and
     times the codes' shifts, and the sums of values, all relative to the new ones. Of codes, scores have the logarithm
@@ -179,10 +192,9 @@ def _softmax(
         rounded = weight.to(weights.dtype)
         _stored(weights, part, rounded)
         if BITS < 16:
-            total += weight * scales.index(2 * buffer).slice(part * STEP, STEP).load(of_tokens)[None, :]
-            shifted += (
-                rounded.to(gl.float32) * scales.index(2 * buffer + 1).slice(part * STEP, STEP).load(of_tokens)[None, :]
-            )
+            inverse, shift = parameters_of(scales, buffer, part, number, STEP, of_tokens)
+            total += weight * inverse[None, :]
+            shifted += rounded.to(gl.float32) * shift[None, :]
         else:
             total += weight
     return reference, total, shifted, summed
@@ -219,6 +231,38 @@ def _weigh_numbers(rings, stage, weights, summed):
     return started
 
 
+@gluon.constexpr_function
+def latents_layout(slots: int, bits: int, halved: bool) -> gl.DistributedLinearLayout:
+    """Sums [CHUNK, slots] as products have them, latent after latent; halved: neighbouring columns are one."""
+    rows = {16: [[8, 0], [64, 0]], 8: [[1, 0], [16, 0]], 4: [[1, 0], [2, 0]]}[bits]
+    lanes = {16: [[1, 0], [2, 0], [4, 0]], 8: [[2, 0], [4, 0], [8, 0]], 4: [[4, 0], [8, 0], [16, 0]]}[bits]
+    warps = [[16, 0], [32, 0]] if bits == 16 else [[32, 0], [64, 0]]
+    columns = [[0, 1 << bit] for bit in range(bits_of(slots))]
+    first = 0 if halved else 1
+    held = [*columns[:first], *columns[first + 2 :]]
+    # Neighbouring latents of a thread are stored at once.
+    return gl.DistributedLinearLayout([*rows, *held], [*columns[first : first + 2], *lanes], warps, [], [128, slots])
+
+
+@gluon.jit
+def store_sums(
+    sums, out, summed, away, rank, ours, layout: gl.constexpr, KV: gl.constexpr, QUERIES: gl.constexpr,
+    QUERY_SLOTS: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr, RANK_STRIDE: gl.constexpr,
+    BITS: gl.constexpr,
+):  # fmt: skip
+    """Store sums [CHUNK, slots] of every chunk, less what codes' shifts make of them [slots]."""
+    SLOTS: gl.constexpr = summed[0].shape[1]
+    column = gl.arange(0, SLOTS, gl.SliceLayout(0, layout))
+    head, there = head_of(column, KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS)
+    at_head = sums + (out + head).to(gl.int64) * RANK_STRIDE
+    away = gl.convert_layout(away, gl.SliceLayout(0, layout))
+    for chunk in gl.static_range(len(summed)):
+        latent = chunk * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(1, layout))
+        ok = (latent < rank)[:, None] & (there & ours)[None, :]
+        numbers = gl.convert_layout(by_latent(summed[chunk], BITS), layout, assert_trivial=True)
+        gl.store(at_head[None, :] + latent[:, None], numbers - away[None, :], mask=ok)
+
+
 @gluon.jit
 def weigh_values(
     rings, weights, excess, out, arguments, WHICH: gl.constexpr, SHARED_BY: gl.constexpr, KV: gl.constexpr,
@@ -228,14 +272,17 @@ def weigh_values(
     """Sums of the value latents of the tiles first + index * step, weighed with the scores' exponentials.
 
     WHICH: of SHARED_BY groups of warps each has every other tile, and a part of the sums of its own.
-    rings: shared memory [stages, tokens of a step, units] of every chunk; weights: [steps, slots, tokens of a step];
-    excess: int32 [warps], for scores above the references;
+    Codes of two tiles at a time, if they are its own. rings: shared memory [stages, tokens of a step, units] of every
+    chunk; weights: [steps of these tiles, slots, tokens of a step]; excess: int32 [warps], for scores above the references;
     out: the group's first head in the part's totals and peaks.
     """
     found, scales, full, empty, tiles, latents, sums, totals, peaks, rank, latents_t, ours = arguments
     STEPS: gl.constexpr = weights.shape[0]
     SLOTS: gl.constexpr = weights.shape[1]
     STEP: gl.constexpr = weights.shape[2]
+    TILES: gl.constexpr = STEPS * STEP // TILE
+    # One tile is in either of two buffers.
+    EITHER: gl.constexpr = TILES == 1 and SHARED_BY == 1
     CHUNKS: gl.constexpr = len(rings)
     STAGES: gl.constexpr = rings[0].shape[0]
     # Few heads leave half of the slots empty.
@@ -256,15 +303,20 @@ def weigh_values(
     units = gl.multiple_of(rank * BITS // 16, 8)
     for stage in gl.static_range(STAGES - 1):
         copy_step(rings, stage, latents, tiles, begin, stage, latents_t, units, SHARED_BY)
-    for index in range(begin, end, SHARED_BY):
-        done = (index - begin) // SHARED_BY
-        buffer = WHICH if SHARED_BY == 2 else done % 2
-        round = done if SHARED_BY == 2 else done // 2
+    for index in range(begin, end, TILES * SHARED_BY):
+        done = (index - begin) // (TILES * SHARED_BY)
+        number = gl.minimum(end - index, TILES)
+        buffer, round = WHICH, done
+        if EITHER:
+            buffer, round = done % 2, done // 2
         mbarrier.wait(full.index(buffer), round & 1)
+        if TILES == 2:
+            if number == 2:
+                mbarrier.wait(full.index(1), round & 1)
         async_copy.wait_group(STAGES - 2)
         if BITS == 16:
             fence_async_shared()
-        scores = _load_scores(found, buffer, there, STEPS, STEP, USED)
+        scores = load_scores(found, buffer, number, there, STEP, TILES)
         _store_excess(excess, scores, reference)
         # The first step is there, products of the last tile are done in all warps, its weights may be written over.
         synchronize()
@@ -272,7 +324,7 @@ def weigh_values(
             # Numbers are made of the first codes beside the softmax.
             operand = value_operand(rings[0].index(done * STEPS % STAGES), result, BITS)
         reference, total, shifted, summed = _softmax(
-            scores, excess, scales, buffer, weights, reference, total, shifted, summed, BITS
+            scores, excess, scales, buffer, number, weights, reference, total, shifted, summed, BITS
         )
         for part in gl.static_range(STEPS):
             number = done * STEPS + part
@@ -285,7 +337,8 @@ def weigh_values(
             synchronize()
             if part == 0:
                 # All have read the scores.
-                mbarrier.arrive(empty.index(buffer), count=1)
+                for tile in gl.static_range(TILES):
+                    mbarrier.arrive(empty.index(buffer + tile), count=1)
             ahead = number + STAGES - 1
             if BITS < 16:
                 # The slot that is written has been read by all.
@@ -302,13 +355,10 @@ def weigh_values(
     there = there & ours
     gl.store(totals + out + head, gl.sum(total, 1), mask=there)
     gl.store(peaks + out + head, reference, mask=there)
-    column = gl.arange(0, SLOTS, gl.SliceLayout(0, result))
-    head, there = head_of(column, KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS)
-    at_head = sums + (out + head).to(gl.int64) * RANK_STRIDE
-    away = gl.zeros([SLOTS], gl.float32, gl.SliceLayout(0, result))
+    away = gl.zeros([SLOTS], gl.float32, gl.SliceLayout(1, layout))
     if BITS < 16:
-        away = gl.convert_layout(_of_all_slots(gl.sum(shifted, 1), SLOTS, 0.0), gl.SliceLayout(0, result))
-    for chunk in gl.static_range(CHUNKS):
-        latent = chunk * CHUNK + latent_of(gl.arange(0, CHUNK, gl.SliceLayout(1, result)), BITS)
-        ok = (latent < rank)[:, None] & (there & ours)[None, :]
-        gl.store(at_head[None, :] + latent[:, None], summed[chunk] - away[None, :], mask=ok)
+        away = _of_all_slots(gl.sum(shifted, 1), SLOTS, 0.0)
+    store_sums(
+        sums, out, summed, away, rank, ours, latents_layout(SLOTS, BITS, False), KV, QUERIES, QUERY_SLOTS, TOGETHER,
+        COLUMNS, RANK_STRIDE, BITS,
+    )  # fmt: skip

@@ -15,8 +15,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from palu.kernels.decode_attention.hopper.common import TILE, WARPS, exp2, synchronize
-from palu.kernels.decode_attention.hopper.operands import bytes_operand, latent_of, middle_of, side_by_side
-from palu.kernels.decode_attention.hopper.values import CHUNK, copy_step, head_of, scores_of, weights_layout
+from palu.kernels.decode_attention.hopper.operands import bytes_operand, middle_of, side_by_side
+from palu.kernels.decode_attention.hopper.values import (
+    CHUNK,
+    copy_step,
+    head_of,
+    latents_layout,
+    load_scores,
+    parameters_of,
+    store_sums,
+    weights_layout,
+)
 from palu.kernels.decode_attention.kernel import LOWEST
 
 # The largest weight of a tile: its upper byte is 127.
@@ -34,18 +43,6 @@ def parts_of(product):
     """Both bytes' sums [rows, slots]."""
     upper, lower = gl.split(product.reshape([product.shape[0], product.shape[1] // 2, 2]))
     return upper, lower
-
-
-@gluon.jit
-def _load_scores(found, number, there, STEP: gl.constexpr, TILES: gl.constexpr, FIRST: gl.constexpr):
-    """Scores [slots, STEP] of `number` of the tiles, of which TILES there may be, step by step."""
-    USED: gl.constexpr = there.shape[0]
-    scores = ()
-    for tile in gl.static_range(TILES):
-        for step in gl.static_range(TILE // STEP):
-            score = scores_of(found, FIRST + tile, step * STEP, STEP, USED).load(weights_layout(USED, STEP))
-            scores = scores + (gl.where((there & (tile < number))[:, None], score, float("-inf")),)
-    return scores
 
 
 @gluon.jit
@@ -73,13 +70,6 @@ def two_bytes(whole):
 
 
 @gluon.jit
-def _parameters_of(scales, buffer, first, STEP: gl.constexpr, of_tokens: gl.constexpr):
-    """One over the scales, and the shifts, of a step's values."""
-    inverse = scales.index(2 * buffer).slice(first, STEP).load(of_tokens)
-    return inverse, scales.index(2 * buffer + 1).slice(first, STEP).load(of_tokens)
-
-
-@gluon.jit
 def _softmax(
     scores, peak, scales, number, weights, first, reference, total, shifted, FIRST: gl.constexpr, BITS: gl.constexpr
 ):  # fmt: skip
@@ -89,7 +79,6 @@ def _softmax(
     """
     USED: gl.constexpr = peak.shape[0]
     STEP: gl.constexpr = weights.shape[2]
-    STEPS: gl.constexpr = TILE // STEP
     of_tokens: gl.constexpr = gl.SliceLayout(0, weights_layout(USED, STEP))
     higher = gl.maximum(reference, peak)
     before, now = exp2(reference - higher)[:, None], exp2(peak - higher)[:, None]
@@ -99,10 +88,7 @@ def _softmax(
         weight = exp2(scores[part] - peak[:, None])
         whole = (weight * LARGEST + 0.5).to(gl.int32)
         weights.index(first + part).store(side_by_side(two_bytes(whole)))
-        inverse, shift = _parameters_of(scales, FIRST + part // STEPS, part % STEPS * STEP, STEP, of_tokens)
-        # Of a tile that is not there they may be anything.
-        inverse = gl.where(part // STEPS < number, inverse, 0.0)
-        shift = gl.where(part // STEPS < number, shift, 0.0)
+        inverse, shift = parameters_of(scales, FIRST, part, number, STEP, of_tokens)
         total += weight * inverse[None, :] * now
         shifted += whole.to(gl.float32) * (shift + middle_of(BITS))[None, :] * (now * (1.0 / LARGEST))
     return higher, total, shifted
@@ -178,7 +164,7 @@ def weigh_whole(
         if TILES == 2:
             if number == 2:
                 mbarrier.wait(full.index(FIRST + 1), round & 1)
-        scores = _load_scores(found, number, there, STEP, TILES, FIRST)
+        scores = load_scores(found, FIRST, number, there, STEP, TILES)
         peak = _largest(scores)
         tops.index(round % 2).store(peak)
         own = round % 2 * PARTS
@@ -209,11 +195,7 @@ def weigh_whole(
     there = there & ours
     gl.store(totals + out + head, gl.sum(total, 1), mask=there)
     gl.store(peaks + out + head, reference, mask=there)
-    column = gl.arange(0, USED, by_slot)
-    head, there = head_of(column, KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS)
-    at_head = sums + (out + head).to(gl.int64) * RANK_STRIDE
-    away = gl.convert_layout(gl.sum(shifted, 1), by_slot)
-    for chunk in gl.static_range(CHUNKS):
-        latent = chunk * CHUNK + latent_of(gl.arange(0, CHUNK, gl.SliceLayout(1, upper.type.layout)), BITS)
-        ok = (latent < rank)[:, None] & (there & ours)[None, :]
-        gl.store(at_head[None, :] + latent[:, None], summed[chunk] - away[None, :], mask=ok)
+    store_sums(
+        sums, out, summed, gl.sum(shifted, 1), rank, ours, latents_layout(USED, BITS, True), KV, QUERIES, QUERY_SLOTS,
+        TOGETHER, COLUMNS, RANK_STRIDE, BITS,
+    )  # fmt: skip
