@@ -35,7 +35,7 @@ DEFAULTS = {
         "rank_k": 1024, "rank_v": 3072, "num_heads": 32, "num_kv_heads": None, "head_dim": 128, "rope_base": 10000.0,
         "no_rope": False, "check": False,
     },
-    "model": {"model_shape": "llama-2-7b", "kept_ratio": 0.5},
+    "model": {"model_shape": "llama-2-7b", "kept_ratio": 0.5, "compile": False},
 }  # fmt: skip
 PROFILED_STEPS = 3
 
@@ -71,6 +71,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     part = parser.add_argument_group("--scope model").add_argument
     part("--model_shape", choices=SHAPES, help="(default: llama-2-7b)")
     part("--kept_ratio", type=float, help="kept fraction of the cache, a quarter of it keys (default: 0.5)")
+    part("--compile", action="store_true", default=None, help="compile the stock model and the latents' first")
     add_common_flags(parser)
     return parser.parse_args(argv)
 
@@ -180,7 +181,8 @@ def measure_models(
     from utils.console import progress
     from utils.latency_model import Models, filled_cache, measure_step, random_token, set_length, step_call
 
-    models = Models(args.model_shape, max(args.prompt_len), args.kept_ratio, args.group_size, device)
+    options = (max(args.prompt_len), args.kept_ratio, args.group_size, device, args.compile)
+    models = Models(args.model_shape, *options)
     stock = [[(f"stock {name}", 16) for name in baselines(args)]]
     variants = stock + [[("latents", bits)] for bits in args.bits if args.palu]
     places = [(batch, length) for length in args.prompt_len for batch in args.batch_size]

@@ -164,6 +164,25 @@ def quantize(latents: Tensor, quantization: Quantization) -> PackedLatents:
     return reference_quantize(latents, quantization)
 
 
+def quantize_into(
+    codes: Tensor, parameters: Tensor, slots: Tensor, latents: Tensor, quantization: Quantization
+) -> None:
+    """As `quantize`, of new tokens' latents [batch, new, width] to slots [new] (int64) of a cache.
+
+    codes: uint8 [batch, capacity, packed_width]; parameters: fp16 [batch, capacity, groups or 2 * groups], which are
+    written in place. One Triton launch on a GPU.
+    """
+    if uses_kernels(latents) and not torch.compiler.is_compiling():
+        from palu.kernels.quantization.launch import can_take, launch_quantize_into
+
+        if can_take(latents, quantization):
+            launch_quantize_into(codes, parameters, slots, latents, quantization)
+            return
+    packed = quantize(latents, quantization)
+    codes.index_copy_(1, slots, packed.codes)
+    parameters.index_copy_(1, slots, packed.parameters)
+
+
 def reference_quantize(latents: Tensor, quantization: Quantization) -> PackedLatents:
     """The definition in plain PyTorch."""
     clips = clip_tensor(quantization, latents.device) if quantization.clip_ratios else None

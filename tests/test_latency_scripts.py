@@ -11,6 +11,7 @@ import torch
 
 import run_latency_attention
 import run_latency_kernel
+from palu.models import is_latent
 from tests.helpers import in_an_empty_folder, invoke  # noqa: F401 (the first is a fixture)
 from tests.test_bad_input import one_line, tree
 from tests.test_house import ROOT, fake_kernels_distribution
@@ -144,6 +145,16 @@ def test_the_model_scope_measures_steps_of_both_models(fake_gpu):
     assert results["config"]["profiled"] == "latents, 16 bits, 2 x 20"
 
 
+def test_both_models_are_compiled_where_that_is_asked_for(fake_gpu, monkeypatch):
+    seen = []
+    monkeypatch.setattr("utils.latency_model.compiled", lambda model: seen.append(is_latent(model)) or model)
+    assert invoke(run_latency_attention, *MODEL, "--baseline", "sdpa_flash") == 0
+    assert not seen
+    assert invoke(run_latency_attention, *MODEL, "--compile") == 0
+    assert set(seen) == {True, False}
+    assert read_results(Path("r.json"))["config"]["compile"]
+
+
 # Bad input, which is found out on every machine, before the GPU is asked for.
 
 BAD = [
@@ -184,6 +195,7 @@ BAD_ATTENTION = [
     (["--baseline", "fa4"], "invalid choice: 'fa4'"),
     (["--check"], "--check compares the latents with float64; it needs --palu"),
     (["--no_rope"], "--no_rope changes the latents only; it needs --palu"),
+    (["--compile"], "--compile is for --scope model; the scope here is attention"),
     (["--model_shape", "llama-3-8b"], "--model_shape is for --scope model; the scope here is attention"),
     (["--scope", "model", "--no_rope"], "--no_rope is for --scope attention; the scope here is model"),
     (["--scope", "model", "--rank_k", "512"], "--rank_k is for --scope attention"),

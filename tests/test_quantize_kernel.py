@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from palu.kernels.quantization.launch import can_take, launch_quantize
-from palu.kernels.quantize import Quantization, reference_quantize
+from palu.kernels.quantization.launch import can_take, launch_quantize, launch_quantize_into
+from palu.kernels.quantize import Quantization, quantize_into, reference_quantize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -36,3 +36,18 @@ def test_rows_of_a_wider_tensor_are_read_where_they_lie():
 def test_groups_that_straddle_bytes_and_latents_with_gradients_are_left_to_the_definition():
     assert not can_take(torch.randn(1, 1, 40), Quantization(3, (40,)))
     assert not can_take(torch.randn(1, 1, 32, requires_grad=True), Quantization(4, (32,)))
+
+
+@pytest.mark.parametrize("write", [launch_quantize_into, quantize_into])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_new_tokens_are_quantised_into_slots_of_a_cache_and_no_others_change(write, symmetric):
+    latents, slots = torch.randn(2, 3, 48, device=DEVICE), torch.tensor([6, 0, 4], device=DEVICE)
+    quantization = Quantization(4, (32, 16), symmetric)
+    codes = torch.randint(256, (2, 9, 24), device=DEVICE, dtype=torch.uint8)
+    parameters = torch.randn(2, 9, 2 if symmetric else 4, device=DEVICE).half()
+    expected = reference_quantize(latents, quantization)
+    wanted = [codes.clone(), parameters.clone()]
+    wanted[0][:, slots], wanted[1][:, slots] = expected.codes, expected.parameters
+    write(codes, parameters, slots, latents, quantization)
+    assert torch.equal(codes, wanted[0])
+    assert torch.equal(parameters, wanted[1])

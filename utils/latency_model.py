@@ -106,20 +106,30 @@ def random_token(model: Any, batch: int) -> "torch.Tensor":
 
 
 def step_call(model: Any, cache: Any, token: "torch.Tensor", context: int) -> latency.Call:
-    """The step of one new token per row behind `context` cached ones; returns its logits."""
+    """The step of one new token per row behind `context` cached ones; returns its logits. model: compiled or not."""
     import torch
 
     position = torch.full_like(token, context)
     return lambda: model(token, past_key_values=cache, position_ids=position, use_cache=True).logits
 
 
+def compiled(model: Any) -> Any:
+    """The model through torch.compile, for one cache and one shape, as transformers does with a static cache."""
+    import torch
+
+    torch._dynamo.reset()
+    return torch.compile(model, dynamic=False)
+
+
 class Models:
     """The model that is being measured; only one is in memory at a time."""
 
-    def __init__(self, shape: str, context: int, kept_ratio: float, group_size: int, device: str) -> None:
+    def __init__(
+        self, shape: str, context: int, kept_ratio: float, group_size: int, device: str, compiles: bool = False
+    ) -> None:
         import torch
 
-        self.shape, self.context, self.device = shape, context, device
+        self.shape, self.context, self.device, self.compiles = shape, context, device, compiles
         self.kept_ratio, self.group_size = kept_ratio, group_size
         self.config = stock_model(shape, torch.float16, "meta", context + 1).config
         self.held: tuple[Any, Any] = (None, None)
@@ -166,7 +176,7 @@ def measure_step(
         on_gpu = model.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(model.device)
-        call = step_call(model, cache, random_token(model, batch), context)
+        call = step_call(compiled(model) if models.compiles else model, cache, random_token(model, batch), context)
         timing = latency.time_calls([call], repeats, graph, before=lambda: set_length(cache, context))
         return timing, cache_nbytes(cache), torch.cuda.max_memory_allocated(model.device) if on_gpu else None
 

@@ -17,7 +17,8 @@ def table_kernel(
 ):  # fmt: skip
     """cos and sin of PAIRS pairs of TOKENS tokens: pairs 0, LANES, 2 LANES, .. first.
 
-    Of LANES, cosines of two of them come before both sines. table: [rows, length, STORED, 2]; COLUMNS: STORED padded to a power of two.
+    Of LANES, cosines of two of them come before both sines. table: [rows, length, STORED, 2]; COLUMNS: STORED padded to
+    a power of two.
     """
     token, row = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.program_id(1)
     ok = token < length

@@ -9,15 +9,22 @@ ROUNDING: tl.constexpr = tl.constexpr(12582912.0)
 
 @triton.jit
 def quantize_kernel(
-    latents, clips, codes, parameters, width_of, offset_of, byte_of, plane_of,
-    latents_t, codes_t, parameters_t, smallest_scale, largest_zero,
-    BITS: tl.constexpr, PIECES: tl.constexpr, SYMMETRIC: tl.constexpr, HAS_CLIPS: tl.constexpr, BLOCK: tl.constexpr,
+    latents, clips, codes, parameters, slots, width_of, offset_of, byte_of, plane_of,
+    length, latents_t, codes_b, codes_t, parameters_b, parameters_t, smallest_scale, largest_zero,
+    BITS: tl.constexpr, PIECES: tl.constexpr, SYMMETRIC: tl.constexpr, HAS_CLIPS: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """As `palu.kernels.quantize.quantize`. A piece is every PIECES-th latent, so that packing needs no exchange.
 
-    latents: [tokens, width]; codes: uint8 [tokens, bytes]; parameters: fp16 [tokens, groups or 2 * groups].
+    latents: [rows * length, width]; codes: uint8 [rows, length, bytes]; parameters: fp16 [rows, length, groups or
+    2 * groups]; HAS_SLOTS: both have more tokens, of which the new ones are slots [length].
     """
     token, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, slot = token // length, token % length
+    if HAS_SLOTS:
+        slot = tl.load(slots + slot)
+    codes += row * codes_b + slot * codes_t
+    parameters += row * parameters_b + slot * parameters_t
     width, offset = tl.load(width_of + group), tl.load(offset_of + group)
     column = tl.arange(0, BLOCK // PIECES)
     ok = column < width // PIECES
@@ -43,13 +50,13 @@ def quantize_kernel(
     step = scale.to(tl.float32)
     zero = (1 << (BITS - 1)) * 1.0
     if SYMMETRIC:
-        tl.store(parameters + token * parameters_t + group, scale)
+        tl.store(parameters + group, scale)
     else:
         half = tl.div_rn((span - low - high) * 0.5, step).to(tl.float16)
         zero = half.to(tl.float32)
-        tl.store(parameters + token * parameters_t + 2 * group, scale)
-        tl.store(parameters + token * parameters_t + 2 * group + 1, half)
-    out = codes + token * codes_t + tl.load(byte_of + group)
+        tl.store(parameters + 2 * group, scale)
+        tl.store(parameters + 2 * group + 1, half)
+    out = codes + tl.load(byte_of + group)
     first = tl.zeros((BLOCK // PIECES,), tl.int32)
     second, plane = first, first
     for piece in tl.static_range(PIECES):
@@ -66,7 +73,7 @@ def quantize_kernel(
     if BITS == 3:
         tl.store(out + 2 * column, first.to(tl.uint8), mask=ok)
         tl.store(out + 2 * column + 1, second.to(tl.uint8), mask=ok)
-        at_plane = codes + token * codes_t + tl.load(plane_of + group)
+        at_plane = codes + tl.load(plane_of + group)
         tl.store(at_plane + column, plane.to(tl.uint8), mask=ok)
     else:
         tl.store(out + column, first.to(tl.uint8), mask=ok)

@@ -22,18 +22,33 @@ def can_take(latents: Tensor, quantization: Quantization) -> bool:
 def launch_quantize(latents: Tensor, quantization: Quantization) -> PackedLatents:
     """As `palu.kernels.quantize.quantize`, in one launch."""
     batch, length, width = latents.shape
-    rows = latents.reshape(batch * length, width)
-    bits, groups = quantization.bits, len(quantization.widths)
-    codes = rows.new_empty(batch * length, packed_width(width, bits), dtype=torch.uint8)
-    count = groups if quantization.symmetric else 2 * groups
-    parameters = rows.new_empty(batch * length, count, dtype=torch.float16)
+    count = len(quantization.widths) * (1 if quantization.symmetric else 2)
+    codes = latents.new_empty(batch, length, packed_width(width, quantization.bits), dtype=torch.uint8)
+    parameters = latents.new_empty(batch, length, count, dtype=torch.float16)
+    _launch(codes, parameters, None, latents, quantization)
+    return PackedLatents.of(codes, parameters, quantization)
+
+
+def launch_quantize_into(
+    codes: Tensor, parameters: Tensor, slots: Tensor, latents: Tensor, quantization: Quantization
+) -> None:
+    """As `palu.kernels.quantize.quantize_into`, in one launch."""
+    _launch(codes, parameters, slots, latents, quantization)
+
+
+def _launch(
+    codes: Tensor, parameters: Tensor, slots: Tensor | None, latents: Tensor, quantization: Quantization
+) -> None:
+    batch, length, width = latents.shape
+    if batch * length == 0:
+        return
+    rows, bits = latents.reshape(batch * length, width), quantization.bits
     clips = clip_tensor(quantization, latents.device) if quantization.clip_ratios else parameters
-    if rows.shape[0]:
-        quantize_kernel[(batch * length, groups)](
-            rows, clips, codes, parameters, *side_of(quantization.widths, bits, latents.device),
-            rows.stride(0), codes.stride(0), parameters.stride(0), SMALLEST_SCALE, LARGEST_ZERO_POINT,
-            BITS=bits, PIECES=8 if bits == 3 else 8 // bits, SYMMETRIC=quantization.symmetric,
-            HAS_CLIPS=bool(quantization.clip_ratios), BLOCK=next_power_of_2(max(quantization.widths)),
-        )  # fmt: skip
-    shape = (batch, length, -1)
-    return PackedLatents.of(codes.view(shape), parameters.view(shape), quantization)
+    quantize_kernel[(batch * length, len(quantization.widths))](
+        rows, clips, codes, parameters, codes if slots is None else slots,
+        *side_of(quantization.widths, bits, latents.device),
+        length, rows.stride(0), *codes.stride()[:2], *parameters.stride()[:2], SMALLEST_SCALE, LARGEST_ZERO_POINT,
+        BITS=bits, PIECES=8 if bits == 3 else 8 // bits, SYMMETRIC=quantization.symmetric,
+        HAS_CLIPS=bool(quantization.clip_ratios), HAS_SLOTS=slots is not None,
+        BLOCK=next_power_of_2(max(quantization.widths)),
+    )  # fmt: skip

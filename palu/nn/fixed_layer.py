@@ -1,5 +1,6 @@
 """A cache layer of fixed capacity, for CUDA graphs and compiled models."""
 
+import functools
 from typing import Optional
 
 import torch
@@ -74,7 +75,7 @@ class FixedLatentLayer(LatentLayer):
                 f"the latent cache has a fixed capacity of {self.capacity} tokens, "
                 f"{self.cumulative_length + new} are needed"
             )
-        write = self._roll if rolls else self._write
+        write = self._roll if rolls else functools.partial(self._write, self._slots(new))
         keys, values = write(self.key_buffer, key_states), write(self.value_buffer, value_states)
         if self.holds_positions:
             positions = position_ids.to(torch.int32).expand(key_states.shape[0], -1)[..., None]
@@ -90,10 +91,12 @@ class FixedLatentLayer(LatentLayer):
         """Every tensor that this layer holds."""
         return [part for buffer in self.buffers for part in buffer.parts]
 
-    def _write(self, buffer: FixedBuffer, tokens: Tensor) -> Latents:
-        index = torch.arange(tokens.shape[1], device=tokens.device) + self.written
-        for part, tensor in zip(buffer.parts, buffer.encode(tokens), strict=True):
-            part.storage.index_copy_(1, index, tensor)
+    def _slots(self, new: int) -> Tensor:
+        """Where the new tokens go; of one without a launch."""
+        return self.written[None] if new == 1 else torch.arange(new, device=self.written.device) + self.written
+
+    def _write(self, slots: Tensor, buffer: FixedBuffer, tokens: Tensor) -> Latents:
+        buffer.write_at(slots, tokens)
         return buffer.as_latents([part.storage for part in buffer.parts])
 
     def _roll(self, buffer: FixedBuffer, tokens: Tensor) -> Latents:

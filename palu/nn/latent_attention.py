@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from palu.config import LayerRanks
 from palu.kernels.decode_attention.op import decode_attention
 from palu.kernels.latents import Latents, dense
+from palu.kernels.query_rotation.op import rotate_queries
 from palu.kernels.rotation import Rotation, rotate
 from palu.nn.latent_cache import layer_window
 from palu.nn.low_rank_linear import LowRankLinear
@@ -62,7 +63,7 @@ class LatentAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """[batch, length, hidden_size] -> the same, and the attention weights where the implementation returns them."""
         query = self._heads(self.q_proj(hidden_states), self.q_norm)
-        query = rotate(query, *(table[:, None] for table in position_embeddings))
+        query = rotate_queries(query, *position_embeddings)
         key_latents = self.k_proj.latents(hidden_states)
         value_latents = self.v_proj.latents(hidden_states)
         positions, filled = position_ids, key_latents.shape[1]

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from palu.kernels.latents import Latents, MixedLatents
-from palu.kernels.quantize import PackedLatents, Quantization, quantize
+from palu.kernels.quantize import PackedLatents, Quantization, quantize, quantize_into
 from palu.nn.buffer_group import BufferGroup
 from palu.nn.token_buffer import TokenBuffer
 
@@ -33,6 +33,10 @@ class PackedBuffer(BufferGroup):
         """Codes and parameters of latents [batch, new, width]."""
         packed = quantize(tokens, self.quantization)
         return [packed.codes, packed.parameters]
+
+    def write_at(self, slots: Tensor, tokens: Tensor) -> None:
+        """Quantise latents [batch, new, width] into slots [new] of storage of fixed size."""
+        quantize_into(*(part.storage for part in self.members), slots, tokens, self.quantization)
 
     def append(self, tokens: Tensor, max_length: int | None = None) -> None:
         """Quantise latents [batch, new, width] and add them at the back."""

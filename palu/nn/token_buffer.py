@@ -33,6 +33,10 @@ class TokenBuffer:
         """What is stored for new tokens, one tensor per part."""
         return [tokens]
 
+    def write_at(self, slots: Tensor, tokens: Tensor) -> None:
+        """Store [batch, new, width] in slots [new] of storage of fixed size."""
+        self.storage.index_copy_(1, slots, tokens)
+
     def __len__(self) -> int:
         return self.stop - self.start
 

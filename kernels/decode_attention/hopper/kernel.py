@@ -74,8 +74,9 @@ def hopper_kernel(
     WIDTH: gl.constexpr, WIDE: gl.constexpr, RANK: gl.constexpr, KEY_STAGES: gl.constexpr, KEY_DIVISOR: gl.constexpr,
     CHUNKS: gl.constexpr, STEP: gl.constexpr, VALUE_STAGES: gl.constexpr, VALUE_DIVISOR: gl.constexpr,
     RANK_STRIDE: gl.constexpr, MASK: gl.constexpr, DTYPE: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr,
-    BITS: gl.constexpr, ASYMMETRIC: gl.constexpr, SCORERS: gl.constexpr, WEIGHERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr,
-    VALUE_REGISTERS: gl.constexpr, WHOLE: gl.constexpr, HELD: gl.constexpr, EVEN_KEYS: gl.constexpr, EVEN_VALUES: gl.constexpr,
+    BITS: gl.constexpr, ASYMMETRIC: gl.constexpr, SCORERS: gl.constexpr, WEIGHERS: gl.constexpr,
+    SCORE_REGISTERS: gl.constexpr, VALUE_REGISTERS: gl.constexpr, WHOLE: gl.constexpr, HELD: gl.constexpr,
+    EVEN_KEYS: gl.constexpr, EVEN_VALUES: gl.constexpr,
 ):  # fmt: skip
     """Sums of value latents of a group's heads over a part of the tokens, relative to their peaks.
 
@@ -87,6 +88,9 @@ def hopper_kernel(
     rows, heads, RANK_STRIDE]; totals, peaks: [parts, rows, heads], as `combine_kernel` takes them: WEIGHERS parts of
     every program.
     """
+    if TAKES != "gapless":
+        # Where there is a launch for gaps before, that one has waited.
+        wait_for_launch_before()
     part, group, row = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     parts = gl.num_programs(0)
     at_row = (row // QUERY_ROWS).to(gl.int64)

@@ -62,8 +62,8 @@ CODES = (8, 4)
 # Registers of a thread that scores and of one that weighs values, by the mode, where it differs by whether it is of
 # codes, and by the groups of warps in all.
 REGISTERS = {
-    ("folded", 3): (184, 136), ("rotated", 3): (184, 136), ("rotated codes", 3): (168, 168), ("absorbed", 2): (240, 240),
-    ("absorbed", 3): (152, 176), ("absorbed", 4): (104, 152),
+    ("folded", 3): (184, 136), ("rotated", 3): (184, 136), ("rotated codes", 3): (168, 168),
+    ("absorbed", 2): (240, 240), ("absorbed", 3): (152, 176), ("absorbed", 4): (104, 152),
 }  # fmt: skip
 
 
@@ -234,9 +234,9 @@ def _launch(
     (keys, key_parameters), key_strides, bits, asymmetric = layout(key_latents)
     (values, value_parameters), value_strides, _, _ = layout(value_latents)
     mode = mode_of(heads, window is not None)
-    weighers = weighers_of(heads.mode, bits)
+    scorers, weighers = scorers_of(heads, bits), weighers_of(heads.mode, bits)
     kind = "rotated codes" if heads.mode == "rotated" and bits < 16 else heads.mode
-    registers = REGISTERS[kind, weighers + scorers_of(heads, bits)]
+    registers = REGISTERS[kind, scorers + weighers]
     dtype = call.dtype
     rank, up = padded_rank(ranks, bits), query if absorbed else key.up
     if bits < 16 and not absorbed:
@@ -258,10 +258,11 @@ def _launch(
         CHUNKS=cdiv(max(value_ranks), CHUNK), STEP=plan.step, VALUE_STAGES=plan.value_stages,
         VALUE_DIVISOR=divisor(value_ranks), RANK_STRIDE=max(value_ranks), MASK=mask_kind(mask),
         DTYPE=DTYPES[dtype], TOGETHER=heads.together, COLUMNS=heads.columns, BITS=bits,
-        ASYMMETRIC=asymmetric, SCORERS=scorers_of(heads, bits), WEIGHERS=weighers, SCORE_REGISTERS=registers[0], VALUE_REGISTERS=registers[1],
+        ASYMMETRIC=asymmetric, SCORERS=scorers, WEIGHERS=weighers,
+        SCORE_REGISTERS=registers[0], VALUE_REGISTERS=registers[1],
         WHOLE=whole_slots(heads, bits), HELD=1 + plan.stays,
         EVEN_KEYS=even_rank(ranks), EVEN_VALUES=even_rank(value_ranks),
-        num_warps=4, launch_pdl=takes == "gapless",
+        num_warps=4, launch_pdl=True,
     )  # fmt: skip
 
 

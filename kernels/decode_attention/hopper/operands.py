@@ -90,8 +90,8 @@ def key_operand(slot, shift, scale, result: gl.constexpr, BITS: gl.constexpr, SC
             factor = gl.convert_layout(scale.to(gl.float16), gl.SliceLayout(1, operand))
             given = [loaded, across, factor[:, None].broadcast_to([TILE, UNITS])]
         fields = gl.inline_asm_elementwise(
-            _fields(BITS, True, SCALED)[0], _fields(BITS, True, SCALED)[1], given, dtype=_types(BITS, gl.float16), is_pure=True,
-            pack=2,
+            _fields(BITS, True, SCALED)[0], _fields(BITS, True, SCALED)[1], given,
+            dtype=_types(BITS, gl.float16), is_pure=True, pack=2,
         )  # fmt: skip
         if BITS == 8:
             loaded = gl.join(fields[0], fields[1]).permute([0, 2, 1]).reshape([TILE, 2 * UNITS])
@@ -122,8 +122,8 @@ def value_operand(slot, result: gl.constexpr, BITS: gl.constexpr):
     UNITS: gl.constexpr = slot.shape[1]
     packed = slot.permute((1, 0)).load(units_layout(UNITS, TOKENS, False))
     fields = gl.inline_asm_elementwise(
-        _fields(BITS, False, False)[0], _fields(BITS, False, False)[1], [packed], dtype=_types(BITS, gl.float16), is_pure=True,
-        pack=2,
+        _fields(BITS, False, False)[0], _fields(BITS, False, False)[1], [packed],
+        dtype=_types(BITS, gl.float16), is_pure=True, pack=2,
     )  # fmt: skip
     return gl.convert_layout(_rows_of(fields, BITS), gl.DotOperandLayout(0, result, 2), assert_trivial=True)
 
@@ -136,7 +136,9 @@ def _bytes(bits: int) -> tuple[str, str]:
     """
     count = 16 // bits
     lines = [".reg .b32 even, odd;"]
-    lines += [f"prmt.b32 {name}, ${count}, ${count + 1}, {order};" for name, order in (("even", "0x6420"), ("odd", "0x7531"))]
+    lines += [
+        f"prmt.b32 {name}, ${count}, ${count + 1}, {order};" for name, order in (("even", "0x6420"), ("odd", "0x7531"))
+    ]
     if bits == 8:
         lines += ["xor.b32 $0, even, 0x80808080;", "xor.b32 $1, odd, 0x80808080;"]
     else:

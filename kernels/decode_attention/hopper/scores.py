@@ -83,11 +83,7 @@ def _turns_of(table, basis, tiles, index, table_t, WORDS: gl.constexpr, SPAN: gl
 @gluon.jit
 def _words_of(turns, layout: gl.constexpr):
     """Words of a tile's turns for every unit of a head, or of windows of fast and of slow pairs."""
-    if len(turns) == 2:
-        words = (by_pair(turns[0]), by_pair(turns[1]))
-    else:
-        words = units_of(turns[0], layout)
-    return words
+    return (by_pair(turns[0]), by_pair(turns[1])) if len(turns) == 2 else units_of(turns[0], layout)
 
 
 @gluon.jit
@@ -176,7 +172,9 @@ def score_rebuilt(
     WINDOW: gl.constexpr = SPAN // TILE if SPAN > 0 else 1 << 30
     # Of windows, rows of the basis weigh products besides.
     ROWS_SPAN: gl.constexpr = SPAN if MODE == "windows" else 0
-    PAIRS: gl.constexpr = FAST if MODE == "windows" else (factors.shape[0] - (1 if MODE == "mixed" else 0)) // KV * (UNIT // 2)
+    PAIRS: gl.constexpr = (
+        FAST if MODE == "windows" else (factors.shape[0] - (1 if MODE == "mixed" else 0)) // KV * (UNIT // 2)
+    )
     TURNS: gl.constexpr = gl.float16 if MODE == "windows" else DTYPE
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, UNIT, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, SLOTS, 16])

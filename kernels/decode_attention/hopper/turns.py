@@ -147,7 +147,7 @@ def rotated(product, words, result: gl.constexpr, WORDS: gl.constexpr, DTYPE: gl
     Their order is that of `in_columns`. words: cosines and sines [tile, UNIT / 2] of type WORDS.
     """
     first, second = gl.split(product.reshape([TILE, UNIT // 2, 2]))
-    if DTYPE == gl.float16:
+    if gl.float16 == DTYPE:
         first_even, first_odd, second_even, second_odd = _turned_words(first, second, words)
     else:
         layout: gl.constexpr = product.type.layout

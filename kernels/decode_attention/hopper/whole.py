@@ -14,18 +14,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from palu.kernels.decode_attention.hopper.common import TILE, WARPS, exp2, synchronize
+from palu.kernels.decode_attention.hopper.common import WARPS, exp2, synchronize
 from palu.kernels.decode_attention.hopper.operands import bytes_operand, middle_of, side_by_side
-from palu.kernels.decode_attention.hopper.values import (
-    CHUNK,
-    copy_step,
-    head_of,
-    latents_layout,
-    load_scores,
-    parameters_of,
-    store_sums,
-    weights_layout,
-)
+from palu.kernels.decode_attention.hopper.softmax import head_of, load_scores, parameters_of, weights_layout
+from palu.kernels.decode_attention.hopper.values import CHUNK, copy_step, latents_layout, store_sums
 from palu.kernels.decode_attention.kernel import LOWEST
 
 # The largest weight of a tile: its upper byte is 127.
@@ -73,9 +65,10 @@ def two_bytes(whole):
 def _softmax(
     scores, peak, scales, number, weights, first, reference, total, shifted, FIRST: gl.constexpr, BITS: gl.constexpr
 ):  # fmt: skip
-    """Stores weights, from buffer `first` on, relative to the tiles' peaks; returns the reference, the weights' sum and that times the shifts.
+    """Stores weights, from buffer `first` on, relative to the tiles' peaks.
 
-    Scores have the logarithm of the values' scales added, so the weights are times the scales.
+    Returns the reference, the weights' sum and that times the shifts, both relative to the reference. Scores
+    have the logarithm of the values' scales added, so the weights are times the scales.
     """
     USED: gl.constexpr = peak.shape[0]
     STEP: gl.constexpr = weights.shape[2]
@@ -98,12 +91,14 @@ def _softmax(
 def _weigh(rings, stage, weights, products, ADDED: gl.constexpr, BITS: gl.constexpr):
     """A step's codes times its weights, chunk after chunk, two of which are under way at a time."""
     result: gl.constexpr = products[0].type.layout
+    transposed = weights.permute((1, 0))
     done = ()
-    for chunk in gl.static_range(len(rings)):
+    operand = bytes_operand(rings[0].index(stage), result, BITS)
+    under_way = warpgroup_mma(operand, transposed, products[0], use_acc=ADDED, is_async=True)
+    for chunk in gl.static_range(1, len(rings)):
         operand = bytes_operand(rings[chunk].index(stage), result, BITS)
-        begun = warpgroup_mma(operand, weights.permute((1, 0)), products[chunk], use_acc=ADDED, is_async=True)
-        if chunk > 0:
-            done = done + (warpgroup_mma_wait(1, deps=[under_way]),)
+        begun = warpgroup_mma(operand, transposed, products[chunk], use_acc=ADDED, is_async=True)
+        done = done + (warpgroup_mma_wait(1, deps=[under_way]),)
         under_way = begun
     return done + (warpgroup_mma_wait(0, deps=[under_way]),)
 
@@ -161,9 +156,8 @@ def weigh_whole(
         round = (index - begin) // 2
         number = gl.minimum(end - index, TILES)
         mbarrier.wait(full.index(FIRST), round & 1)
-        if TILES == 2:
-            if number == 2:
-                mbarrier.wait(full.index(FIRST + 1), round & 1)
+        if number == 2:
+            mbarrier.wait(full.index(FIRST + TILES - 1), round & 1)
         scores = load_scores(found, FIRST, number, there, STEP, TILES)
         peak = _largest(scores)
         tops.index(round % 2).store(peak)
