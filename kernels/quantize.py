@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from palu.kernels.apart import made_apart
 from palu.kernels.availability import uses_kernels
 from palu.kernels.packing import pack, packed_width, unpack
 
@@ -206,8 +207,7 @@ def reference_quantize(latents: Tensor, quantization: Quantization) -> PackedLat
 @functools.lru_cache(maxsize=1024)
 def clip_tensor(quantization: Quantization, device: torch.device) -> Tensor:
     """The clip ratios on a device, made once: a CUDA graph cannot copy them there."""
-    with torch.inference_mode(False):
-        return torch.tensor(quantization.clip_ratios, device=device)
+    return made_apart(device, lambda: torch.tensor(quantization.clip_ratios, device=device))
 
 
 def _encode_asymmetric(groups: Tensor, bits: int, clip: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:

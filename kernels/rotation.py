@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from palu.kernels.apart import made_apart
 from palu.kernels.latents import version_of
 
 # Largest error of an interpolated cosine or sine, about that of rounding them to fp16.
@@ -141,14 +142,15 @@ def by_lane(basis: Tensor) -> Tensor:
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _made_once(frequencies: Tensor, key: tuple, make: Callable[[tuple[float, ...]], tuple | None]) -> Any:
+def _made_once(
+    frequencies: Tensor, key: tuple, device: torch.device, make: Callable[[tuple[float, ...]], tuple | None]
+) -> Any:
     """What `make` gives for a model's frequencies on the host."""
     known = _known.setdefault(frequencies, {})
     if key not in known:
-        with torch.inference_mode(False):
-            if "host" not in known:
-                known["host"] = tuple(frequencies.double().tolist())
-            known[key] = make(known["host"])
+        if "host" not in known:
+            known["host"] = tuple(frequencies.double().tolist())
+        known[key] = made_apart(device, lambda: make(known["host"]))
     return known[key]
 
 
@@ -224,7 +226,7 @@ class Rotation:
             basis, cos, sin = found.basis.to(device, dtype), found.cos_basis.to(device), found.sin_basis.to(device)
             return found._replace(basis=basis, cos_basis=cos, sin_basis=sin)
 
-        return _made_once(self.frequencies, ("slow", queries, self.tolerance, device, dtype), make)
+        return _made_once(self.frequencies, ("slow", queries, self.tolerance, device, dtype), device, make)
 
     def window(self, fast: int, slow: int, columns: int, lanes: bool = False) -> Window | None:
         """How all but the fast pairs are interpolated in windows of positions; None where those would be too small.
@@ -240,4 +242,5 @@ class Rotation:
             basis = by_lane(found.basis) if lanes else found.basis.half()
             return Window(basis.to(device), found.bases.to(device))
 
-        return _made_once(self.frequencies, ("window", fast, slow, columns, lanes, self.tolerance, device), make)
+        key = ("window", fast, slow, columns, lanes, self.tolerance, device)
+        return _made_once(self.frequencies, key, device, make)

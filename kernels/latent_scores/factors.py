@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from palu.kernels.apart import made_apart
 from palu.kernels.latents import LatentProjection, version_of
 
 # Latents that a program multiplies at a time.
@@ -54,11 +55,14 @@ def ordered_factor(key: LatentProjection, padded: int, bits: int, dtype: torch.d
     memory = (key.up.data_ptr(), key.up.device, key.up.dtype, version_of(key.up))
     entry = (padded, bits, dtype, tuple(key.ranks), *memory)
     if kept.get(order, (None,))[0] != entry:
-        with torch.inference_mode(False), torch.no_grad():
+        columns = _columns(padded, bits, order, key.up.device)
+
+        def make() -> Tensor:
             groups = key.up.detach().clone().split(list(key.ranks), dim=1)
-            columns = _columns(padded, bits, order, key.up.device)
             made = [torch.nn.functional.pad(group, (0, padded - group.shape[1]))[:, columns] for group in groups]
-            kept[order] = (entry, torch.cat(made, dim=1).to(dtype))
+            return torch.cat(made, dim=1).to(dtype)
+
+        kept[order] = (entry, made_apart(key.up.device, make))
     return kept[order][1]
 
 
@@ -70,5 +74,4 @@ def ordered_query(query: Tensor, padded: int, bits: int) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _columns(padded: int, bits: int, order: Order, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(order(padded, bits), device=device)
+    return made_apart(device, lambda: torch.tensor(order(padded, bits), device=device))

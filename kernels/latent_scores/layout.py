@@ -7,6 +7,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from palu.kernels.apart import made_apart
 from palu.kernels.integers import cdiv, next_power_of_2
 from palu.kernels.latents import Stretch
 from palu.kernels.quantize import PackedLatents
@@ -56,13 +57,12 @@ def head_blocks(heads_per_group: int, groups: int, queries: int, memory: int) ->
 @functools.lru_cache(maxsize=4096)
 def side_of(ranks: tuple[int, ...], bits: int, device: torch.device) -> Side:
     """The groups' places, made once per device. A plane of b bits begins behind ceil(width b / 8) bytes."""
-    with torch.inference_mode(False):
-        offsets = [sum(ranks[:group]) for group in range(len(ranks))]
-        plane_bits = 2 if bits == 3 else bits
-        bytes_ = [offset * plane_bits // 8 if bits < 16 else offset for offset in offsets]
-        planes = [-(-sum(ranks) * 2 // 8) + offset // 8 if bits == 3 else 0 for offset in offsets]
-        numbers = (ranks, offsets, bytes_, planes)
-        return Side(*(torch.tensor(each, dtype=torch.int32, device=device) for each in numbers))
+    offsets = [sum(ranks[:group]) for group in range(len(ranks))]
+    plane_bits = 2 if bits == 3 else bits
+    bytes_ = [offset * plane_bits // 8 if bits < 16 else offset for offset in offsets]
+    planes = [-(-sum(ranks) * 2 // 8) + offset // 8 if bits == 3 else 0 for offset in offsets]
+    numbers = (ranks, offsets, bytes_, planes)
+    return made_apart(device, lambda: Side(*(torch.tensor(each, dtype=torch.int32, device=device) for each in numbers)))
 
 
 @functools.cache
