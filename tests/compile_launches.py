@@ -205,9 +205,32 @@ def compiled(function, launch, architecture, folder):
         # Multiply-adds that the assembler drops because it takes results of different products for the same.
         code = subprocess.run([TOOLS / "nvdisasm", "-c", binary], capture_output=True, text=True, check=True).stdout
         written, kept = (len(re.findall(what, text)) for what, text in ((WRITTEN, kernel.asm["ptx"]), (KEPT, code)))
-        row["dropped"] = 1 - kept / written
+        row |= {"dropped": 1 - kept / written, "overwritten": overwritten(code)}
     row["spilled"] = max(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
     return row
+
+
+def overwritten(code):
+    """Instructions that write registers which a product that is under way may still read its left side from."""
+    groups, current, found = [], set(), []
+    for instruction in re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?(.*?);", code):
+        opcode, *rest = instruction.split(None, 1)
+        arguments = [each.strip() for each in "".join(rest).split(",")]
+        if "GMMA" in opcode:
+            left = re.fullmatch(r"R(\d+)", arguments[1])
+            current |= set(range(int(left[1]), int(left[1]) + 4)) if left else set()
+            if "gsb0" in instruction:
+                groups, current = [*groups, current], set()
+        elif "DEPBAR" in opcode and "gsb0" in instruction:
+            left_over = int(re.search(r"gsb0, (0x[0-9a-f]+)", instruction)[1], 16)
+            groups = groups[len(groups) - left_over :] if left_over else []
+        elif (target := re.fullmatch(r"R(\d+)", arguments[0])) and not opcode.startswith(
+            ("ST", "RED", "BAR", "LDGSTS")
+        ):
+            wide = 4 if ".128" in opcode or opcode.endswith(".4") else 2 if ".64" in opcode or "WIDE" in opcode else 1
+            written = set(range(int(target[1]), int(target[1]) + wide))
+            found += [instruction] if written & current.union(*groups) else []
+    return found
 
 
 if __name__ == "__main__":

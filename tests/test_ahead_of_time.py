@@ -17,6 +17,10 @@ ROOT = Path(__file__).resolve().parents[1]
 MOST_SPILLED = {"weight_kernel": (56, 56), "scores_kernel": (136, 440), "hopper_kernel": (144, 384)}
 # Of keys that are interpolated, with four kv heads per group. Triton 3.6 leaves half of it at most.
 MOST_SPILLED_WINDOWS = 200
+# Of numbers of 16 bits, for whose factors and the copies of them there is least room; Triton 3.6 leaves 104.
+MOST_SPILLED_NUMBERS = 288
+# Of several queries and codes, two tiles of which are weighed at a time; Triton 3.6 leaves 24.
+MOST_SPILLED_CODES = 208
 # Of seven queries of four kv heads, whose 32 columns of scores the sums of values have too.
 MOST_SPILLED_COLUMNS = 256
 # Share of the multiply-adds that an assembler may fold; of two wrongly merged pairs of heads nine percent were missing.
@@ -45,6 +49,7 @@ def test_every_launch_compiles_and_fits(architecture, half, tmp_path):
     rebuilt = [row for row in rows if row["kernel"] == "hopper_kernel" and row["mode"] != "absorbed"]
     assert bool(rebuilt) == (architecture == 90)
     assert not [row for row in rebuilt if row["dropped"] > MOST_DROPPED]
+    assert not [row for row in rows if row.get("overwritten")]
     for row in rows:
         if row["kernel"] in (
             "table_kernel",
@@ -63,9 +68,11 @@ def test_every_launch_compiles_and_fits(architecture, half, tmp_path):
 def most_spilled(row):
     """Bytes of local memory that a launch may take."""
     if row.get("mode") in ("mixed", "windows"):
-        return MOST_SPILLED_WINDOWS
+        return MOST_SPILLED_NUMBERS if row["bits"] == "16" else MOST_SPILLED_WINDOWS
     if row["kernel"] == "hopper_kernel" and row["mode"] == "rotated" and row["queries"] == "7":
         return MOST_SPILLED_COLUMNS
+    if row["kernel"] == "hopper_kernel" and row["mode"] == "rotated" and row["bits"] != "16" and not is_wide(row):
+        return MOST_SPILLED_CODES
     return MOST_SPILLED.get(row["kernel"], (0, 0))[is_wide(row)]
 
 

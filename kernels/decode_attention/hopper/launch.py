@@ -59,11 +59,13 @@ LEAST_TILES = 8
 FAST = COLUMNS // 2
 # Bits of codes that the kernel can make numbers of.
 CODES = (8, 4)
-# Registers of a thread that scores and of one that weighs values, by the mode, where it differs by whether it is of
-# codes, and by the groups of warps in all.
+# Registers of a thread that scores and of one that weighs values, by the mode, whether there are codes, and the groups
+# of warps in all.
 REGISTERS = {
-    ("folded", 3): (184, 136), ("rotated", 3): (184, 136), ("rotated codes", 3): (168, 168),
-    ("absorbed", 2): (240, 240), ("absorbed", 3): (152, 176), ("absorbed", 4): (104, 152),
+    ("folded", False, 3): (200, 104), ("folded", True, 3): (184, 136),
+    ("rotated", False, 3): (184, 136), ("rotated", True, 3): (168, 168),
+    ("absorbed", False, 2): (240, 240), ("absorbed", True, 2): (240, 240), ("absorbed", True, 3): (152, 176),
+    ("absorbed", True, 4): (104, 152),
 }  # fmt: skip
 
 
@@ -235,8 +237,7 @@ def _launch(
     (values, value_parameters), value_strides, _, _ = layout(value_latents)
     mode = mode_of(heads, window is not None)
     scorers, weighers = scorers_of(heads, bits), weighers_of(heads.mode, bits)
-    kind = "rotated codes" if heads.mode == "rotated" and bits < 16 else heads.mode
-    registers = REGISTERS[kind, scorers + weighers]
+    registers = REGISTERS[heads.mode, bits < 16, scorers + weighers]
     dtype = call.dtype
     rank, up = padded_rank(ranks, bits), query if absorbed else key.up
     if bits < 16 and not absorbed:
