@@ -78,7 +78,7 @@ HOPPER_CALLS += [Call(absorbed=True), Call(8, group_size=2), Call(4, group_size=
 HOPPER_CALLS += [Call(absorbed=True, group_size=32), Call(8, value_rank=512, key_rank=64)]
 HOPPER_CALLS += [Call(kv, bits, mask=None) for kv in (32, 8) for bits in (8, 4)]
 HOPPER_CALLS += [Call(group_size=1, bits=8, key_rank=256), Call(8, 4), Call(16, 4, group_size=2, heads=16)]
-HOPPER_CALLS += [Call(4, 4, heads=28)]
+HOPPER_CALLS += [Call(4, 4, heads=28), Call(8, 4, group_size=1, mask=None)]
 HOPPER_CALLS += [Call(absorbed=True, bits=bits) for bits in (8, 4)] + [Call(bits=4, dtype=torch.bfloat16)]
 
 

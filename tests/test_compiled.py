@@ -5,6 +5,7 @@ import torch
 
 import palu
 from palu import LatentCache
+from palu.kernels.apart import made_apart
 from palu.kernels.decode_attention import compiled, launch, op
 from palu.kernels.decode_attention.reference import decode_attention as reference
 from palu.nn import rotary
@@ -54,6 +55,14 @@ def test_a_compiled_step_is_one_graph_of_kernel_calls(family, bits, launches):
         if bits == 16:
             assert torch.allclose(logits[:, 0], latent(ids[:, : at + 1]).logits[:, -1], atol=1e-4)
     assert not compiled._tables
+
+
+def test_nothing_is_made_by_another_thread_while_a_compiler_traces():
+    def step(states):
+        return states + made_apart(torch.device("cuda"), lambda: torch.ones(3))
+
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(step, fullgraph=True, backend="eager")(torch.zeros(3)), torch.ones(3))
 
 
 def test_calls_of_finer_quantisation_do_not_travel():

@@ -51,6 +51,19 @@ def test_real_models_fit_and_more_latents_do_not():
     assert not fitting(plans.heads_of(32, 1, None), 128, 640)
 
 
+def test_wide_value_groups_of_codes_fit_as_well():
+    # Their sums of whole numbers do not, so that they are weighed in fp16.
+    for heads, key_rank, value_rank in (
+        (plans.heads_of(8, 1, None), 256, 768),
+        (plans.heads_of(4, 1, None), 256, 1280),
+        (plans.heads_of(8, 1, 8), 64, 640),
+        (plans.heads_of(8, 1, 2), 128, 640),
+    ):
+        assert fitting(heads, key_rank, value_rank, bits=4)
+        assert plans.whole_slots(heads, 4, 1)
+        assert not plans.whole_slots(heads, 4, -(-value_rank // plans.CHUNK))
+
+
 @pytest.mark.parametrize(("tiles", "others"), [(1, 1), (64, 2), (1024, 2), (1024, 8), (256, 64), (1024, 200)])
 def test_no_other_number_of_parts_would_end_sooner(tiles, others):
     def cost(parts):

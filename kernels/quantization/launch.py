@@ -44,11 +44,13 @@ def _launch(
         return
     rows, bits = latents.reshape(batch * length, width), quantization.bits
     clips = clip_tensor(quantization, latents.device) if quantization.clip_ratios else parameters
-    quantize_kernel[(batch * length, len(quantization.widths))](
-        rows, clips, codes, parameters, codes if slots is None else slots,
-        *side_of(quantization.widths, bits, latents.device),
-        length, rows.stride(0), *codes.stride()[:2], *parameters.stride()[:2], SMALLEST_SCALE, LARGEST_ZERO_POINT,
-        BITS=bits, PIECES=8 if bits == 3 else 8 // bits, SYMMETRIC=quantization.symmetric,
-        HAS_CLIPS=bool(quantization.clip_ratios), HAS_SLOTS=slots is not None,
-        BLOCK=next_power_of_2(max(quantization.widths)),
-    )  # fmt: skip
+    # Triton launches on the current device, which need not be that of the layer.
+    with torch.cuda.device_of(latents):
+        quantize_kernel[(batch * length, len(quantization.widths))](
+            rows, clips, codes, parameters, codes if slots is None else slots,
+            *side_of(quantization.widths, bits, latents.device),
+            length, rows.stride(0), *codes.stride()[:2], *parameters.stride()[:2], SMALLEST_SCALE, LARGEST_ZERO_POINT,
+            BITS=bits, PIECES=8 if bits == 3 else 8 // bits, SYMMETRIC=quantization.symmetric,
+            HAS_CLIPS=bool(quantization.clip_ratios), HAS_SLOTS=slots is not None,
+            BLOCK=next_power_of_2(max(quantization.widths)),
+        )  # fmt: skip

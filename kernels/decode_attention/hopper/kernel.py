@@ -81,10 +81,10 @@ def hopper_kernel(
     """Sums of value latents of a group's heads over a part of the tokens, relative to their peaks.
 
     query: [rows, GROUPS * KV * QUERIES, query_stride]; absorbed, KV is one. keys, values: of codes, bytes. up: of codes
-    in the order of `unit_order`. table: `lane_table`, of "mixed" that of the fast pairs, of "windows" a window's basis
-    by lane. parameters: of codes, scales of every group, with their zero points behind them if ASYMMETRIC.
-    spans: `spans_of`; TAKES: rows without gaps ("gapless"), the others ("gaps"), or "all"; of other rows nothing is
-    written. SPAN: tokens of a window, or 0; bases, basis: of `palu.kernels.rotation.Window`. sums: float32 [parts,
+    in the order of `unit_order`. table: `lane_table`, of "mixed" and "windows" that of the fast pairs.
+    parameters: of codes, scales of every group, with their zero points behind them if ASYMMETRIC. spans: `spans_of`;
+    TAKES: rows without gaps ("gapless"), the others ("gaps"), or "all"; of other rows nothing is written. SPAN: tokens
+    of a window, or 0; bases, basis: of `palu.kernels.rotation.Window`, of "windows" by lane. sums: float32 [parts,
     rows, heads, RANK_STRIDE]; totals, peaks: [parts, rows, heads], as `combine_kernel` takes them: WEIGHERS parts of
     every program.
     """

@@ -236,7 +236,8 @@ def _launch(
     (keys, key_parameters), key_strides, bits, asymmetric = layout(key_latents)
     (values, value_parameters), value_strides, _, _ = layout(value_latents)
     mode = mode_of(heads, window is not None)
-    scorers, weighers = scorers_of(heads, bits), weighers_of(heads.mode, bits)
+    chunks = cdiv(max(value_ranks), CHUNK)
+    scorers, weighers = scorers_of(heads, bits, chunks), weighers_of(heads.mode, bits)
     registers = REGISTERS[heads.mode, bits < 16, scorers + weighers]
     dtype = call.dtype
     rank, up = padded_rank(ranks, bits), query if absorbed else key.up
@@ -256,12 +257,12 @@ def _launch(
         GROUPS=groups, KV=heads.kv, QUERIES=heads.queries, QUERY_SLOTS=heads.query_slots,
         SLOTS=heads.slots, QUERY_ROWS=rows_per_latent, WIDTH=width, WIDE=next_power_of_2(width),
         RANK=rank, KEY_STAGES=plan.key_stages, KEY_DIVISOR=divisor(ranks),
-        CHUNKS=cdiv(max(value_ranks), CHUNK), STEP=plan.step, VALUE_STAGES=plan.value_stages,
+        CHUNKS=chunks, STEP=plan.step, VALUE_STAGES=plan.value_stages,
         VALUE_DIVISOR=divisor(value_ranks), RANK_STRIDE=max(value_ranks), MASK=mask_kind(mask),
         DTYPE=DTYPES[dtype], TOGETHER=heads.together, COLUMNS=heads.columns, BITS=bits,
         ASYMMETRIC=asymmetric, SCORERS=scorers, WEIGHERS=weighers,
         SCORE_REGISTERS=registers[0], VALUE_REGISTERS=registers[1],
-        WHOLE=whole_slots(heads, bits), HELD=1 + plan.stays,
+        WHOLE=whole_slots(heads, bits, chunks), HELD=1 + plan.stays,
         EVEN_KEYS=even_rank(ranks), EVEN_VALUES=even_rank(value_ranks),
         num_warps=4, launch_pdl=True,
     )  # fmt: skip

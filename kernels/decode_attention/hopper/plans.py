@@ -21,7 +21,7 @@ MOST_SLOTS, LEAST_RANK, LEAST_CODES = 32, 32, 64
 LEAST_COLUMNS, MOST_WINDOW_RANK = 4, 128
 # kv heads at most of which all slow pairs can stay in shared memory.
 MOST_STAYING = 4
-# Tokens of a step at least there, and slots of heads at most whose codes are weighed by products of whole numbers.
+# Tokens of a step at least, and slots of heads at most, whose codes are weighed by products of whole numbers.
 LEAST_STEP, MOST_WHOLE_SLOTS = 32, 8
 # kv heads of a group at most: what tells heads apart in the kernel counts on few.
 MOST_KV = 8
@@ -96,7 +96,7 @@ def heads_of(num_heads: int, groups: int, kv: int | None) -> Heads:
 
 
 def mode_of(heads: Heads, windows: bool) -> str:
-    """How the kernel scores; with windows of positions all pairs are interpolated, or slow ones of several queries."""
+    """How the kernel scores; with windows of positions slow pairs are interpolated, the others folded or turned."""
     return {"folded": "windows", "rotated": "mixed"}[heads.mode] if windows else heads.mode
 
 
@@ -105,21 +105,27 @@ def weighers_of(mode: str, bits: int) -> int:
     return 2 if bits < 8 and mode == "absorbed" else 1
 
 
-def scorers_of(heads: Heads, bits: int) -> int:
+def scorers_of(heads: Heads, bits: int, chunks: int) -> int:
     """Groups of warps that score: two but where two weigh numbers of codes, which keeps their registers."""
     if heads.mode != "absorbed":
         return 2
-    return 2 if weighers_of(heads.mode, bits) == 2 and whole_slots(heads, bits) else 1
+    return 2 if weighers_of(heads.mode, bits) == 2 and whole_slots(heads, bits, chunks) else 1
 
 
-def whole_slots(heads: Heads, bits: int) -> int:
+def whole_slots(heads: Heads, bits: int, chunks: int) -> int:
     """Slots of a group's heads where codes are weighed by products of whole numbers (`whole`), else zero.
 
-    More slots would take too many registers.
+    More slots, or more chunks of value latents, would take too many registers.
     """
     last = (heads.kv - 1) * heads.query_slots + heads.queries
     used = heads.slots // 2 if heads.columns == heads.slots and 2 * last <= heads.slots else heads.slots
-    return used if bits < 16 and used <= MOST_WHOLE_SLOTS else 0
+    fits = used <= MOST_WHOLE_SLOTS and _whole_registers(used, chunks, LEAST_STEP) <= MOST_OPERANDS
+    return used if bits < 16 and fits else 0
+
+
+def _whole_registers(slots: int, chunks: int, step: int) -> int:
+    """Registers of a thread for sums of whole numbers and of float32, and for what codes became."""
+    return chunks * 3 * slots + step // 2
 
 
 def padded_rank(ranks: Sequence[int], bits: int) -> int:
@@ -168,7 +174,7 @@ def plans_for(
     # Bytes: numbers of 16 bits are kept, those of tiles are codes, which have scales and shifts.
     weighers = weighers_of(heads.mode, bits)
     parameters = 2 if bits < 16 else 0
-    whole = whole_slots(heads, bits)
+    whole = whole_slots(heads, bits, chunks)
     # Weights of fp16, or both bytes of those of two tiles by turns.
     weights = 4 * whole * 2 * TILE if whole else (1 if bits == 16 else 2) * heads.slots * TILE * 2
     kept = 2 * kept + weights + 8 * TILE * (heads.slots + parameters) + RESERVED
@@ -181,7 +187,7 @@ def plans_for(
     for plan in dict.fromkeys(preferred):
         # Slow pairs of one head's factor or of two for each group of warps that scores.
         held = 2 * 2 * SLOW * rank * (1 + plan.stays) if mode == "windows" else 0
-        tiles = scorers_of(heads, bits) * plan.key_stages * TILE * rank
+        tiles = scorers_of(heads, bits, chunks) * plan.key_stages * TILE * rank
         tiles += weighers * plan.value_stages * plan.step * chunks * CHUNK
         fits = _registers(plan, heads, chunks, bits) <= MOST_OPERANDS and (not whole or plan.step >= LEAST_STEP)
         if fits and kept + 2 * held + tiles * bits // 8 <= memory:
@@ -193,9 +199,9 @@ def _registers(plan: Plan, heads: Heads, chunks: int, bits: int) -> int:
     """Registers of a thread for sums of values and what codes became."""
     if bits == 16:
         return chunks * heads.slots
-    whole = whole_slots(heads, bits)
+    whole = whole_slots(heads, bits, chunks)
     if whole:
-        return chunks * 3 * whole + plan.step // 2
+        return _whole_registers(whole, chunks, plan.step)
     return chunks * heads.slots + min(chunks, 2) * plan.step // 2
 
 

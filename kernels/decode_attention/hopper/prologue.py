@@ -18,13 +18,14 @@ ROWS: gl.constexpr = gl.constexpr(32)
 
 @gluon.jit
 def copy_factors(
-    factors, up, up_stride, rank, KV: gl.constexpr, WIDTH: gl.constexpr, WHICH: gl.constexpr, EVERY: gl.constexpr
+    factors, up, up_stride, rank, KV: gl.constexpr, UNITS: gl.constexpr, WIDTH: gl.constexpr, WHICH: gl.constexpr,
+    EVERY: gl.constexpr,
 ):  # fmt: skip
     """Start copying rows of the up factor, both of a pair side by side, zero where there are none.
 
-    factors: shared memory [KV * units, UNIT, RANK]. WHICH: from which kv head on, EVERY: how many further the next is.
+    factors: shared memory [at least KV * UNITS, UNIT, RANK]. WHICH: from which kv head on, EVERY: how many further the
+    next is.
     """
-    UNITS: gl.constexpr = factors.shape[0] // KV
     RANK: gl.constexpr = factors.shape[2]
     layout: gl.constexpr = copied_layout(RANK)
     row = gl.arange(0, UNIT, gl.SliceLayout(1, layout))

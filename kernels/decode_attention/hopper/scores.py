@@ -98,12 +98,13 @@ def _start(
         HEADS: gl.constexpr = min(beside[0][0].shape[0] // 2, max(0, KV - 2 * WHICH))
         copy_slow(beside[0], up, up_stride, rank, 2 * WHICH, HEADS, WIDTH)
     elif MODE != "mixed":
-        copy_factors(factors, up, up_stride, rank, KV, WIDTH, WHICH, 2)
+        copy_factors(factors, up, up_stride, rank, KV, factors.shape[0] // KV, WIDTH, WHICH, 2)
     elif WHICH == 0:
         copy_halves(beside[1], up, up_stride, rank, beside[1].shape[1], 2 * KV, WIDTH)
         async_copy.commit_group()
     else:
-        copy_factors(factors, up, up_stride, rank, KV, WIDTH, 0, 1)
+        # Behind a unit of each head comes one of slow pairs.
+        copy_factors(factors, up, up_stride, rank, KV, 1, WIDTH, 0, 1)
 
 
 @gluon.jit

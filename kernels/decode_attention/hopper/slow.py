@@ -1,6 +1,6 @@
 """Slow pairs of keys with several queries, interpolated in windows of positions; the fast ones are rebuilt and turned.
 
-As in `windows`, but of slow pairs only, whose cosines and sines take few columns: a product of a tile with
+As in `windows`, but of fewer slow pairs, whose cosines and sines take few columns: a product of a tile with
 
 W_mq = sum_i (C_mi q1_i + S_mi q2_i) B_i + (C_mi q2_i - S_mi q1_i) B_{i+D/2}   (i: the slow pairs)
 
