@@ -1,13 +1,18 @@
 """Under torch.compile a decoding step is one graph, goes through the kernels, and is right step after step."""
 
+import gc
+import sys
+
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import palu
 from palu import LatentCache
 from palu.kernels.apart import made_apart
 from palu.kernels.decode_attention import compiled, launch, op
 from palu.kernels.decode_attention.reference import decode_attention as reference
+from palu.kernels.latent_scores import factors, layout
 from palu.nn import rotary
 from tests.helpers import compressed, random_windows, tiny_model
 
@@ -74,3 +79,42 @@ def test_calls_of_finer_quantisation_do_not_travel():
         packed = quantize(torch.randn(1, 2, 32), Quantization(4, widths))
         assert compiled.travels(packed, packed, side, side, None) is expected
     assert not compiled.travels(packed.codes, packed.codes, side, side, lambda states: states)
+
+
+def tensors_alive():
+    """Every tensor with numbers of its own, by where they are."""
+    gc.collect()
+    found = [each for each in gc.get_objects() if type(each) is torch.Tensor and each.numel()]
+    return {each.untyped_storage().data_ptr(): each for each in found}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [16, 4])
+def test_what_outlives_a_compiled_step_is_made_apart(bits, monkeypatch):
+    # In CUDA graphs all else that a step allocates is the graph's.
+    for module in (op, rotary):
+        monkeypatch.setattr(module, "uses_kernels", lambda tensor: True)
+    kept = []
+    users = [
+        module for name, module in sys.modules.items() if name.startswith("palu.") and hasattr(module, "made_apart")
+    ]
+    for module in users:
+        monkeypatch.setattr(
+            module, "made_apart", lambda device, make: kept.append(made_apart(device, make)) or kept[-1]
+        )
+    for cached in (layout.side_of, factors._columns, launch._chunks):
+        cached.cache_clear()
+    latent = compressed(tiny_model("llama", head_dim=64, hidden_size=256, num_hidden_layers=1), 0.75, rank_multiple=16)
+    latent = latent.model
+    palu.set_quantization(latent, palu.QuantizationConfig(bits, bits))
+    ids = random_windows(latent, 1, PROMPT + 1)
+    cache = LatentCache(latent.config, capacity=PROMPT + 4)
+    latent(ids[:, :PROMPT], past_key_values=cache)
+    before = tensors_alive()
+    torch._dynamo.reset()
+    step = torch.compile(latent, fullgraph=True, backend="aot_eager")
+    step(ids[:, PROMPT:], past_key_values=cache, position_ids=torch.tensor([[PROMPT]]))
+    left = set(tensors_alive()) - set(before)
+    known = {each.untyped_storage().data_ptr() for made in kept for each in tree_leaves(made) if torch.is_tensor(each)}
+    assert known
+    assert left <= known, [tuple(tensors_alive()[each].shape) for each in left - known]

@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from palu.kernels.apart import made_apart
 from palu.kernels.decode_attention.kernel import softmax_kernel, values_kernel
 from palu.kernels.decode_attention.parts import Parts, combine
 from palu.kernels.integers import cdiv, next_power_of_2
@@ -227,6 +228,7 @@ def _chunks(ranks: tuple[int, ...], device: torch.device) -> Chunks:
     # The largest block of which the groups are multiples, so that none of it is masked off.
     size = next((size for size in (128, 64) if all(rank % size == 0 for rank in ranks)), 32)
     chunks = [(group, column) for group, rank in enumerate(ranks) for column in range(0, rank, size)]
-    with torch.inference_mode(False):
-        tensors = (torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in zip(*chunks, strict=True))
-        return Chunks(size, *tensors)
+    both = tuple(zip(*chunks, strict=True))
+    return Chunks(
+        size, *made_apart(device, lambda: [torch.tensor(each, dtype=torch.int32, device=device) for each in both])
+    )
