@@ -20,7 +20,7 @@ from palu.kernels.decode_attention.hopper.parameters import (
 )
 from palu.kernels.decode_attention.hopper.scores import copy_tile, operand_of
 from palu.kernels.decode_attention.hopper.units import hand_on
-from palu.kernels.decode_attention.hopper.whole import LARGEST, parts_of, two_bytes
+from palu.kernels.decode_attention.hopper.whole import LARGEST, two_bytes, whole_of
 
 
 @gluon.jit
@@ -67,8 +67,8 @@ def score_absorbed_codes(
         copy_tile(ring.index(stage), latents, tiles, begin + SHARED_BY * stage, latents_t, width)
     parameters = load_parameters(stored, tiles, begin, rows, BITS, ASYMMETRIC)
     zeros = gl.zeros([TILE, 2 * SLOTS], gl.int32, layout)
-    upper, _ = parts_of(zeros)
-    by_slot: gl.constexpr = gl.SliceLayout(0, upper.type.layout)
+    nothing = whole_of(zeros)
+    by_slot: gl.constexpr = gl.SliceLayout(0, nothing.type.layout)
     unit, total = units.index(0).load(by_slot), units.index(1).load(by_slot)
     for index in range(begin, end, SHARED_BY):
         done = (index - begin) // SHARED_BY
@@ -88,11 +88,10 @@ def score_absorbed_codes(
         mbarrier.wait(empty.index(buffer), (round & 1) ^ 1)
         scale = scale_of(parameters, 0, ASYMMETRIC)
         shift = shift_of(parameters, 0, rows, BITS, ASYMMETRIC) + middle_of(BITS)
-        shift = gl.convert_layout(shift, gl.SliceLayout(1, upper.type.layout), assert_trivial=True)
+        shift = gl.convert_layout(shift, gl.SliceLayout(1, nothing.type.layout), assert_trivial=True)
         logarithm = logarithm_of(parameters, seen, rows, BITS, ASYMMETRIC)
         hand_on_parameters(scales, buffer, parameters, seen, rows, BITS, ASYMMETRIC)
-        above, below = parts_of(warpgroup_mma_wait(0, deps=[begun]))
-        score = ((above << 8) + below).to(gl.float32) * unit[None, :] - shift[:, None] * total[None, :]
+        score = whole_of(warpgroup_mma_wait(0, deps=[begun])) * unit[None, :] - shift[:, None] * total[None, :]
         place = found.index(buffer)
         if place.shape[1] > SLOTS:
             place = place.slice(0, SLOTS, dim=1)

@@ -237,7 +237,8 @@ def _launch(
     (values, value_parameters), value_strides, _, _ = layout(value_latents)
     mode = mode_of(heads, window is not None)
     chunks = cdiv(max(value_ranks), CHUNK)
-    scorers, weighers = scorers_of(heads, bits, chunks), weighers_of(heads.mode, bits)
+    weighers, whole = weighers_of(heads.mode, bits), whole_slots(heads, bits, chunks)
+    scorers = scorers_of(heads.mode, weighers, whole)
     registers = REGISTERS[heads.mode, bits < 16, scorers + weighers]
     dtype = call.dtype
     rank, up = padded_rank(ranks, bits), query if absorbed else key.up
@@ -262,7 +263,7 @@ def _launch(
         DTYPE=DTYPES[dtype], TOGETHER=heads.together, COLUMNS=heads.columns, BITS=bits,
         ASYMMETRIC=asymmetric, SCORERS=scorers, WEIGHERS=weighers,
         SCORE_REGISTERS=registers[0], VALUE_REGISTERS=registers[1],
-        WHOLE=whole_slots(heads, bits, chunks), HELD=1 + plan.stays,
+        WHOLE=whole, HELD=1 + plan.stays,
         EVEN_KEYS=even_rank(ranks), EVEN_VALUES=even_rank(value_ranks),
         num_warps=4, launch_pdl=True,
     )  # fmt: skip

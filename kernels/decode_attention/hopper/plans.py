@@ -105,11 +105,9 @@ def weighers_of(mode: str, bits: int) -> int:
     return 2 if bits < 8 and mode == "absorbed" else 1
 
 
-def scorers_of(heads: Heads, bits: int, chunks: int) -> int:
-    """Groups of warps that score: two but where two weigh numbers of codes, which keeps their registers."""
-    if heads.mode != "absorbed":
-        return 2
-    return 2 if weighers_of(heads.mode, bits) == 2 and whole_slots(heads, bits, chunks) else 1
+def scorers_of(mode: str, weighers: int, whole: int) -> int:
+    """Groups of warps that score: absorbed, two only beside two that weigh whole numbers, which take few registers."""
+    return 2 if mode != "absorbed" or (weighers == 2 and whole) else 1
 
 
 def whole_slots(heads: Heads, bits: int, chunks: int) -> int:
@@ -187,19 +185,18 @@ def plans_for(
     for plan in dict.fromkeys(preferred):
         # Slow pairs of one head's factor or of two for each group of warps that scores.
         held = 2 * 2 * SLOW * rank * (1 + plan.stays) if mode == "windows" else 0
-        tiles = scorers_of(heads, bits, chunks) * plan.key_stages * TILE * rank
+        tiles = scorers_of(mode, weighers, whole) * plan.key_stages * TILE * rank
         tiles += weighers * plan.value_stages * plan.step * chunks * CHUNK
-        fits = _registers(plan, heads, chunks, bits) <= MOST_OPERANDS and (not whole or plan.step >= LEAST_STEP)
+        fits = _registers(plan, heads, chunks, bits, whole) <= MOST_OPERANDS and (not whole or plan.step >= LEAST_STEP)
         if fits and kept + 2 * held + tiles * bits // 8 <= memory:
             fitting.append(plan)
     return tuple(fitting if all_of_them else fitting[:1])
 
 
-def _registers(plan: Plan, heads: Heads, chunks: int, bits: int) -> int:
+def _registers(plan: Plan, heads: Heads, chunks: int, bits: int, whole: int) -> int:
     """Registers of a thread for sums of values and what codes became."""
     if bits == 16:
         return chunks * heads.slots
-    whole = whole_slots(heads, bits, chunks)
     if whole:
         return _whole_registers(whole, chunks, plan.step)
     return chunks * heads.slots + min(chunks, 2) * plan.step // 2

@@ -17,6 +17,20 @@ ROWS: gl.constexpr = gl.constexpr(32)
 
 
 @gluon.jit
+def _copy_pairs(to, up, up_stride, rank, head: gl.constexpr, FIRST: gl.constexpr, WIDTH: gl.constexpr):
+    """Start copying pairs FIRST .. of a kv head's factor to [2 * pairs, RANK], both of a pair side by side.
+
+    Zero where there are none.
+    """
+    layout: gl.constexpr = copied_layout(to.shape[1])
+    row = gl.arange(0, to.shape[0], gl.SliceLayout(1, layout))
+    latent = gl.arange(0, to.shape[1], gl.SliceLayout(0, layout))
+    ok = (FIRST + row // 2 < WIDTH // 2)[:, None] & (latent < rank)[None, :]
+    at = up + ((row // 2 + row % 2 * (WIDTH // 2)) * up_stride)[:, None] + latent[None, :]
+    copy_to_shared(to, at + (head * WIDTH + FIRST) * up_stride, mask=ok)
+
+
+@gluon.jit
 def copy_factors(
     factors, up, up_stride, rank, KV: gl.constexpr, UNITS: gl.constexpr, WIDTH: gl.constexpr, WHICH: gl.constexpr,
     EVERY: gl.constexpr,
@@ -26,16 +40,10 @@ def copy_factors(
     factors: shared memory [at least KV * UNITS, UNIT, RANK]. WHICH: from which kv head on, EVERY: how many further the
     next is.
     """
-    RANK: gl.constexpr = factors.shape[2]
-    layout: gl.constexpr = copied_layout(RANK)
-    row = gl.arange(0, UNIT, gl.SliceLayout(1, layout))
-    latent = gl.arange(0, RANK, gl.SliceLayout(0, layout))
-    at = up + ((row // 2 + row % 2 * (WIDTH // 2)) * up_stride)[:, None] + latent[None, :]
     for head in gl.static_range(WHICH, KV, EVERY):
         for unit in gl.static_range(UNITS):
-            ok = (unit * (UNIT // 2) + row // 2 < WIDTH // 2)[:, None] & (latent < rank)[None, :]
-            unit_at = at + (head * WIDTH + unit * (UNIT // 2)) * up_stride
-            copy_to_shared(factors.index(head * UNITS + unit), unit_at, mask=ok)
+            to = factors.index(head * UNITS + unit)
+            _copy_pairs(to, up, up_stride, rank, head, unit * (UNIT // 2), WIDTH)
     async_copy.commit_group()
 
 
@@ -58,14 +66,8 @@ def pieces_of(factors, KV: gl.constexpr, WHICH: gl.constexpr, WINDOWS: gl.conste
 @gluon.jit
 def copy_fast(pieces, up, up_stride, rank, WIDTH: gl.constexpr, WHICH: gl.constexpr):
     """Start copying the first pairs of every other kv head's factor, of a window, both of a pair side by side."""
-    RANK: gl.constexpr = pieces[0].shape[1]
-    layout: gl.constexpr = copied_layout(RANK)
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    latent = gl.arange(0, RANK, gl.SliceLayout(0, layout))
-    ok = (row // 2 < WIDTH // 2)[:, None] & (latent < rank)[None, :]
-    at = up + ((row // 2 + row % 2 * (WIDTH // 2)) * up_stride)[:, None] + latent[None, :]
     for piece in gl.static_range(len(pieces)):
-        copy_to_shared(pieces[piece], at + (WHICH + 2 * piece) * WIDTH * up_stride, mask=ok)
+        _copy_pairs(pieces[piece], up, up_stride, rank, WHICH + 2 * piece, 0, WIDTH)
 
 
 @gluon.jit

@@ -113,18 +113,18 @@ def parameters_of(scales, first, part: gl.constexpr, number, STEP: gl.constexpr,
 
 
 @gluon.jit
-def _highest(scores):
+def highest(scores):
     """The larger score of every slot and token, of all steps."""
-    highest = scores[0]
+    result = scores[0]
     for part in gl.static_range(1, len(scores)):
-        highest = gl.maximum(highest, scores[part])
-    return highest
+        result = gl.maximum(result, scores[part])
+    return result
 
 
 @gluon.jit
 def store_excess(excess, scores, reference):
     """Whether some of a warp's scores are far above their references, to shared memory [warps]."""
-    above = (_highest(scores) - reference[:, None] > MOST).to(gl.int32)
+    above = (highest(scores) - reference[:, None] > MOST).to(gl.int32)
     # One instruction finds the largest integer of a warp.
     excess.store(gl.max(above.reshape([WARPS, above.shape[0] // WARPS * above.shape[1]]), 1))
 
@@ -143,7 +143,7 @@ def softmax(
     USED: gl.constexpr = reference.shape[0]
     of_tokens: gl.constexpr = gl.SliceLayout(0, weights_layout(USED, STEP))
     if gl.max(excess.load(_everywhere(WARPS.value)), 0) > 0:
-        peak = gl.max(_highest(scores), 1)
+        peak = gl.max(highest(scores), 1)
         higher = gl.where(peak - reference > MOST, peak - HEADROOM, reference)
         factor = exp2(reference - higher)
         summed = _rescaled(summed, factor)

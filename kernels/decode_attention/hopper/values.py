@@ -178,7 +178,7 @@ def weigh_values(
             scores, excess, scales, buffer, number, weights, reference, total, shifted, summed, BITS
         )
         for part in gl.static_range(STEPS):
-            number = done * STEPS + part
+            step = done * STEPS + part
             if part > 0:
                 async_copy.wait_group(STAGES - 2)
                 if BITS == 16:
@@ -190,15 +190,15 @@ def weigh_values(
                 # All have read the scores.
                 for tile in gl.static_range(TILES):
                     mbarrier.arrive(empty.index(buffer + tile), count=1)
-            ahead = number + STAGES - 1
+            ahead = step + STAGES - 1
             if BITS < 16:
                 # The slot that is written has been read by all.
                 copy_step(rings, ahead % STAGES, latents, tiles, begin, ahead, latents_t, units, SHARED_BY)
                 if part > 0:
-                    operand = value_operand(rings[0].index(number % STAGES), result, BITS)
-                summed = _weigh_codes(rings, number % STAGES, operand, weights.index(part), summed, BITS)
+                    operand = value_operand(rings[0].index(step % STAGES), result, BITS)
+                summed = _weigh_codes(rings, step % STAGES, operand, weights.index(part), summed, BITS)
             else:
-                summed = _weigh_numbers(rings, number % STAGES, weights.index(part), summed)
+                summed = _weigh_numbers(rings, step % STAGES, weights.index(part), summed)
                 copy_step(rings, ahead % STAGES, latents, tiles, begin, ahead, latents_t, units, SHARED_BY)
         if BITS == 16:
             summed = _there(summed)

@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from palu.kernels.decode_attention.hopper.common import WARPS, exp2, synchronize
 from palu.kernels.decode_attention.hopper.operands import bytes_operand, middle_of, side_by_side
-from palu.kernels.decode_attention.hopper.softmax import head_of, load_scores, parameters_of, weights_layout
+from palu.kernels.decode_attention.hopper.softmax import head_of, highest, load_scores, parameters_of, weights_layout
 from palu.kernels.decode_attention.hopper.values import CHUNK, copy_step, latents_layout, store_sums
 from palu.kernels.decode_attention.kernel import LOWEST
 
@@ -31,10 +31,10 @@ def _product(used: int) -> gl.NVMMADistributedLayout:
 
 
 @gluon.jit
-def parts_of(product):
-    """Both bytes' sums [rows, slots]."""
+def whole_of(product):
+    """Sums of both bytes' columns [rows, 2 * slots] as float32 [rows, slots]."""
     upper, lower = gl.split(product.reshape([product.shape[0], product.shape[1] // 2, 2]))
-    return upper, lower
+    return ((upper << 8) + lower).to(gl.float32)
 
 
 @gluon.jit
@@ -46,10 +46,7 @@ def _ordered(bits):
 @gluon.jit
 def _largest(scores):
     """The largest score of every slot; one instruction finds the largest integer of a warp."""
-    highest = scores[0]
-    for part in gl.static_range(1, len(scores)):
-        highest = gl.maximum(highest, scores[part])
-    most = _ordered(gl.max(_ordered(highest.to(gl.int32, bitcast=True)), 1))
+    most = _ordered(gl.max(_ordered(highest(scores).to(gl.int32, bitcast=True)), 1))
     return gl.maximum(most.to(gl.float32, bitcast=True), LOWEST)
 
 
@@ -89,7 +86,11 @@ def _softmax(
 
 @gluon.jit
 def _weigh(rings, stage, weights, products, ADDED: gl.constexpr, BITS: gl.constexpr):
-    """A step's codes times its weights, chunk after chunk, two of which are under way at a time."""
+    """A step's codes times its weights, chunk after chunk, two of which are under way at a time.
+
+    Bytes cannot be named where their product is waited for; `tests/compile_launches.py` looks whether their registers
+    are left alone until then.
+    """
     result: gl.constexpr = products[0].type.layout
     transposed = weights.permute((1, 0))
     done = ()
@@ -108,9 +109,7 @@ def _added(summed, products, before, now):
     """Sums [CHUNK, slots] times a factor, and products' sums times another."""
     result = ()
     for chunk in gl.static_range(len(summed)):
-        upper, lower = parts_of(products[chunk])
-        whole = ((upper << 8) + lower).to(gl.float32)
-        result = result + (summed[chunk] * before[None, :] + whole * now[None, :],)
+        result = result + (summed[chunk] * before[None, :] + whole_of(products[chunk]) * now[None, :],)
     return result
 
 
@@ -138,15 +137,15 @@ def weigh_whole(
     slot = gl.arange(0, USED, gl.SliceLayout(1, layout))
     head, there = head_of(slot, KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS)
     zeros = gl.zeros([CHUNK, 2 * USED], gl.int32, result)
-    upper, _ = parts_of(zeros)
-    by_slot: gl.constexpr = gl.SliceLayout(0, upper.type.layout)
+    nothing = whole_of(zeros)
+    by_slot: gl.constexpr = gl.SliceLayout(0, nothing.type.layout)
     reference = gl.full([USED], LOWEST, gl.float32, gl.SliceLayout(1, layout))
     reference_of_sums = gl.full([USED], LOWEST, gl.float32, by_slot)
     total = gl.zeros([USED, STEP], gl.float32, layout)
     shifted = gl.zeros([USED, STEP], gl.float32, layout)
     summed = ()
     for _chunk in gl.static_range(CHUNKS):
-        summed = summed + (upper.to(gl.float32),)
+        summed = summed + (nothing,)
     _, _, begin, end, _ = tiles
     begin += WHICH
     units = gl.multiple_of(rank * BITS // 16, 8)
