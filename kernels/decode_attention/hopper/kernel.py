@@ -31,34 +31,34 @@ from palu.kernels.latent_scores.tiles import GAPS
 
 @gluon.jit
 def _score_absorbed(
-    found, scales, full, empty, ring, queries, units, arguments, WHICH: gl.constexpr, SHARED_BY: gl.constexpr,
-    BITS: gl.constexpr, ASYMMETRIC: gl.constexpr, MASK: gl.constexpr, WHOLE: gl.constexpr,
+    buffers, ring, queries, units, arguments, WHICH: gl.constexpr, SHARED_BY: gl.constexpr, KIND: gl.constexpr,
+    WHOLE: gl.constexpr,
 ):  # fmt: skip
-    """Score latents; WHOLE: as in `_weigh`."""
+    """Score latents; KIND: what both take last, in their order; WHOLE: as in `_weigh`."""
+    found, scales, full, empty = buffers
     if WHOLE > 0:
         score_absorbed_codes(
-            found, scales, full, empty, ring, queries, units, arguments, WHICH, SHARED_BY, BITS, ASYMMETRIC, MASK
+            found, scales, full, empty, ring, queries, units, arguments, WHICH, SHARED_BY, KIND[0], KIND[1], KIND[2]
         )  # fmt: skip
     else:
-        score_absorbed(found, scales, full, empty, ring, queries, arguments, BITS, ASYMMETRIC, MASK)
+        score_absorbed(found, scales, full, empty, ring, queries, arguments, KIND[0], KIND[1], KIND[2])
 
 
 @gluon.jit
 def _weigh(
-    rings, weights, tops, out, arguments, WHICH: gl.constexpr, SHARED_BY: gl.constexpr, KV: gl.constexpr,
-    QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr,
-    RANK_STRIDE: gl.constexpr, BITS: gl.constexpr, WHOLE: gl.constexpr,
+    memory, out, arguments, WHICH: gl.constexpr, SHARED_BY: gl.constexpr, KIND: gl.constexpr, WHOLE: gl.constexpr
 ):  # fmt: skip
-    """Weigh values; WHOLE: slots of weights that are whole numbers, or 0 where they are not."""
+    """Weigh values; KIND: what both take last, in their order; WHOLE: slots of weights that are whole numbers, or 0."""
+    rings, weights, tops = memory
     if WHOLE > 0:
         weigh_whole(
-            rings, weights, tops, out, arguments, WHICH, SHARED_BY, KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS,
-            RANK_STRIDE, BITS,
+            rings, weights, tops, out, arguments, WHICH, SHARED_BY,
+            KIND[0], KIND[1], KIND[2], KIND[3], KIND[4], KIND[5], KIND[6],
         )  # fmt: skip
     else:
         weigh_values(
-            rings, weights, tops, out, arguments, WHICH, SHARED_BY, KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS,
-            RANK_STRIDE, BITS,
+            rings, weights, tops, out, arguments, WHICH, SHARED_BY,
+            KIND[0], KIND[1], KIND[2], KIND[3], KIND[4], KIND[5], KIND[6],
         )  # fmt: skip
 
 
@@ -114,25 +114,24 @@ def hopper_kernel(
     key_units: gl.constexpr = RANK * BITS // 16
     value_units: gl.constexpr = CHUNK * BITS // 16
     # A buffer for each chunk, so that the compiler sees that copies do not overlap.
-    all_rings, all_weights, all_excess = (), (), ()
+    memories = ()
     for _weigher in gl.static_range(WEIGHERS):
         value_rings = ()
         for _chunk in gl.static_range(CHUNKS):
             ring = gl.allocate_shared_memory(stored, [VALUE_STAGES, STEP, value_units], swizzled(value_units))
             value_rings = value_rings + (ring,)
-        all_rings = all_rings + (value_rings,)
         if WHOLE > 0:
             weights = gl.allocate_shared_memory(
                 gl.int8, [4 // WEIGHERS * TILE // STEP, 2 * WHOLE, STEP], gl.NVMMASharedLayout(STEP, 8, rank=2)
             )
-            excess = gl.allocate_shared_memory(gl.float32, [2, WHOLE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+            tops = gl.allocate_shared_memory(gl.float32, [2, WHOLE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         else:
             # Of codes, of two tiles.
             weights = gl.allocate_shared_memory(
                 DTYPE, [(2 // WEIGHERS if BITS < 16 else 1) * TILE // STEP, SLOTS, STEP], swizzled(STEP)
             )
-            excess = gl.allocate_shared_memory(gl.int32, [WARPS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-        all_weights, all_excess = all_weights + (weights,), all_excess + (excess,)
+            tops = gl.allocate_shared_memory(gl.int32, [WARPS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        memories = memories + ((value_rings, weights, tops),)
     found = gl.allocate_shared_memory(gl.float32, [2, TILE, SLOTS], gl.SwizzledSharedLayout(1, 1, 1, [0, 1]))
     # Of a tile's values: one over the scale, the shift.
     scales = gl.allocate_shared_memory(gl.float32, [4, TILE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -167,7 +166,10 @@ def hopper_kernel(
     out = part * WEIGHERS * rows_heads + first_head
     to_values = (found, scales, full, empty, tiles, at_values, sums, totals, peaks, value_rank, values_t, ours)
     key_units_there = gl.multiple_of(key_rank * BITS // 16, 8)
+    OF_VALUES: gl.constexpr = (KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS)
     if MODE == "absorbed":
+        OF_KEYS: gl.constexpr = (BITS, ASYMMETRIC, MASK)
+        buffers = (found, scales, full, empty)
         rings = ()
         for _scorer in gl.static_range(SCORERS):
             ring = gl.allocate_shared_memory(stored, [KEY_STAGES, TILE, key_units], swizzled(key_units))
@@ -188,48 +190,21 @@ def hopper_kernel(
         synchronize()
         if WEIGHERS == 1:
             gl.warp_specialize([
-                (_score_absorbed, (
-                    found, scales, full, empty, rings[0], queries, units, to_scores, 0, SCORERS,
-                    BITS, ASYMMETRIC, MASK, WHOLE,
-                )),
-                (_weigh, (
-                    all_rings[0], all_weights[0], all_excess[0], out, to_values, 0, WEIGHERS,
-                    KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS, WHOLE,
-                )),
+                (_score_absorbed, (buffers, rings[0], queries, units, to_scores, 0, SCORERS, OF_KEYS, WHOLE)),
+                (_weigh, (memories[0], out, to_values, 0, WEIGHERS, OF_VALUES, WHOLE)),
             ], [4], [VALUE_REGISTERS])  # fmt: skip
         elif SCORERS == 1:
             gl.warp_specialize([
-                (_score_absorbed, (
-                    found, scales, full, empty, rings[0], queries, units, to_scores, 0, SCORERS,
-                    BITS, ASYMMETRIC, MASK, WHOLE,
-                )),
-                (_weigh, (
-                    all_rings[0], all_weights[0], all_excess[0], out, to_values, 0, WEIGHERS,
-                    KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS, WHOLE,
-                )),
-                (_weigh, (
-                    all_rings[1], all_weights[1], all_excess[1], out + rows_heads, to_values, 1, WEIGHERS,
-                    KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS, WHOLE,
-                )),
+                (_score_absorbed, (buffers, rings[0], queries, units, to_scores, 0, SCORERS, OF_KEYS, WHOLE)),
+                (_weigh, (memories[0], out, to_values, 0, WEIGHERS, OF_VALUES, WHOLE)),
+                (_weigh, (memories[1], out + rows_heads, to_values, 1, WEIGHERS, OF_VALUES, WHOLE)),
             ], [4, 4], [VALUE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
         else:
             gl.warp_specialize([
-                (_score_absorbed, (
-                    found, scales, full, empty, rings[0], queries, units, to_scores, 0, SCORERS,
-                    BITS, ASYMMETRIC, MASK, WHOLE,
-                )),
-                (_score_absorbed, (
-                    found, scales, full, empty, rings[1], queries, units, to_scores, 1, SCORERS,
-                    BITS, ASYMMETRIC, MASK, WHOLE,
-                )),
-                (_weigh, (
-                    all_rings[0], all_weights[0], all_excess[0], out, to_values, 0, WEIGHERS,
-                    KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS, WHOLE,
-                )),
-                (_weigh, (
-                    all_rings[1], all_weights[1], all_excess[1], out + rows_heads, to_values, 1, WEIGHERS,
-                    KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS, WHOLE,
-                )),
+                (_score_absorbed, (buffers, rings[0], queries, units, to_scores, 0, SCORERS, OF_KEYS, WHOLE)),
+                (_score_absorbed, (buffers, rings[1], queries, units, to_scores, 1, SCORERS, OF_KEYS, WHOLE)),
+                (_weigh, (memories[0], out, to_values, 0, WEIGHERS, OF_VALUES, WHOLE)),
+                (_weigh, (memories[1], out + rows_heads, to_values, 1, WEIGHERS, OF_VALUES, WHOLE)),
             ], [4, 4, 4], [SCORE_REGISTERS, VALUE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
     else:
         # Factors for codes are in the codes' order, every group as wide as the others.
@@ -286,10 +261,7 @@ def hopper_kernel(
                 places[1], scales, full.index(1), empty.index(1), ready, rings[1], factors, besides[1], to_scores,
                 1, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK,
             )),
-            (_weigh, (
-                all_rings[0], all_weights[0], all_excess[0], out, to_values, 0, WEIGHERS,
-                KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS, WHOLE,
-            )),
+            (_weigh, (memories[0], out, to_values, 0, WEIGHERS, OF_VALUES, WHOLE)),
         ], [4, 4], [SCORE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
     if TAKES == "gapless":
         # The launch before took the other rows, and the one after waits for this one only.
