@@ -153,55 +153,64 @@ def quantize(latents: Tensor, quantization: Quantization) -> PackedLatents:
     """Round latents [batch, length, width] to packed codes; any floating dtype, computed in float32.
 
     Scale and zero point are rounded to fp16 first and the codes chosen for the rounded ones. A group that is constant
-    in a token is stored up to fp16 precision. One Triton launch on a GPU, the definition below elsewhere; compilers
-    fuse the definition themselves.
+    in a token is stored up to fp16 precision. One Triton launch on a GPU, the definition below elsewhere.
     """
-    if uses_kernels(latents) and not torch.compiler.is_compiling():
+    return PackedLatents.of(*encode(latents, quantization), quantization)
+
+
+def encode(latents: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor]:
+    """As `quantize`, the tensors that a cache holds: what `PackedLatents.of` takes."""
+    has_gradient = torch.is_grad_enabled() and latents.requires_grad
+    if torch.compiler.is_compiling() and not has_gradient:
+        # Here, as it imports this module.
+        from palu.kernels.quantization.compiled import compiled_encode
+
+        return compiled_encode(latents, quantization)
+    if uses_kernels(latents):
         # Here, so that machines without a GPU need no Triton.
-        from palu.kernels.quantization.launch import can_take, launch_quantize
+        from palu.kernels.quantization.launch import can_take, launch_encode
 
         if can_take(latents, quantization):
-            return launch_quantize(latents, quantization)
-    return reference_quantize(latents, quantization)
+            return launch_encode(latents, quantization)
+    return reference_encode(latents, quantization)
 
 
-def quantize_into(
+def encode_into(
     codes: Tensor, parameters: Tensor, slots: Tensor, latents: Tensor, quantization: Quantization
 ) -> None:
-    """As `quantize`, of new tokens' latents [batch, new, width] to slots [new] (int64) of a cache.
+    """As `encode`, of new tokens' latents [batch, new, width] to slots [new] (int64) of a cache.
 
     codes: uint8 [batch, capacity, packed_width]; parameters: fp16 [batch, capacity, groups or 2 * groups], which are
     written in place. One Triton launch on a GPU.
     """
     if uses_kernels(latents) and not torch.compiler.is_compiling():
-        from palu.kernels.quantization.launch import can_take, launch_quantize_into
+        from palu.kernels.quantization.launch import can_take, launch_encode_into
 
         if can_take(latents, quantization):
-            launch_quantize_into(codes, parameters, slots, latents, quantization)
+            launch_encode_into(codes, parameters, slots, latents, quantization)
             return
-    packed = quantize(latents, quantization)
-    codes.index_copy_(1, slots, packed.codes)
-    parameters.index_copy_(1, slots, packed.parameters)
+    for storage, tensor in zip((codes, parameters), encode(latents, quantization), strict=True):
+        storage.index_copy_(1, slots, tensor)
 
 
-def reference_quantize(latents: Tensor, quantization: Quantization) -> PackedLatents:
+def reference_encode(latents: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor]:
     """The definition in plain PyTorch."""
     clips = clip_tensor(quantization, latents.device) if quantization.clip_ratios else None
-    encode = _encode_symmetric if quantization.symmetric else _encode_asymmetric
+    of_groups = _encode_symmetric if quantization.symmetric else _encode_asymmetric
     codes, scales, zeros = [], [], []
     offset = 0
     for first, count, width in quantization.runs():
         groups = latents[..., offset : offset + count * width].float().unflatten(-1, (count, width))
         clip = 1.0 if clips is None else clips[first : first + count, None]
-        code, scale, zero = encode(groups, quantization.bits, clip)
+        code, scale, zero = of_groups(groups, quantization.bits, clip)
         codes.append(code.flatten(-2))
         scales.append(scale[..., 0])
         zeros.append(None if zero is None else zero[..., 0])
         offset += count * width
-    packed, scales = pack(torch.cat(codes, dim=-1), quantization.bits), torch.cat(scales, dim=-1)
+    packed, parameters = pack(torch.cat(codes, dim=-1), quantization.bits), torch.cat(scales, dim=-1)
     if not quantization.symmetric:
-        scales = torch.stack([scales, torch.cat(zeros, dim=-1)], dim=-1).flatten(-2)
-    return PackedLatents.of(packed, scales, quantization)
+        parameters = torch.stack([parameters, torch.cat(zeros, dim=-1)], dim=-1).flatten(-2)
+    return packed, parameters
 
 
 @functools.lru_cache(maxsize=1024)

@@ -16,6 +16,7 @@ from palu.kernels.latent_scores import factors, layout
 from palu.nn import rotary
 from tests.helpers import compressed, random_windows, tiny_model
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROMPT, STEPS = 12, 3
 
 
@@ -36,11 +37,10 @@ def launches(monkeypatch):
     ("family", "bits"), [("llama", 16), ("llama", 4), ("qwen2", 16), ("qwen3", 16), ("mistral", 16)]
 )
 def test_a_compiled_step_is_one_graph_of_kernel_calls(family, bits, launches):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    base = tiny_model(family, head_dim=64, hidden_size=256, num_hidden_layers=2).to(device)
+    base = tiny_model(family, head_dim=64, hidden_size=256, num_hidden_layers=2).to(DEVICE)
     latent = compressed(base, 0.75, rank_multiple=16).model
     palu.set_quantization(latent, palu.QuantizationConfig(bits, bits))
-    ids = random_windows(latent, 2, PROMPT + STEPS).to(device)
+    ids = random_windows(latent, 2, PROMPT + STEPS).to(DEVICE)
     cache, other = (LatentCache(latent.config, capacity=PROMPT + STEPS + 4) for _ in range(2))
     for each in (cache, other):
         latent(ids[:, :PROMPT], past_key_values=each)
@@ -52,7 +52,7 @@ def test_a_compiled_step_is_one_graph_of_kernel_calls(family, bits, launches):
     compiled_step = torch.compile(step, fullgraph=True, backend="aot_eager")
     for index in range(STEPS):
         at = PROMPT + index
-        position = torch.full((2, 1), at, device=device)
+        position = torch.full((2, 1), at, device=DEVICE)
         launches.clear()
         logits = compiled_step(ids[:, at : at + 1], position)
         assert len(launches) == latent.config.num_hidden_layers
@@ -104,16 +104,16 @@ def test_what_outlives_a_compiled_step_is_made_apart(bits, monkeypatch):
         )
     for cached in (layout.side_of, factors._columns, launch._chunks):
         cached.cache_clear()
-    latent = compressed(tiny_model("llama", head_dim=64, hidden_size=256, num_hidden_layers=1), 0.75, rank_multiple=16)
-    latent = latent.model
+    model = tiny_model("llama", head_dim=64, hidden_size=256, num_hidden_layers=1).to(DEVICE)
+    latent = compressed(model, 0.75, rank_multiple=16).model
     palu.set_quantization(latent, palu.QuantizationConfig(bits, bits))
-    ids = random_windows(latent, 1, PROMPT + 1)
+    ids = random_windows(latent, 1, PROMPT + 1).to(DEVICE)
     cache = LatentCache(latent.config, capacity=PROMPT + 4)
     latent(ids[:, :PROMPT], past_key_values=cache)
     before = tensors_alive()
     torch._dynamo.reset()
     step = torch.compile(latent, fullgraph=True, backend="aot_eager")
-    step(ids[:, PROMPT:], past_key_values=cache, position_ids=torch.tensor([[PROMPT]]))
+    step(ids[:, PROMPT:], past_key_values=cache, position_ids=torch.tensor([[PROMPT]], device=DEVICE))
     left = set(tensors_alive()) - set(before)
     known = {each.untyped_storage().data_ptr() for made in kept for each in tree_leaves(made) if torch.is_tensor(each)}
     assert known

@@ -7,7 +7,7 @@ from palu.kernels.integers import next_power_of_2
 from palu.kernels.latent_scores.layout import side_of
 from palu.kernels.packing import packed_width
 from palu.kernels.quantization.kernel import quantize_kernel
-from palu.kernels.quantize import LARGEST_ZERO_POINT, SMALLEST_SCALE, PackedLatents, Quantization, clip_tensor
+from palu.kernels.quantize import LARGEST_ZERO_POINT, SMALLEST_SCALE, Quantization, clip_tensor
 
 # Groups of such multiples begin at whole bytes of every plane; wider ones than the largest do not fit in registers.
 WIDTH_MULTIPLE, LARGEST_WIDTH = 16, 8192
@@ -19,20 +19,20 @@ def can_take(latents: Tensor, quantization: Quantization) -> bool:
     return fits and not (torch.is_grad_enabled() and latents.requires_grad) and latents.dtype != torch.float64
 
 
-def launch_quantize(latents: Tensor, quantization: Quantization) -> PackedLatents:
-    """As `palu.kernels.quantize.quantize`, in one launch."""
+def launch_encode(latents: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor]:
+    """As `palu.kernels.quantize.encode`, in one launch."""
     batch, length, width = latents.shape
     count = len(quantization.widths) * (1 if quantization.symmetric else 2)
     codes = latents.new_empty(batch, length, packed_width(width, quantization.bits), dtype=torch.uint8)
     parameters = latents.new_empty(batch, length, count, dtype=torch.float16)
     _launch(codes, parameters, None, latents, quantization)
-    return PackedLatents.of(codes, parameters, quantization)
+    return codes, parameters
 
 
-def launch_quantize_into(
+def launch_encode_into(
     codes: Tensor, parameters: Tensor, slots: Tensor, latents: Tensor, quantization: Quantization
 ) -> None:
-    """As `palu.kernels.quantize.quantize_into`, in one launch."""
+    """As `palu.kernels.quantize.encode_into`, in one launch."""
     _launch(codes, parameters, slots, latents, quantization)
 
 

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from palu.kernels.latents import Latents, MixedLatents
-from palu.kernels.quantize import PackedLatents, Quantization, quantize, quantize_into
+from palu.kernels.quantize import PackedLatents, Quantization, encode, encode_into
 from palu.nn.buffer_group import BufferGroup
 from palu.nn.token_buffer import TokenBuffer
 
@@ -31,12 +31,11 @@ class PackedBuffer(BufferGroup):
 
     def encode(self, tokens: Tensor) -> list[Tensor]:
         """Codes and parameters of latents [batch, new, width]."""
-        packed = quantize(tokens, self.quantization)
-        return [packed.codes, packed.parameters]
+        return list(encode(tokens, self.quantization))
 
     def write_at(self, slots: Tensor, tokens: Tensor) -> None:
         """Quantise latents [batch, new, width] into slots [new] of storage of fixed size."""
-        quantize_into(*(part.storage for part in self.members), slots, tokens, self.quantization)
+        encode_into(*(part.storage for part in self.members), slots, tokens, self.quantization)
 
     def append(self, tokens: Tensor, max_length: int | None = None) -> None:
         """Quantise latents [batch, new, width] and add them at the back."""
