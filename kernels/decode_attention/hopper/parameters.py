@@ -38,6 +38,20 @@ def scale_of(parameters, side: gl.constexpr, ASYMMETRIC: gl.constexpr):
 
 
 @gluon.jit
+def zeros_of(parameters, layout: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr):
+    """Zeros [tile] that are known when a tile's parameters are.
+
+    A load that waits for them keeps apart from the parameters' ones: where both are under way, the first use of either
+    waits for all.
+    """
+    zeros = gl.zeros([TILE], gl.int32, layout)
+    if BITS < 16:
+        # Scales are positive.
+        zeros = (scale_of(parameters, 0, ASYMMETRIC) < 0.0).to(gl.int32)
+    return zeros
+
+
+@gluon.jit
 def shift_of(parameters, side: gl.constexpr, layout: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr):
     """A tile's zero points less the middle code, float32 [tile], of keys (0) or values (1); zero where symmetric."""
     if BITS < 16 and ASYMMETRIC:

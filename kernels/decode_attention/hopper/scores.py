@@ -20,6 +20,7 @@ from palu.kernels.decode_attention.hopper.parameters import (
     logarithm_of,
     scale_of,
     shift_of,
+    zeros_of,
 )
 from palu.kernels.decode_attention.hopper.prologue import (
     copy_factors,
@@ -30,9 +31,9 @@ from palu.kernels.decode_attention.hopper.prologue import (
     pieces_of,
     store_queries,
 )
-from palu.kernels.decode_attention.hopper.slow import load_basis, make_slow, slow_numbers
+from palu.kernels.decode_attention.hopper.slow import load_basis, load_slow, make_slow, slow_numbers
 from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT, by_pair, load_turns, units_of
-from palu.kernels.decode_attention.hopper.units import score_turned, score_weighed
+from palu.kernels.decode_attention.hopper.units import score_slow, score_turned, score_weighed
 from palu.kernels.decode_attention.hopper.windows import (
     COLUMNS,
     FAST,
@@ -71,12 +72,15 @@ def operand_of(
 
 
 @gluon.jit
-def _turns_of(table, basis, tiles, index, table_t, WORDS: gl.constexpr, SPAN: gl.constexpr):
-    """Of a tile's tokens, what weighs their products: cosines and sines, and rows of the basis of windows of SPAN."""
+def _turns_of(table, basis, tiles, index, table_t, after, WORDS: gl.constexpr, SPAN: gl.constexpr):
+    """Of a tile's tokens, what weighs their products: cosines and sines, and rows of the basis of windows of SPAN.
+
+    after: zeros [tile], which these loads wait for.
+    """
     first, step, begin, _, length = tiles
-    words = (load_turns(table, (first + index * step) * TILE, table_t, length, WORDS),)
+    words = (load_turns(table, (first + index * step) * TILE, table_t, length, after, WORDS),)
     if SPAN > 0:
-        words = words + (load_turns(basis, (index - begin) * TILE % SPAN, COLUMNS, SPAN, COLUMNS // 2),)
+        words = words + (load_turns(basis, (index - begin) * TILE % SPAN, COLUMNS, SPAN, after, COLUMNS // 2),)
     return words
 
 
@@ -107,34 +111,41 @@ def _start(
         copy_factors(factors, up, up_stride, rank, KV, 1, WIDTH, 0, 1)
 
 
+@gluon.constexpr_function
+def _made_layout(rank: int) -> gl.NVMMADistributedLayout:
+    """Of a window's matrix of slow pairs, as it is made."""
+    return gl.NVMMADistributedLayout([3, 0], [WARPS.value, 1], [16, rank, 16])
+
+
 @gluon.jit
 def _prepare(
-    factors, beside, ready, frequency, own, bases, frequencies, query, up, numbers, position, more,
+    factors, beside, ready, loaded, bases, query, up, numbers, position, more,
     KEY_STAGES: gl.constexpr, WHICH: gl.constexpr, MODE: gl.constexpr, KV: gl.constexpr, TOGETHER: gl.constexpr,
     QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
-    """Make what tiles are multiplied with ready: of all, or of a window. Each of two groups of warps does a part."""
+    """Make what tiles are multiplied with: of all, or of a window. Each of two groups of warps does a part.
+
+    loaded: what windows are made of, or ().
+    """
     up_stride, rank, query_stride, scaling = numbers
     if MODE == "windows":
+        frequency, own = loaded
         make_window(
             factors, beside, ready, frequency, own, bases, up, (up_stride, rank), position, more, KV, WIDTH, WHICH
         )  # fmt: skip
     elif MODE == "mixed":
-        made: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, factors.shape[2], 16])
         if WHICH == 0:
             slow = slow_numbers(
-                bases, frequencies, query, query_stride, scaling, position, made, KV, QUERIES, QUERY_SLOTS, TOGETHER,
-                LEAST, UNIT, beside[0].shape[1], beside[1].shape[1], WIDTH, factors.dtype,
-            )  # fmt: skip
+                loaded, scaling, position, QUERY_SLOTS, TOGETHER, LEAST, beside[0].shape[1], factors.dtype
+            )
         # All warps have done their products with the last window.
         synchronize()
         mbarrier.arrive(ready, count=1)
         mbarrier.wait(ready, 0)
         if WHICH == 0:
-            make_slow(factors.index(KV), beside[1], slow, made)
+            make_slow(factors.index(KV), beside[1], slow, _made_layout(factors.shape[2]))
         else:
             async_copy.wait_group(0)
-        hand_over(ready, 1)
     else:
         if MODE == "folded":
             q_first, q_second = load_pairs(
@@ -146,7 +157,6 @@ def _prepare(
         synchronize()
         if MODE == "folded":
             fold(pieces_of(factors, KV, WHICH, False), q_first, q_second)
-        hand_over(ready, 0)
 
 
 @gluon.jit
@@ -181,19 +191,19 @@ def score_rebuilt(
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, SLOTS, 16])
     rows: gl.constexpr = gl.SliceLayout(1, wide)
     first, step, begin, end, length = tiles
+    loaded = ()
+    if MODE == "mixed" and WHICH == 0:
+        loaded = load_slow(
+            bases, frequencies, query, query_stride, _made_layout(factors.shape[2]), KV, QUERIES, QUERY_SLOTS,
+            TOGETHER, LEAST, UNIT, SLOTS, beside[1].shape[1], WIDTH,
+        )  # fmt: skip
     # Nothing is read where there is no tile.
     _start(factors, beside, up, up_stride, gl.where(begin < end, rank, 0), KV, WIDTH, MODE, WHICH)
     for stage in gl.static_range(STAGES):
         copy_tile(ring.index(stage), latents, tiles, begin + WHICH + 2 * stage, latents_t, units)
-    turns = _turns_of(table, basis, tiles, begin + WHICH, table_t, PAIRS, ROWS_SPAN)
-    parameters = load_parameters(stored, tiles, begin + WHICH, rows, BITS, ASYMMETRIC)
-    shares = ()
-    if MODE == "mixed":
-        shares = load_basis(basis, WHICH * TILE, UNIT // SLOTS, SLOTS)
-    frequency, own = 0.0, ()
     if MODE == "windows":
-        frequency = load_frequencies(frequencies, WIDTH)
         own = load_own_queries(query, query_stride, scaling, KV, WIDTH, WHICH)
+        loaded = (load_frequencies(frequencies, WIDTH), own)
         q_first, q_second = load_pairs(query, query_stride, scaling, KV, UNIT // 2, factors.shape[2], WIDTH, WHICH)
         async_copy.wait_group(STAGES)
         synchronize()
@@ -201,12 +211,19 @@ def score_rebuilt(
     if MODE == "mixed" and WHICH == 1:
         store_queries(beside[0], query, query_stride, scaling, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, 0, 1)
     numbers = (up_stride, rank, query_stride, scaling)
+    nothing = gl.zeros([TILE], gl.int32, rows)
     for window in range(begin, end, WINDOW):
         _prepare(
-            factors, beside, ready, frequency, own, bases, frequencies, query, up, numbers,
+            factors, beside, ready, loaded, bases, query, up, numbers,
             position + (window - begin) * TILE, (window + WINDOW < end).to(gl.int32),
             STAGES, WHICH, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH,
         )  # fmt: skip
+        # Not before: there are no registers where a window is made.
+        turns = _turns_of(table, basis, tiles, window + WHICH, table_t, nothing, PAIRS, ROWS_SPAN)
+        parameters = load_parameters(stored, tiles, window + WHICH, rows, BITS, ASYMMETRIC)
+        if MODE == "mixed":
+            shares = load_basis(basis, WHICH * TILE, UNIT // SLOTS, SLOTS)
+        hand_over(ready, 1 if SPAN > 0 else 0)
         for index in range(window + WHICH, gl.minimum(window + WINDOW, end), 2):
             done = (index - begin) // 2
             inside = (first + index * step) * TILE + gl.arange(0, TILE, rows)
@@ -215,10 +232,7 @@ def score_rebuilt(
             slot = ring.index(done % STAGES)
             # Asked for long before they are needed, where there are registers.
             if MODE == "windows":
-                next_turns = _turns_of(table, basis, tiles, index + 2, table_t, PAIRS, ROWS_SPAN)
-            next_shares = shares
-            if MODE == "mixed":
-                next_shares = load_basis(basis, (index + 2 - window) * TILE % SPAN, UNIT // SLOTS, SLOTS)
+                next_turns = _turns_of(table, basis, tiles, index + 2, table_t, nothing, PAIRS, ROWS_SPAN)
             # Rebuilt keys are rounded to fp16 before they meet the queries, in whose range only scaled ones are sure
             # to be.
             operand, scale = operand_of(slot, parameters, STAGES, wide, BITS, ASYMMETRIC, TURNED)
@@ -230,19 +244,28 @@ def score_rebuilt(
             words = _words_of(turns, wide)
             if TURNED:
                 queries = beside[0] if MODE == "mixed" else beside
-                scores = gl.zeros([TILE, SLOTS], gl.float32, narrow)
-                score_turned(
-                    found, free, operand, factors, queries, words, shares, scores, seen, scale, logarithm,
-                    narrow, KV, TOGETHER, MODE, DTYPE,
+                scores, operand = score_turned(
+                    found, free, operand, factors, queries, words, gl.zeros([TILE, SLOTS], gl.float32, narrow), seen,
+                    scale, logarithm, narrow, KV, TOGETHER, MODE, DTYPE,
                 )  # fmt: skip
             else:
                 score_weighed(found, free, operand, factors, words, seen, scale, logarithm, KV, MODE, TURNS)
             if MODE != "windows":
-                next_turns = _turns_of(table, basis, tiles, index + 2, table_t, PAIRS, ROWS_SPAN)
+                after = zeros_of(next_parameters, rows, BITS, ASYMMETRIC)
+                next_turns = _turns_of(table, basis, tiles, index + 2, table_t, after, PAIRS, ROWS_SPAN)
+            if MODE == "mixed":
+                score_slow(found, free, operand, factors, shares, scores, seen, scale, logarithm)
+                shares = load_basis(basis, (index + 2 - window) * TILE % SPAN, UNIT // SLOTS, SLOTS)
             hand_on_parameters(scales, WHICH, parameters, seen, rows, BITS, ASYMMETRIC)
-            turns, shares, parameters = next_turns, next_shares, next_parameters
+            turns, parameters = next_turns, next_parameters
             synchronize()
             mbarrier.arrive(full, count=1)
+        if MODE == "mixed" and WHICH == 0:
+            # Once more: while tiles are scored there are no registers to keep it in.
+            loaded = load_slow(
+                bases, frequencies, query, query_stride, _made_layout(factors.shape[2]), KV, QUERIES, QUERY_SLOTS,
+                TOGETHER, LEAST, UNIT, SLOTS, beside[1].shape[1], WIDTH,
+            )  # fmt: skip
     async_copy.wait_group(0)
     # The values of the last tile take less than a launch.
     allow_launch_after()

@@ -23,15 +23,14 @@ from palu.kernels.latent_scores.tiles import turn
 
 
 @gluon.jit
-def slow_numbers(
-    bases, frequencies, query, query_stride, scaling, position, result: gl.constexpr,
-    KV: gl.constexpr, QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, TOGETHER: gl.constexpr,
-    PLACE: gl.constexpr, ROWS: gl.constexpr, SLOTS: gl.constexpr, PAIRS: gl.constexpr, WIDTH: gl.constexpr,
-    DTYPE: gl.constexpr,
+def load_slow(
+    bases, frequencies, query, query_stride, result: gl.constexpr, KV: gl.constexpr, QUERIES: gl.constexpr,
+    QUERY_SLOTS: gl.constexpr, TOGETHER: gl.constexpr, PLACE: gl.constexpr, ROWS: gl.constexpr, SLOTS: gl.constexpr,
+    PAIRS: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
-    """What both numbers of slow pairs are multiplied with from the left, [columns * SLOTS, pairs], and each row's head.
+    """What `slow_numbers` are made of: both numbers of the queries' slow pairs, C and S, frequencies.
 
-    For the window that begins at a position. bases: fp16 [2, columns, pairs], C and S. result: the products' layout.
+    bases: fp16 [2, columns, pairs]. result: the layout of products with [columns * SLOTS, pairs] on the left.
     """
     operand: gl.constexpr = gl.DotOperandLayout(0, result, 2)
     row = gl.arange(0, ROWS, gl.SliceLayout(1, operand))
@@ -45,7 +44,23 @@ def slow_numbers(
     second = gl.load(at + WIDTH // 2, mask=ok, other=0.0)
     at_bases = bases + (row // SLOTS * PAIRS)[:, None] + pair[None, :]
     along_cos, along_sin = gl.load(at_bases), gl.load(at_bases + ROWS // SLOTS * PAIRS)
-    cos, sin = turn(position.to(gl.float32) * gl.load(frequencies + dim, mask=dim < WIDTH // 2, other=0.0))
+    frequency = gl.load(frequencies + dim, mask=dim < WIDTH // 2, other=0.0)
+    return first, second, along_cos, along_sin, frequency
+
+
+@gluon.jit
+def slow_numbers(
+    loaded, scaling, position, QUERY_SLOTS: gl.constexpr, TOGETHER: gl.constexpr, PLACE: gl.constexpr,
+    SLOTS: gl.constexpr, DTYPE: gl.constexpr,
+):  # fmt: skip
+    """What both numbers of slow pairs are multiplied with from the left, [columns * SLOTS, pairs], and each row's head.
+
+    For the window that begins at a position. loaded: `load_slow`.
+    """
+    first, second, along_cos, along_sin, frequency = loaded
+    row = gl.arange(0, first.shape[0], gl.SliceLayout(1, first.type.layout))
+    kv_head, _ = kv_head_of(row % SLOTS, QUERY_SLOTS, TOGETHER, PLACE)
+    cos, sin = turn(position.to(gl.float32) * frequency)
     first, second = first.to(gl.float32) * scaling, second.to(gl.float32) * scaling
     first, second = first * cos[None, :] + second * sin[None, :], second * cos[None, :] - first * sin[None, :]
     along_cos, along_sin = along_cos.to(gl.float32), along_sin.to(gl.float32)

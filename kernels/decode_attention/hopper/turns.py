@@ -33,9 +33,13 @@ def _halves(dtype: gl.dtype) -> str:
 
 
 @gluon.jit
-def load_turns(table, first, table_t, length, PAIRS: gl.constexpr):
-    """Cosines and sines of a tile's tokens as words [tile, PAIRS], as `lane_table` has them: of two pairs each."""
+def load_turns(table, first, table_t, length, after, PAIRS: gl.constexpr):
+    """Cosines and sines of a tile's tokens as words [tile, PAIRS], as `lane_table` has them: of two pairs each.
+
+    after: zeros [tile], without which nothing is loaded.
+    """
     layout: gl.constexpr = rows_layout(PAIRS)
+    first += gl.convert_layout(after, gl.SliceLayout(1, layout), assert_trivial=True)
     # Behind the last token any numbers do.
     token = gl.minimum(first + gl.arange(0, TILE, gl.SliceLayout(1, layout)), length - 1)
     place = gl.arange(0, PAIRS, gl.SliceLayout(0, layout))

@@ -62,12 +62,12 @@ def _met(turned, queries, unit, scores, OF_PLACE: gl.constexpr, MODE: gl.constex
 
 @gluon.jit
 def score_turned(
-    found, free, operand, factors, queries, words, shares, scores, seen, scale, logarithm, narrow: gl.constexpr,
+    found, free, operand, factors, queries, words, scores, seen, scale, logarithm, narrow: gl.constexpr,
     KV: gl.constexpr, TOGETHER: gl.constexpr, MODE: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """Scores of keys that are rebuilt and turned, unit after unit, while the next one's product is under way.
 
-    In mixed mode the slow pairs' matrix is the last unit. scores: zeros.
+    In mixed mode they are returned, to go to `score_slow`, with the operand. scores: zeros.
     """
     UNITS: gl.constexpr = factors.shape[0] - (1 if MODE == "mixed" else 0)
     OF_HEAD: gl.constexpr = UNITS // KV
@@ -101,11 +101,17 @@ def score_turned(
         if MODE == "rotated":
             mbarrier.wait(free[0], free[1])
             hand_on(found.index((UNITS - 1) // OF_PLACE), scores, seen, scale, logarithm)
-    if MODE == "mixed":
-        product, operand = warpgroup_mma_wait(0, deps=[_begun(operand, factors, UNITS), operand])
-        scores += slow_scores(product, shares, scores.shape[1])
-        mbarrier.wait(free[0], free[1])
-        hand_on(found.index(0), scores, seen, scale, logarithm)
+    return scores, operand
+
+
+@gluon.jit
+def score_slow(found, free, operand, factors, shares, scores, seen, scale, logarithm):
+    """Scores of `score_turned`, with those of slow pairs, whose matrix is the last unit."""
+    unit: gl.constexpr = factors.shape[0] - 1
+    product, operand = warpgroup_mma_wait(0, deps=[_begun(operand, factors, unit), operand])
+    scores += slow_scores(product, shares, scores.shape[1])
+    mbarrier.wait(free[0], free[1])
+    hand_on(found.index(0), scores, seen, scale, logarithm)
 
 
 @gluon.jit

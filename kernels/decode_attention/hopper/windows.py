@@ -160,8 +160,7 @@ def make_window(
 
     For the window that begins at a position. own: `load_own_queries`. beside: shared memory for slow pairs of factors,
     of a head, the first one on its way, which it will be again where there are more windows, or of two, which stay; and
-    for the turned queries. ready: two groups of warps arrive when they need the last window no more, and when theirs
-    is made.
+    for the turned queries. ready: two groups of warps arrive when they need the last window no more.
     """
     held, turned = beside
     up_stride, rank = arguments
@@ -190,4 +189,3 @@ def make_window(
                 synchronize()
                 _copy_following(held, up, up_stride, rank, more, head + inside, KV, WIDTH, WHICH)
         prepared.index(head + 1).store(made.to(prepared.dtype))
-    hand_over(ready, 1)
