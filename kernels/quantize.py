@@ -175,9 +175,7 @@ def encode(latents: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor]
     return reference_encode(latents, quantization)
 
 
-def encode_into(
-    codes: Tensor, parameters: Tensor, slots: Tensor, latents: Tensor, quantization: Quantization
-) -> None:
+def encode_into(codes: Tensor, parameters: Tensor, slots: Tensor, latents: Tensor, quantization: Quantization) -> None:
     """As `encode`, of new tokens' latents [batch, new, width] to slots [new] (int64) of a cache.
 
     codes: uint8 [batch, capacity, packed_width]; parameters: fp16 [batch, capacity, groups or 2 * groups], which are

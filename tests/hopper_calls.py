@@ -19,16 +19,17 @@ def fitting(heads, key_rank, value_rank, memory=MEMORY, all_of_them=False, bits=
     return plans.plans_for(heads, 128, (key_rank,), (value_rank,), bits, memory, windows, all_of_them)
 
 
-def checked(call, shape, mask, given, dtype, monkeypatch, held=None):
+def checked(call, shape, mask, given, dtype, monkeypatch, held=None, norm=None):
     """The kernel's output of a call is the definition's, and it was the kernel for Hopper that computed it.
 
-    held: what packed latents stand for.
+    held: what packed latents stand for. norm: of the keys.
     """
     launches, launched = [], hopper.launch
     monkeypatch.setattr(hopper, "launch", lambda *args: launches.append(1) or launched(*args))
     scaling = shape.head_dim**-0.5
     seen = torch.ones(shape.batch, 1, shape.queries, shape.length, dtype=torch.bool) if mask is None else mask
-    expected = defined(call[0], *(held or call[1:3]), *call[3:], seen, scaling, shape, None)
-    output = launch.decode_attention(*on_device(*call, given), scaling, None, shape.head_dim)
+    expected = defined(call[0], *(held or call[1:3]), *call[3:], seen, scaling, shape, norm)
+    norm = None if norm is None else norm.cuda()
+    output = launch.decode_attention(*on_device(*call, given), scaling, norm, shape.head_dim)
     assert launches
     assert close(output, expected, dtype)

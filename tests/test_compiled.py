@@ -82,9 +82,10 @@ def test_calls_of_finer_quantisation_do_not_travel():
 
 
 def tensors_alive():
-    """Every tensor with numbers of its own, by where they are."""
+    """Every tensor with numbers of its own on the device, by where they are."""
     gc.collect()
     found = [each for each in gc.get_objects() if type(each) is torch.Tensor and each.numel()]
+    found = [each for each in found if each.device.type == DEVICE]
     return {each.untyped_storage().data_ptr(): each for each in found}
 
 

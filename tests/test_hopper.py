@@ -14,7 +14,7 @@ from palu.kernels.latents import LatentProjection
 from palu.kernels.quantize import PackedLatents
 from palu.kernels.rotation import Rotation
 from tests.hopper_calls import LLAMA_2, LLAMA_3, MEMORY, checked, fitting, needs_hopper
-from tests.kernel_calls import close, name_of, on_device, quantized, random_call
+from tests.kernel_calls import RandomNorm, close, name_of, on_device, quantized, random_call
 
 MORE_PLANS = ((2, 32, 4), (1, 64, 3), (3, 16, 3), (2, 64, 2), (4, 16, 6))
 
@@ -78,9 +78,6 @@ def test_what_the_kernel_cannot_take_is_left_to_the_others():
     query, keys, values, key, value, _, _ = random_call(HOPPER_SHAPES[0], torch.float16, False)
     assert hopper.can_take(query, keys, values, key, value, None)
     assert not hopper.can_take(query.float(), keys, values, key, value, None)
-    assert not hopper.can_take(query, keys, values, key, value, object())
-    biased = LatentProjection(key.up, key.ranks, torch.zeros(1))
-    assert not hopper.can_take(query, keys, values, biased, value, None)
     joint = LatentProjection(value.up, (sum(value.ranks),))
     assert not hopper.can_take(query, keys, values, key, joint, None)
     for more in (4, 8):
@@ -90,6 +87,15 @@ def test_what_the_kernel_cannot_take_is_left_to_the_others():
     assert hopper.can_take(query, wider, values, key, value, None)
     precise = LatentProjection(key.up.float(), key.ranks)
     assert not hopper.can_take(query, keys, values, precise, value, None)
+
+
+def test_biases_and_norms_of_keys_with_one_query_are_left_to_the_others():
+    for shape, taken in ((HOPPER_SHAPES[0], True), (HOPPER_SHAPES[5], True), (HOPPER_SHAPES[2], False)):
+        query, keys, values, key, value, _, _ = random_call(shape, torch.float16, True)
+        assert hopper.can_take(query, keys, values, key, value, None) == taken
+        key = LatentProjection(key.up, key.ranks)
+        assert hopper.can_take(query, keys, values, key, value, RandomNorm(shape.head_dim)) == taken
+        assert hopper.can_take(query, keys, values, key, value, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -176,6 +182,27 @@ def test_the_kernel_reads_codes(shape, dtype, rope, symmetric, bits, monkeypatch
     packed, held = quantized([latent * 3 + 0.2 for latent in latents], bits, key, value, symmetric=symmetric)
     call = (query, *packed, key, value, rotation if rope else None)
     checked(call, shape, mask, mask, dtype, monkeypatch, held)
+
+
+@needs_hopper
+@torch.no_grad()
+@pytest.mark.usefixtures("empty_memory_is_nan")
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "shape", [shape for shape in HOPPER_SHAPES if shape.num_heads > shape.num_kv_heads], ids=name_of
+)
+@pytest.mark.parametrize("extra", ["biases", "norm", "both"])
+def test_biases_and_norms_of_keys_are_part_of_them(shape, dtype, extra, bits, monkeypatch):
+    if any(rank * bits % 128 for rank in (*shape.key_ranks, *shape.value_ranks)):
+        pytest.skip("groups do not begin at multiples of 16 bytes")
+    monkeypatch.setattr(hopper, "parts_of", lambda *args: 3)
+    # Positions without gaps: of other keys they would be interpolated.
+    query, *latents, key, value, rotation, mask = random_call(shape, getattr(torch, dtype), extra != "norm", True)
+    key = LatentProjection(key.up, key.ranks, None if key.bias is None else key.bias * 3)
+    packed, held = quantized(latents, bits, key, value)
+    norm = None if extra == "biases" else RandomNorm(shape.head_dim)
+    checked((query, *packed, key, value, rotation), shape, mask, mask, dtype, monkeypatch, held, norm)
 
 
 @needs_hopper

@@ -122,8 +122,9 @@ def decode_attention(
             from palu.kernels.decode_attention.hopper.launch import launch as launch_hopper
 
             output = launch_hopper(
-                rows, key_latents, value_latents, key, value, rotation, visible, queries, scaling, head_dim or width
-            )
+                rows, key_latents, value_latents, key, value, rotation, visible, queries, scaling, head_dim or width,
+                key_norm,
+            )  # fmt: skip
         else:
             scores = launch_scores(rows, key_latents, key, rotation, visible, queries, scaling, key_norm)
             parts = launch_values(scores, value_latents, value, rows, queries, len(key.ranks))

@@ -65,6 +65,12 @@ def reciprocal(numbers):
 
 
 @gluon.jit
+def reciprocal_root(numbers):
+    """One over the square roots of normal float32 numbers."""
+    return _approximate("rsqrt", numbers)
+
+
+@gluon.jit
 def _every_thread(instruction: gl.constexpr):
     warps: gl.constexpr = gl.num_warps()
     threads = gl.arange(0, 32 * warps, gl.BlockedLayout([1], [32], [warps], [0]))

@@ -20,7 +20,7 @@ from palu.kernels.decode_attention.hopper.common import (
     wait_for_launch_before,
 )
 from palu.kernels.decode_attention.hopper.operands import swizzled
-from palu.kernels.decode_attention.hopper.prologue import load_queries
+from palu.kernels.decode_attention.hopper.prologue import BIAS_COLUMNS, load_queries
 from palu.kernels.decode_attention.hopper.scores import score_rebuilt
 from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT
 from palu.kernels.decode_attention.hopper.values import CHUNK, weigh_values
@@ -64,11 +64,12 @@ def _weigh(
 
 @gluon.jit(do_not_specialize=["length", "table_b", "mask_b", "spans_b", "rows_heads"])
 def hopper_kernel(
-    query, keys, values, up, table, mask, key_parameters, value_parameters, spans, bases, basis, frequencies,
-    sums, totals, peaks,
+    query, keys, values, up, bias, norm, table, mask, key_parameters, value_parameters, spans, bases, basis,
+    frequencies, sums, totals, peaks,
     key_rank_of, key_offset_of, value_rank_of, value_offset_of,
     length, keys_b, keys_t, values_b, values_t, key_parameters_b, key_parameters_t, value_parameters_b,
     value_parameters_t, up_stride, table_b, table_t, mask_b, mask_t, spans_b, query_stride, rows_heads, scaling,
+    epsilon,
     MODE: gl.constexpr, TAKES: gl.constexpr, SPAN: gl.constexpr, GROUPS: gl.constexpr, KV: gl.constexpr,
     QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, SLOTS: gl.constexpr, QUERY_ROWS: gl.constexpr,
     WIDTH: gl.constexpr, WIDE: gl.constexpr, RANK: gl.constexpr, KEY_STAGES: gl.constexpr, KEY_DIVISOR: gl.constexpr,
@@ -76,17 +77,17 @@ def hopper_kernel(
     RANK_STRIDE: gl.constexpr, MASK: gl.constexpr, DTYPE: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr,
     BITS: gl.constexpr, ASYMMETRIC: gl.constexpr, SCORERS: gl.constexpr, WEIGHERS: gl.constexpr,
     SCORE_REGISTERS: gl.constexpr, VALUE_REGISTERS: gl.constexpr, WHOLE: gl.constexpr, HELD: gl.constexpr,
-    EVEN_KEYS: gl.constexpr, EVEN_VALUES: gl.constexpr,
+    HAS_BIAS: gl.constexpr, HAS_NORM: gl.constexpr, EVEN_KEYS: gl.constexpr, EVEN_VALUES: gl.constexpr,
 ):  # fmt: skip
     """Sums of value latents of a group's heads over a part of the tokens, relative to their peaks.
 
     query: [rows, GROUPS * KV * QUERIES, query_stride]; absorbed, KV is one. keys, values: of codes, bytes. up: of codes
-    in the order of `unit_order`. table: `lane_table`, of "mixed" and "windows" that of the fast pairs.
-    parameters: of codes, scales of every group, with their zero points behind them if ASYMMETRIC. spans: `spans_of`;
-    TAKES: rows without gaps ("gapless"), the others ("gaps"), or "all"; of other rows nothing is written. SPAN: tokens
-    of a window, or 0; bases, basis: of `palu.kernels.rotation.Window`, of "windows" by lane. sums: float32 [parts,
-    rows, heads, RANK_STRIDE]; totals, peaks: [parts, rows, heads], as `combine_kernel` takes them: WEIGHERS parts of
-    every program.
+    in the order of `unit_order`. bias: of all keys; norm: a key norm's weights, epsilon what it adds to mean squares.
+    table: `lane_table`, of "mixed" and "windows" that of the fast pairs. parameters: of codes, scales of every group,
+    with their zero points behind them if ASYMMETRIC. spans: `spans_of`; TAKES: rows without gaps ("gapless"), the
+    others ("gaps"), or "all"; of other rows nothing is written. SPAN: tokens of a window, or 0; bases, basis: of
+    `palu.kernels.rotation.Window`, of "windows" by lane. sums: float32 [parts, rows, heads, RANK_STRIDE]; totals,
+    peaks: [parts, rows, heads], as `combine_kernel` takes them: WEIGHERS parts of every program.
     """
     if TAKES != "gapless":
         # Where there is a launch for gaps before, that one has waited.
@@ -221,7 +222,14 @@ def hopper_kernel(
         # Folded queries need no place of their own.
         beside = factors
         if MODE == "rotated":
-            beside = gl.allocate_shared_memory(DTYPE, [UNITS, LEAST, UNIT], swizzled(UNIT))
+            biases, weights_of_norm = (), ()
+            if HAS_BIAS:
+                biases = (gl.allocate_shared_memory(DTYPE, [UNITS, UNIT, BIAS_COLUMNS], swizzled(BIAS_COLUMNS)),)
+            if HAS_NORM:
+                some = gl.allocate_shared_memory(gl.float32, [UNITS // KV, UNIT], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+                weights_of_norm = (some,)
+            queries = gl.allocate_shared_memory(DTYPE, [UNITS, LEAST, UNIT], swizzled(UNIT))
+            beside = (queries, biases, weights_of_norm)
         if MODE == "mixed":
             beside = (
                 gl.allocate_shared_memory(DTYPE, [KV, SLOTS, UNIT], swizzled(UNIT)),
@@ -247,9 +255,9 @@ def hopper_kernel(
                 beside = (held, turned)
             besides = besides + (beside,)
         to_scores = (
-            tiles, at_keys, parameters, at_table, mask, up + up_offset, at_query, key_units_there, up_rank, keys_t,
-            table_t, row * mask_b, mask_t, up_stride, query_stride, scaling, bases, basis, frequencies,
-            lead + begin * TILE,
+            tiles, at_keys, parameters, at_table, mask, up + up_offset, at_query, bias + group * (KV * WIDTH), norm,
+            key_units_there, up_rank, keys_t, table_t, row * mask_b, mask_t, up_stride, query_stride, scaling, epsilon,
+            bases, basis, frequencies, lead + begin * TILE,
         )  # fmt: skip
         synchronize()
         gl.warp_specialize([

@@ -1,6 +1,6 @@
 """Which calls Hopper's kernel takes, and its launch."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ def can_take(
     key_norm: object,
 ) -> bool:  # fmt: skip
     """Whether the kernel takes this call, which `launch.can_take` does: 16 bits or codes, the same groups."""
-    if key.bias is not None or key_norm is not None or query.dtype == torch.float32:
+    if query.dtype == torch.float32:
         return False
     bits = {_bits(latents, query.dtype) for latents in (key_latents, value_latents)}
     # Copies to shared memory are 16 bytes wide and convert nothing; Triton asks of what strides are multiples of 16.
@@ -91,7 +91,8 @@ def can_take(
     _, num_heads, _, width = query.shape
     heads = heads_of(num_heads, len(key.ranks), None if key.up is None else key.up.shape[0] // width)
     ranks = (tuple(key.ranks), tuple(value.ranks))
-    return bool(plans_for(heads, width, *ranks, number, block_memory(query.device), False, False))
+    extra = (key.bias is not None, key_norm is not None)
+    return bool(plans_for(heads, width, *ranks, number, block_memory(query.device), False, False, *extra))
 
 
 def _bits(latents: Latents, dtype: torch.dtype) -> int | None:
@@ -118,6 +119,7 @@ class Call(NamedTuple):
     mask: Tensor | None
     rows_per_latent: int
     scaling: float
+    key_norm: Any = None
 
     @property
     def heads(self) -> Heads:
@@ -138,7 +140,8 @@ class Call(NamedTuple):
     def plans(self, windows: bool, all_of_them: bool) -> tuple[Plan, ...]:
         """As `plans_for`."""
         ranks, memory = (tuple(self.key.ranks), tuple(self.value.ranks)), block_memory(self.query.device)
-        return plans_for(self.heads, self.query.shape[2], *ranks, self.bits, memory, windows, all_of_them)
+        extra = (self.key.bias is not None, self.key_norm is not None)
+        return plans_for(self.heads, self.query.shape[2], *ranks, self.bits, memory, windows, all_of_them, *extra)
 
 
 class Tables(NamedTuple):
@@ -154,13 +157,14 @@ class Tables(NamedTuple):
 def launch(
     query: Tensor, key_latents: Stretch, value_latents: Stretch, key: LatentProjection, value: LatentProjection,
     rotation: Rotation | None, mask: Tensor | None, rows_per_latent: int, scaling: float, head_dim: int,
+    key_norm: Any = None,
 ) -> Tensor:  # fmt: skip
     """The heads' outputs of queries [rows, num_heads, head_dim or, absorbed, width], as `parts.combine` returns them.
 
     mask: [rows or 1, length] or None; rows_per_latent: rows that read the same row of latents. Where windows of
     positions serve, a launch before takes the rows with gaps, and ends at once where there are none.
     """
-    call = Call(query, key_latents, value_latents, key, value, rotation, mask, rows_per_latent, scaling)
+    call = Call(query, key_latents, value_latents, key, value, rotation, mask, rows_per_latent, scaling, key_norm)
     (rows, num_heads, _), heads = query.shape, call.heads
     tiles = cdiv(key_latents.shape[1], TILE)
     parts = parts_of(tiles, len(key.ranks) * rows, processors(query.device))
@@ -200,6 +204,7 @@ def _launch_best(call: Call, window: Window | None, takes: str, tables: Tables, 
     plans = call.plans(window is not None, search)
     if search:
         kinds = (call.heads, call.query.shape, tuple(call.key.ranks), tuple(call.value.ranks), call.bits)
+        kinds += (call.key.bias is not None, call.key_norm is not None)
         shape_class = ("hopper", *kinds, call.query.dtype, mask_kind(call.mask), window and window.span)
         plan = pick(
             (*shape_class, length_class(call.key_latents.shape[1])), plans,
@@ -229,7 +234,7 @@ def _tables(call: Call, window: Window | None, takes: str) -> Tables:
 def _launch(
     plan: Plan, call: Call, window: Window | None, takes: str, tables: Tables, parts: int, found: Parts
 ) -> None:
-    query, key_latents, value_latents, key, value, rotation, mask, rows_per_latent, scaling = call
+    query, key_latents, value_latents, key, value, rotation, mask, rows_per_latent, scaling, key_norm = call
     (rows, num_heads, width), heads = query.shape, call.heads
     absorbed, groups, length, device = key.up is None, len(key.ranks), key_latents.shape[1], query.device
     ranks, value_ranks = tuple(key.ranks), tuple(value.ranks)
@@ -247,13 +252,14 @@ def _launch(
     scaling *= LOG2_E * (1.0 if rotation is None else rotation.attention_scaling)
     side, value_side = side_of(ranks, 16, device), side_of(value_ranks, 16, device)
     hopper_kernel[(parts, groups, rows)](
-        query, keys, values, up, tables.table, query if mask is None else mask,
+        query, keys, values, up, query if key.bias is None else key.bias,
+        query if key_norm is None else key_norm.weight, tables.table, query if mask is None else mask,
         key_parameters, value_parameters, *tables[1:], *found,
         side.rank, side.offset, value_side.rank, value_side.offset,
         length, *key_strides[:2], *value_strides[:2], *key_strides[2:], *value_strides[2:],
         0 if absorbed else up.stride(0), *((0, 0) if absorbed else row_strides(tables.table)),
         *((0, 0) if mask is None else row_strides(mask)), tables.spans.stride(0) if tables.spans.shape[0] > 1 else 0,
-        query.stride(1), rows * num_heads, scaling,
+        query.stride(1), rows * num_heads, scaling, 0.0 if key_norm is None else key_norm.variance_epsilon,
         MODE=mode, TAKES=takes, SPAN=0 if window is None else window.span,
         GROUPS=groups, KV=heads.kv, QUERIES=heads.queries, QUERY_SLOTS=heads.query_slots,
         SLOTS=heads.slots, QUERY_ROWS=rows_per_latent, WIDTH=width, WIDE=next_power_of_2(width),
@@ -263,7 +269,7 @@ def _launch(
         DTYPE=DTYPES[dtype], TOGETHER=heads.together, COLUMNS=heads.columns, BITS=bits,
         ASYMMETRIC=asymmetric, SCORERS=scorers, WEIGHERS=weighers,
         SCORE_REGISTERS=registers[0], VALUE_REGISTERS=registers[1],
-        WHOLE=whole, HELD=1 + plan.stays,
+        WHOLE=whole, HELD=1 + plan.stays, HAS_BIAS=key.bias is not None, HAS_NORM=key_norm is not None,
         EVEN_KEYS=even_rank(ranks), EVEN_VALUES=even_rank(value_ranks),
         num_warps=4, launch_pdl=True,
     )  # fmt: skip

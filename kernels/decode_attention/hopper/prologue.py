@@ -14,6 +14,8 @@ from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT, in_columns
 
 # Rows of a factor that are folded at a time.
 ROWS: gl.constexpr = gl.constexpr(32)
+# Columns of biases: latents of a product at least.
+BIAS_COLUMNS: gl.constexpr = gl.constexpr(16)
 
 
 @gluon.jit
@@ -157,6 +159,40 @@ def load_queries(
         inside = dim < width
     ok = ((wanted >= 0) & (wanted < QUERIES))[:, None] & inside[None, :]
     return gl.load(query + (wanted * head_step)[:, None] + dim[None, :], mask=ok, other=0.0).to(gl.float32)
+
+
+@gluon.jit
+def store_biases(biases, bias, KV: gl.constexpr, WIDTH: gl.constexpr, WHICH: gl.constexpr, EVERY: gl.constexpr):
+    """Key biases of kv heads WHICH, WHICH + EVERY, .. to shared memory [KV * units, UNIT, columns].
+
+    In the order of the factors' rows; rounded in the first column, what is left of them in the second one, zeros behind
+    them.
+    """
+    UNITS: gl.constexpr = biases.shape[0] // KV
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [WARPS, 1], [1, 0])
+    row = gl.arange(0, UNIT, gl.SliceLayout(1, layout))
+    column = gl.arange(0, BIAS_COLUMNS, gl.SliceLayout(0, layout))
+    for head in gl.static_range(WHICH, KV, EVERY):
+        for unit in gl.static_range(UNITS):
+            pair = unit * (UNIT // 2) + row // 2
+            at = bias + head * WIDTH + pair + row % 2 * (WIDTH // 2)
+            numbers = gl.load(at, mask=pair < WIDTH // 2, other=0.0).to(gl.float32)
+            rounded = numbers.to(biases.dtype).to(gl.float32)
+            rest = gl.where((column == 1)[None, :], (numbers - rounded)[:, None], 0.0)
+            both = gl.where((column == 0)[None, :], rounded[:, None], rest)
+            biases.index(head * UNITS + unit).store(both.to(biases.dtype))
+
+
+@gluon.jit
+def store_norm(weights, norm, WIDTH: gl.constexpr):
+    """A key norm's weights to shared memory [units of a head, UNIT], in the order of the factors' rows."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    row = gl.arange(0, UNIT, layout)
+    UNITS: gl.constexpr = weights.shape[0]
+    for unit in gl.static_range(UNITS):
+        pair = unit * (UNIT // 2) + row // 2
+        numbers = gl.load(norm + pair + row % 2 * (WIDTH // 2), mask=pair < WIDTH // 2, other=0.0)
+        weights.index(unit).store(numbers.to(gl.float32))
 
 
 @gluon.jit

@@ -29,11 +29,13 @@ from palu.kernels.decode_attention.hopper.prologue import (
     fold,
     load_pairs,
     pieces_of,
+    store_biases,
+    store_norm,
     store_queries,
 )
 from palu.kernels.decode_attention.hopper.slow import load_basis, load_slow, make_slow, slow_numbers
 from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT, by_pair, load_turns, units_of
-from palu.kernels.decode_attention.hopper.units import score_slow, score_turned, score_weighed
+from palu.kernels.decode_attention.hopper.units import bias_operand, score_slow, score_turned, score_weighed
 from palu.kernels.decode_attention.hopper.windows import (
     COLUMNS,
     FAST,
@@ -119,7 +121,7 @@ def _made_layout(rank: int) -> gl.NVMMADistributedLayout:
 
 @gluon.jit
 def _prepare(
-    factors, beside, ready, loaded, bases, query, up, numbers, position, more,
+    factors, beside, ready, loaded, bases, query, up, bias, norm, numbers, position, more,
     KEY_STAGES: gl.constexpr, WHICH: gl.constexpr, MODE: gl.constexpr, KV: gl.constexpr, TOGETHER: gl.constexpr,
     QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
@@ -152,7 +154,11 @@ def _prepare(
                 query, query_stride, scaling, KV, factors.shape[0] // KV * UNIT, factors.shape[2], WIDTH, WHICH
             )
         else:
-            store_queries(beside, query, query_stride, scaling, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, WHICH, 2)
+            store_queries(beside[0], query, query_stride, scaling, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, WHICH, 2)
+            if len(beside[1]) > 0:
+                store_biases(beside[1][0], bias, KV, WIDTH, WHICH, 2)
+            if len(beside[2]) > 0 and WHICH == 0:
+                store_norm(beside[2][0], norm, WIDTH)
         async_copy.wait_group(KEY_STAGES)
         synchronize()
         if MODE == "folded":
@@ -170,12 +176,13 @@ def score_rebuilt(
 
     found: shared memory [places of a tile's scores, tile, columns]; factors: [KV * units, UNIT, RANK], rows of every kv
     head, a pair's side by side, or a window's columns, in mixed mode with what `make_slow` makes behind them; beside:
-    what the mode needs besides, queries [KV * units, LEAST, UNIT] or what `make_window` takes, or queries [KV, SLOTS,
-    UNIT] and what `make_slow` takes. SPAN: tokens of a window, or 0.
+    what the mode needs besides: queries [KV * units, LEAST, UNIT] with the key biases and the key norm's weights where
+    there are any, or what `make_window` takes, or queries [KV, SLOTS, UNIT] and what `make_slow` takes. SPAN: tokens of
+    a window, or 0.
     """
     (
-        tiles, latents, stored, table, mask, up, query, units, rank, latents_t, table_t, row_mask, mask_t, up_stride,
-        query_stride, scaling, bases, basis, frequencies, position,
+        tiles, latents, stored, table, mask, up, query, bias, norm, units, rank, latents_t, table_t, row_mask, mask_t,
+        up_stride, query_stride, scaling, epsilon, bases, basis, frequencies, position,
     ) = arguments  # fmt: skip
     STAGES: gl.constexpr = ring.shape[0]
     TURNED: gl.constexpr = MODE == "rotated" or MODE == "mixed"
@@ -211,10 +218,16 @@ def score_rebuilt(
     if MODE == "mixed" and WHICH == 1:
         store_queries(beside[0], query, query_stride, scaling, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, 0, 1)
     numbers = (up_stride, rank, query_stride, scaling)
+    biased, normed = (), ()
+    if MODE == "rotated":
+        if len(beside[1]) > 0:
+            biased = (bias_operand(beside[1][0].shape[2], DTYPE), beside[1][0])
+        if len(beside[2]) > 0:
+            normed = (beside[2][0], epsilon)
     nothing = gl.zeros([TILE], gl.int32, rows)
     for window in range(begin, end, WINDOW):
         _prepare(
-            factors, beside, ready, loaded, bases, query, up, numbers,
+            factors, beside, ready, loaded, bases, query, up, bias, norm, numbers,
             position + (window - begin) * TILE, (window + WINDOW < end).to(gl.int32),
             STAGES, WHICH, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH,
         )  # fmt: skip
@@ -243,10 +256,10 @@ def score_rebuilt(
             free = (empty, (done & 1) ^ 1)
             words = _words_of(turns, wide)
             if TURNED:
-                queries = beside[0] if MODE == "mixed" else beside
                 scores, operand = score_turned(
-                    found, free, operand, factors, queries, words, gl.zeros([TILE, SLOTS], gl.float32, narrow), seen,
-                    scale, logarithm, narrow, KV, TOGETHER, MODE, DTYPE,
+                    found, free, operand, factors, beside[0], biased, normed, words,
+                    gl.zeros([TILE, SLOTS], gl.float32, narrow), seen, scale, logarithm, narrow, KV, TOGETHER,
+                    QUERY_SLOTS, WIDTH, MODE, DTYPE,
                 )  # fmt: skip
             else:
                 score_weighed(found, free, operand, factors, words, seen, scale, logarithm, KV, MODE, TURNS)

@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from palu.kernels.decode_attention.hopper.common import TILE, WARPS
+from palu.kernels.decode_attention.hopper.common import TILE, WARPS, reciprocal_root
 from palu.kernels.decode_attention.hopper.slow import slow_scores
 from palu.kernels.decode_attention.hopper.turns import UNIT, rotated, turns_of, weighed
 from palu.kernels.latent_scores.tiles import LOG2_E
@@ -28,11 +28,46 @@ def hand_on(to, score, seen, scale, logarithm):
 
 
 @gluon.jit
-def _begun(operand, factors, unit):
-    """The product of a tile's latents with a unit's columns, under way."""
+def _begun(operand, factors, unit, bias):
+    """The product of a tile's latents with a unit's columns, under way.
+
+    bias: `bias_operand` and biases, or ().
+    """
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, UNIT, 16])
-    zeros = gl.zeros([TILE, UNIT], gl.float32, layout)
-    return warpgroup_mma(operand, factors.index(unit).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    begun = gl.zeros([TILE, UNIT], gl.float32, layout)
+    if len(bias) == 2:
+        begun = warpgroup_mma(bias[0], bias[1].index(unit).permute((1, 0)), begun, use_acc=False, is_async=True)
+    return warpgroup_mma(operand, factors.index(unit).permute((1, 0)), begun, use_acc=len(bias) == 2, is_async=True)
+
+
+@gluon.jit
+def bias_operand(COLUMNS: gl.constexpr, DTYPE: gl.constexpr):
+    """What biases as of `store_biases` are multiplied with from the left: ones where they are, [tile, columns]."""
+    product: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, UNIT, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, product, 2)
+    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, operand))
+    ones = gl.full([TILE, COLUMNS], 1.0, gl.float32, operand)
+    return gl.where((column < 2)[None, :], ones, 0.0).to(DTYPE)
+
+
+@gluon.jit
+def _normalised(factor, squares, place, epsilon, WIDTH: gl.constexpr, QUERY_SLOTS: gl.constexpr):
+    """Factors [tile, columns] of scores, with those of a head's columns made of its keys' squares, added up [tile]."""
+    layout: gl.constexpr = factor.type.layout
+    column = gl.arange(0, factor.shape[1], gl.SliceLayout(0, layout))
+    inverse = reciprocal_root(squares * (1.0 / WIDTH) + epsilon)
+    inverse = gl.convert_layout(inverse, gl.SliceLayout(1, layout), assert_trivial=True)
+    return gl.where((column // QUERY_SLOTS == place)[None, :], inverse[:, None], factor)
+
+
+@gluon.jit
+def _weighted(product, norm, unit):
+    """Rebuilt keys times a norm's weights, and their squares added up, [tile]; without a norm as they are."""
+    squares = gl.zeros([TILE], gl.float32, gl.SliceLayout(1, product.type.layout))
+    if len(norm) == 2:
+        squares = gl.sum(product * product, 1)
+        product *= norm[0].index(unit).load(gl.SliceLayout(0, product.type.layout))[None, :]
+    return product, squares
 
 
 @gluon.jit
@@ -62,12 +97,14 @@ def _met(turned, queries, unit, scores, OF_PLACE: gl.constexpr, MODE: gl.constex
 
 @gluon.jit
 def score_turned(
-    found, free, operand, factors, queries, words, scores, seen, scale, logarithm, narrow: gl.constexpr,
-    KV: gl.constexpr, TOGETHER: gl.constexpr, MODE: gl.constexpr, DTYPE: gl.constexpr,
+    found, free, operand, factors, queries, bias, norm, words, scores, seen, scale, logarithm, narrow: gl.constexpr,
+    KV: gl.constexpr, TOGETHER: gl.constexpr, QUERY_SLOTS: gl.constexpr, WIDTH: gl.constexpr, MODE: gl.constexpr,
+    DTYPE: gl.constexpr,
 ):  # fmt: skip
     """Scores of keys that are rebuilt and turned, unit after unit, while the next one's product is under way.
 
-    In mixed mode they are returned, to go to `score_slow`, with the operand. scores: zeros.
+    In mixed mode they are returned, to go to `score_slow`, with the operand. bias: `bias_operand` and biases of
+    every unit, or (). norm: weights of a key norm and what is added to the mean square, or (). scores: zeros.
     """
     UNITS: gl.constexpr = factors.shape[0] - (1 if MODE == "mixed" else 0)
     OF_HEAD: gl.constexpr = UNITS // KV
@@ -75,32 +112,44 @@ def score_turned(
     OF_PLACE: gl.constexpr = OF_HEAD * TOGETHER
     # Registers of products have to be written before any is under way.
     scores = _settled(scores)
+    factor = gl.full([TILE, scores.shape[1]], 1.0, gl.float32, narrow)
     for first in range(0, UNITS - 1, 2):
-        product = _begun(operand, factors, first)
-        other = _begun(operand, factors, first + 1)
-        turned = _turned(warpgroup_mma_wait(1, deps=[product]), words[0], narrow, MODE, DTYPE)
+        product = _begun(operand, factors, first, bias)
+        other = _begun(operand, factors, first + 1, bias)
+        product, squares = _weighted(warpgroup_mma_wait(1, deps=[product]), norm, 0)
+        turned = _turned(product, words[0], narrow, MODE, DTYPE)
         scores = _met(turned, queries, first, scores, OF_PLACE, MODE)
         # The second one's turning goes on beside the first one's product with the queries.
         other = warpgroup_mma_wait(1, deps=[other])
         if MODE == "rotated" and OF_HEAD == 1:
             scores, turned = warpgroup_mma_wait(0, deps=[scores, turned])
+            if len(norm) == 2:
+                factor = _normalised(factor, squares, first % TOGETHER, norm[1], WIDTH, QUERY_SLOTS)
             mbarrier.wait(free[0], free[1])
-            hand_on(found.index(first // OF_PLACE), scores, seen, scale, logarithm)
+            hand_on(found.index(first // OF_PLACE), scores * factor, seen, scale, logarithm)
+        other, others = _weighted(other, norm, OF_HEAD - 1)
         following = _settled(_turned(other, words[OF_HEAD - 1], narrow, MODE, DTYPE))
         scores, turned = warpgroup_mma_wait(0, deps=[scores, turned])
         scores = _met(following, queries, first + 1, scores, OF_PLACE, MODE)
         scores, following, operand = warpgroup_mma_wait(0, deps=[scores, following, operand])
         if MODE == "rotated":
+            if len(norm) == 2:
+                squares = others if OF_HEAD == 1 else squares + others
+                place = (first + 1) // OF_HEAD % TOGETHER
+                factor = _normalised(factor, squares, place, norm[1], WIDTH, QUERY_SLOTS)
             mbarrier.wait(free[0], free[1])
-            hand_on(found.index((first + 1) // OF_PLACE), scores, seen, scale, logarithm)
+            hand_on(found.index((first + 1) // OF_PLACE), scores * factor, seen, scale, logarithm)
     if UNITS % 2 == 1:
-        product, operand = warpgroup_mma_wait(0, deps=[_begun(operand, factors, UNITS - 1), operand])
+        product, operand = warpgroup_mma_wait(0, deps=[_begun(operand, factors, UNITS - 1, bias), operand])
+        product, squares = _weighted(product, norm, 0)
         turned = _turned(product, words[0], narrow, MODE, DTYPE)
         scores = _met(turned, queries, UNITS - 1, scores, OF_PLACE, MODE)
         scores, turned = warpgroup_mma_wait(0, deps=[scores, turned])
         if MODE == "rotated":
+            if len(norm) == 2:
+                factor = _normalised(factor, squares, (UNITS - 1) % TOGETHER, norm[1], WIDTH, QUERY_SLOTS)
             mbarrier.wait(free[0], free[1])
-            hand_on(found.index((UNITS - 1) // OF_PLACE), scores, seen, scale, logarithm)
+            hand_on(found.index((UNITS - 1) // OF_PLACE), scores * factor, seen, scale, logarithm)
     return scores, operand
 
 
@@ -108,7 +157,7 @@ def score_turned(
 def score_slow(found, free, operand, factors, shares, scores, seen, scale, logarithm):
     """Scores of `score_turned`, with those of slow pairs, whose matrix is the last unit."""
     unit: gl.constexpr = factors.shape[0] - 1
-    product, operand = warpgroup_mma_wait(0, deps=[_begun(operand, factors, unit), operand])
+    product, operand = warpgroup_mma_wait(0, deps=[_begun(operand, factors, unit, ()), operand])
     scores += slow_scores(product, shares, scores.shape[1])
     mbarrier.wait(free[0], free[1])
     hand_on(found.index(0), scores, seen, scale, logarithm)
@@ -136,8 +185,8 @@ def score_weighed(
     # A head of 64 has one unit.
     ALONE: gl.constexpr = len(words) == 1
     for first in range(0, TOTAL - 1, 2):
-        product = _begun(operand, factors, first)
-        other = _begun(operand, factors, first + 1)
+        product = _begun(operand, factors, first, ())
+        other = _begun(operand, factors, first + 1, ())
         if ALONE:
             product, other, operand = warpgroup_mma_wait(0, deps=[product, other, operand])
             score = gl.sum(_weigh(product, words[0], 0.0, HEADS, DTYPE), 2)
@@ -149,7 +198,7 @@ def score_weighed(
         mbarrier.wait(free[0], free[1])
         hand_on(found.index(first // 2), score, seen, scale, logarithm)
     if TOTAL % 2 == 1:
-        product, operand = warpgroup_mma_wait(0, deps=[_begun(operand, factors, TOTAL - 1), operand])
+        product, operand = warpgroup_mma_wait(0, deps=[_begun(operand, factors, TOTAL - 1, ()), operand])
         score = gl.sum(_weigh(product, words[0], 0.0, HEADS, DTYPE), 2)
         mbarrier.wait(free[0], free[1])
         hand_on(found.index(TOTAL // 2), gl.join(score, score).reshape([TILE, 2]), seen, scale, logarithm)
