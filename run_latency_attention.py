@@ -33,7 +33,7 @@ BASELINES = {"attention": ("sdpa_flash", "sdpa_cudnn", "eager"), "model": ("sdpa
 DEFAULTS = {
     "attention": {
         "rank_k": 1024, "rank_v": 3072, "num_heads": 32, "num_kv_heads": None, "head_dim": 128, "rope_base": 10000.0,
-        "no_rope": False, "check": False,
+        "no_rope": False, "key_biases": False, "key_norm": False, "check": False,
     },
     "model": {"model_shape": "llama-2-7b", "kept_ratio": 0.5, "compile": False},
 }  # fmt: skip
@@ -67,6 +67,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     part("--head_dim", type=int, help="numbers per head: 64, 96 or 128 (default: 128)")
     part("--rope_base", type=float, help="base of the rotary frequencies (default: 10000)")
     part("--no_rope", action="store_true", default=None, help="no rotation: keys' up factors are in the queries")
+    part("--key_biases", action="store_true", default=None, help="keys have biases, as in Qwen2")
+    part("--key_norm", action="store_true", default=None, help="keys are normalised, as in Qwen3")
     part("--check", action="store_true", default=None, help="also compare the latents' output with float64")
     part = parser.add_argument_group("--scope model").add_argument
     part("--model_shape", choices=SHAPES, help="(default: llama-2-7b)")
@@ -125,7 +127,11 @@ def check_flags(args: argparse.Namespace) -> Heads | None:
     heads.ranks(args.rank_v, "--rank_v")
     check_rope_base(args.rope_base)
     require(args.palu or not args.check, "--check compares the latents with float64; it needs --palu")
-    require(args.palu or not args.no_rope, "--no_rope changes the latents only; it needs --palu")
+    for name in ("no_rope", "key_biases", "key_norm"):
+        require(args.palu or not getattr(args, name), f"--{name} changes the latents only; it needs --palu")
+    for name in ("key_biases", "key_norm"):
+        needless = args.no_rope and getattr(args, name)
+        require(not needless, f"--{name} is for keys that are rotated, which --no_rope says no to")
     return heads
 
 

@@ -87,7 +87,15 @@ def test_the_kernel_script_writes_record_csv_and_plot(fake_gpu, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags", [[], ["--num_kv_heads", 2], ["--no_rope"], ["--no-cuda_graph", "--batch_size", "1,3"]]
+    "flags",
+    [
+        [],
+        ["--num_kv_heads", 2],
+        ["--no_rope"],
+        ["--no-cuda_graph", "--batch_size", "1,3"],
+        ["--num_kv_heads", 2, "--key_biases"],
+        ["--num_kv_heads", 2, "--key_norm"],
+    ],
 )
 def test_the_attention_script_measures_latents_beside_baselines(flags, fake_gpu):
     assert invoke(run_latency_attention, *ATTENTION, *flags, "--check") == 0
@@ -195,6 +203,8 @@ BAD_ATTENTION = [
     (["--baseline", "fa4"], "invalid choice: 'fa4'"),
     (["--check"], "--check compares the latents with float64; it needs --palu"),
     (["--no_rope"], "--no_rope changes the latents only; it needs --palu"),
+    (["--key_norm"], "--key_norm changes the latents only; it needs --palu"),
+    (["--palu", "--no_rope", "--key_biases"], "--key_biases is for keys that are rotated, which --no_rope says no to"),
     (["--compile"], "--compile is for --scope model; the scope here is attention"),
     (["--model_shape", "llama-3-8b"], "--model_shape is for --scope model; the scope here is attention"),
     (["--scope", "model", "--no_rope"], "--no_rope is for --scope attention; the scope here is model"),

@@ -24,6 +24,7 @@ from utils.latency_shapes import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from palu.kernels.decode_attention.compiled import Norm
     from palu.kernels.latents import LatentProjection
     from palu.kernels.rotation import Rotation
 
@@ -83,7 +84,20 @@ class Attention:
         keys, values = (random_latents(self.batch, self.length, ranks, self.bits, self.device) for ranks in self.ranks)
         key_up = None if self.args.no_rope else random_up(self.heads, key_ranks, self.device)
         value_up = random_up(self.heads, value_ranks, self.device)
-        return query, keys, values, LatentProjection(key_up, key_ranks), LatentProjection(value_up, value_ranks)
+        features = self.heads.num_kv_heads * self.heads.head_dim
+        bias = torch.randn(features, **options) if self.args.key_biases else None
+        return query, keys, values, LatentProjection(key_up, key_ranks, bias), LatentProjection(value_up, value_ranks)
+
+    @cached_property
+    def key_norm(self) -> "Norm | None":
+        """Of all keys, with random weights; None without `--key_norm`."""
+        if self.is_baseline or not self.args.key_norm:
+            return None
+        import torch
+
+        from palu.kernels.decode_attention.compiled import Norm
+
+        return Norm(torch.rand(self.heads.head_dim, device=self.device, dtype=torch.float16) + 0.5, 1e-6)
 
     def call(self, rotation: "Rotation | None" = None) -> Call:
         """The attention on new random inputs."""
@@ -104,7 +118,7 @@ class Attention:
         from palu.kernels.decode_attention.op import decode_attention
 
         return decode_attention(
-            *inputs, rotation, None, self.scaling, head_dim=self.heads.head_dim, with_probabilities=False
+            *inputs, rotation, None, self.scaling, self.key_norm, self.heads.head_dim, with_probabilities=False
         )[0]
 
     def error(self, rotation: "Rotation | None") -> float:
@@ -121,9 +135,10 @@ class Attention:
             for part, side in ((key_latents, key), (value_latents, value)):
                 latents.append(group_in_float64(part, side.ranks, group))
                 up = None if side.up is None else columns_of(side.up, side.ranks, group)
-                sides.append(LatentProjection(up, side.ranks[group : group + 1]))
+                bias = None if side.bias is None else side.bias.chunk(self.heads.groups)[group].double()
+                sides.append(LatentProjection(up, side.ranks[group : group + 1], bias))
             size = self.heads.head_dim
-            return reference(queries[group], *latents, *sides, rotation, None, self.scaling, head_dim=size)[0]
+            return reference(queries[group], *latents, *sides, rotation, None, self.scaling, self.key_norm, size)[0]
 
         return relative_error(self.attend(inputs, rotation), of_group, self.heads.groups, dim=-1)
 
@@ -150,4 +165,6 @@ def measure(task: Attention, peaks: Peaks) -> dict[str, Any]:
         "rank_k": None if task.is_baseline else task.args.rank_k,
         "rank_v": None if task.is_baseline else task.args.rank_v,
         "rope": not task.args.no_rope,
+        "key_biases": task.args.key_biases,
+        "key_norm": task.args.key_norm,
     }
