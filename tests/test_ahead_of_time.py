@@ -21,6 +21,8 @@ MOST_SPILLED_WINDOWS = 200
 MOST_SPILLED_NUMBERS = 288
 # Of several queries and codes, two tiles of which are weighed at a time; Triton 3.6 leaves 24.
 MOST_SPILLED_CODES = 208
+# Of those with a key norm besides; Triton 3.6 leaves 96.
+MOST_SPILLED_NORMS = 392
 # Of seven queries of four kv heads, whose 32 columns of scores the sums of values have too.
 MOST_SPILLED_COLUMNS = 256
 # Share of the multiply-adds that an assembler may fold; of two wrongly merged pairs of heads nine percent were missing.
@@ -72,7 +74,7 @@ def most_spilled(row):
     if row["kernel"] == "hopper_kernel" and row["mode"] == "rotated" and row["queries"] == "7":
         return MOST_SPILLED_COLUMNS
     if row["kernel"] == "hopper_kernel" and row["mode"] == "rotated" and row["bits"] != "16" and not is_wide(row):
-        return MOST_SPILLED_CODES
+        return MOST_SPILLED_NORMS if row["has_norm"] == "True" else MOST_SPILLED_CODES
     return MOST_SPILLED.get(row["kernel"], (0, 0))[is_wide(row)]
 
 

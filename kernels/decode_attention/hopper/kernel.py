@@ -20,7 +20,7 @@ from palu.kernels.decode_attention.hopper.common import (
     wait_for_launch_before,
 )
 from palu.kernels.decode_attention.hopper.operands import swizzled
-from palu.kernels.decode_attention.hopper.prologue import BIAS_COLUMNS, load_queries
+from palu.kernels.decode_attention.hopper.prologue import bias_columns, load_queries
 from palu.kernels.decode_attention.hopper.scores import score_rebuilt
 from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT
 from palu.kernels.decode_attention.hopper.values import CHUNK, weigh_values
@@ -224,7 +224,8 @@ def hopper_kernel(
         if MODE == "rotated":
             biases, weights_of_norm = (), ()
             if HAS_BIAS:
-                biases = (gl.allocate_shared_memory(DTYPE, [UNITS, UNIT, BIAS_COLUMNS], swizzled(BIAS_COLUMNS)),)
+                BIASES: gl.constexpr = bias_columns(UNITS)
+                biases = (gl.allocate_shared_memory(DTYPE, [UNIT, BIASES], swizzled(BIASES)),)
             if HAS_NORM:
                 some = gl.allocate_shared_memory(gl.float32, [UNITS // KV, UNIT], gl.SwizzledSharedLayout(1, 1, 1, [0]))
                 weights_of_norm = (some,)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from palu.kernels.decode_attention.hopper.common import TILE as KERNEL_TILE
-from palu.kernels.decode_attention.hopper.prologue import BIAS_COLUMNS as KERNEL_BIAS_COLUMNS
 from palu.kernels.decode_attention.hopper.turns import LEAST as KERNEL_LEAST
 from palu.kernels.decode_attention.hopper.turns import UNIT as KERNEL_UNIT
 from palu.kernels.decode_attention.hopper.values import CHUNK as KERNEL_CHUNK
@@ -15,7 +14,7 @@ from palu.kernels.decode_attention.parts import COMBINE_PARTS
 from palu.kernels.integers import cdiv, next_power_of_2
 
 TILE, CHUNK, LEAST, COLUMNS = KERNEL_TILE.value, KERNEL_CHUNK.value, KERNEL_LEAST.value, KERNEL_UNIT.value
-SLOW, BIAS_COLUMNS = KERNEL_SLOW.value, KERNEL_BIAS_COLUMNS.value
+SLOW = KERNEL_SLOW.value
 # Columns of a group's scores at most, and latents of its keys at least, for the matrix units: of numbers and of codes.
 MOST_SLOTS, LEAST_RANK, LEAST_CODES = 32, 32, 64
 # Columns of slow pairs at least, and latents of a window's matrices, which are made in registers, at most.
@@ -162,10 +161,12 @@ def plans_for(
         return ()
     if windows and (wide != 2 * COLUMNS or heads.slots > COLUMNS // LEAST_COLUMNS or rank > MOST_WINDOW_RANK):
         return ()
+    # Rounded, and what is left of them, as columns of a product.
+    biases = max(16 * COLUMNS, 2 * heads.kv * wide)
     kept = {
         "absorbed": heads.slots * rank,
         "folded": heads.kv * wide * rank,
-        "rotated": heads.kv * wide * (rank + LEAST + has_bias * BIAS_COLUMNS) + has_norm * 2 * wide,
+        "rotated": heads.kv * wide * (rank + LEAST) + has_bias * biases + has_norm * 2 * wide,
         # Two heads have a unit of fast pairs and one of slow ones; turned queries.
         "windows": cdiv(heads.kv, 2) * 2 * (COLUMNS * rank + COLUMNS * 4),
         # Fast and slow pairs, the windows of these.

@@ -14,8 +14,6 @@ from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT, in_columns
 
 # Rows of a factor that are folded at a time.
 ROWS: gl.constexpr = gl.constexpr(32)
-# Columns of biases: latents of a product at least.
-BIAS_COLUMNS: gl.constexpr = gl.constexpr(16)
 
 
 @gluon.jit
@@ -161,26 +159,29 @@ def load_queries(
     return gl.load(query + (wanted * head_step)[:, None] + dim[None, :], mask=ok, other=0.0).to(gl.float32)
 
 
-@gluon.jit
-def store_biases(biases, bias, KV: gl.constexpr, WIDTH: gl.constexpr, WHICH: gl.constexpr, EVERY: gl.constexpr):
-    """Key biases of kv heads WHICH, WHICH + EVERY, .. to shared memory [KV * units, UNIT, columns].
+@gluon.constexpr_function
+def bias_columns(units: int) -> int:
+    """Columns of biases: two of each unit, and latents of a product at least."""
+    return max(16, 2 * units)
 
-    In the order of the factors' rows; rounded in the first column, what is left of them in the second one, zeros behind
-    them.
+
+@gluon.jit
+def store_biases(biases, bias, UNITS: gl.constexpr, KV: gl.constexpr, WIDTH: gl.constexpr):
+    """Key biases to shared memory [UNIT, columns], in the order of the factors' rows.
+
+    Two columns of each unit: rounded, and what is left of them; zeros behind them.
     """
-    UNITS: gl.constexpr = biases.shape[0] // KV
+    COLUMNS: gl.constexpr = biases.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [WARPS, 1], [1, 0])
-    row = gl.arange(0, UNIT, gl.SliceLayout(1, layout))
-    column = gl.arange(0, BIAS_COLUMNS, gl.SliceLayout(0, layout))
-    for head in gl.static_range(WHICH, KV, EVERY):
-        for unit in gl.static_range(UNITS):
-            pair = unit * (UNIT // 2) + row // 2
-            at = bias + head * WIDTH + pair + row % 2 * (WIDTH // 2)
-            numbers = gl.load(at, mask=pair < WIDTH // 2, other=0.0).to(gl.float32)
-            rounded = numbers.to(biases.dtype).to(gl.float32)
-            rest = gl.where((column == 1)[None, :], (numbers - rounded)[:, None], 0.0)
-            both = gl.where((column == 0)[None, :], rounded[:, None], rest)
-            biases.index(head * UNITS + unit).store(both.to(biases.dtype))
+    row = gl.arange(0, UNIT, gl.SliceLayout(1, layout))[:, None]
+    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))[None, :]
+    unit = column // 2
+    pair = unit % (UNITS // KV) * (UNIT // 2) + row // 2
+    at = bias + unit // (UNITS // KV) * WIDTH + pair + row % 2 * (WIDTH // 2)
+    numbers = gl.load(at, mask=(pair < WIDTH // 2) & (unit < UNITS), other=0.0).to(gl.float32)
+    rounded = numbers.to(biases.dtype)
+    rest = (numbers - rounded.to(gl.float32)).to(biases.dtype)
+    biases.store(gl.where(column % 2 == 0, rounded, rest))
 
 
 @gluon.jit

@@ -35,7 +35,7 @@ from palu.kernels.decode_attention.hopper.prologue import (
 )
 from palu.kernels.decode_attention.hopper.slow import load_basis, load_slow, make_slow, slow_numbers
 from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT, by_pair, load_turns, units_of
-from palu.kernels.decode_attention.hopper.units import bias_operand, score_slow, score_turned, score_weighed
+from palu.kernels.decode_attention.hopper.units import score_slow, score_turned, score_weighed
 from palu.kernels.decode_attention.hopper.windows import (
     COLUMNS,
     FAST,
@@ -155,8 +155,8 @@ def _prepare(
             )
         else:
             store_queries(beside[0], query, query_stride, scaling, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, WHICH, 2)
-            if len(beside[1]) > 0:
-                store_biases(beside[1][0], bias, KV, WIDTH, WHICH, 2)
+            if len(beside[1]) > 0 and WHICH == 1:
+                store_biases(beside[1][0], bias, factors.shape[0], KV, WIDTH)
             if len(beside[2]) > 0 and WHICH == 0:
                 store_norm(beside[2][0], norm, WIDTH)
         async_copy.wait_group(KEY_STAGES)
@@ -218,22 +218,25 @@ def score_rebuilt(
     if MODE == "mixed" and WHICH == 1:
         store_queries(beside[0], query, query_stride, scaling, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, 0, 1)
     numbers = (up_stride, rank, query_stride, scaling)
-    biased, normed = (), ()
+    biases, normed = (), ()
     if MODE == "rotated":
-        if len(beside[1]) > 0:
-            biased = (bias_operand(beside[1][0].shape[2], DTYPE), beside[1][0])
+        biases = beside[1]
         if len(beside[2]) > 0:
             normed = (beside[2][0], epsilon)
     nothing = gl.zeros([TILE], gl.int32, rows)
+    if SPAN == 0:
+        turns = _turns_of(table, basis, tiles, begin + WHICH, table_t, nothing, PAIRS, ROWS_SPAN)
+        parameters = load_parameters(stored, tiles, begin + WHICH, rows, BITS, ASYMMETRIC)
     for window in range(begin, end, WINDOW):
         _prepare(
             factors, beside, ready, loaded, bases, query, up, bias, norm, numbers,
             position + (window - begin) * TILE, (window + WINDOW < end).to(gl.int32),
             STAGES, WHICH, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH,
         )  # fmt: skip
-        # Not before: there are no registers where a window is made.
-        turns = _turns_of(table, basis, tiles, window + WHICH, table_t, nothing, PAIRS, ROWS_SPAN)
-        parameters = load_parameters(stored, tiles, window + WHICH, rows, BITS, ASYMMETRIC)
+        if SPAN > 0:
+            # Not before: there are no registers where a window is made.
+            turns = _turns_of(table, basis, tiles, window + WHICH, table_t, nothing, PAIRS, ROWS_SPAN)
+            parameters = load_parameters(stored, tiles, window + WHICH, rows, BITS, ASYMMETRIC)
         if MODE == "mixed":
             shares = load_basis(basis, WHICH * TILE, UNIT // SLOTS, SLOTS)
         hand_over(ready, 1 if SPAN > 0 else 0)
@@ -257,7 +260,7 @@ def score_rebuilt(
             words = _words_of(turns, wide)
             if TURNED:
                 scores, operand = score_turned(
-                    found, free, operand, factors, beside[0], biased, normed, words,
+                    found, free, operand, factors, beside[0], biases, normed, words,
                     gl.zeros([TILE, SLOTS], gl.float32, narrow), seen, scale, logarithm, narrow, KV, TOGETHER,
                     QUERY_SLOTS, WIDTH, MODE, DTYPE,
                 )  # fmt: skip

@@ -31,23 +31,27 @@ def hand_on(to, score, seen, scale, logarithm):
 def _begun(operand, factors, unit, bias):
     """The product of a tile's latents with a unit's columns, under way.
 
-    bias: `bias_operand` and biases, or ().
+    bias: `_with_biases`, to which it is added, or ().
     """
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, UNIT, 16])
     begun = gl.zeros([TILE, UNIT], gl.float32, layout)
     if len(bias) == 2:
-        begun = warpgroup_mma(bias[0], bias[1].index(unit).permute((1, 0)), begun, use_acc=False, is_async=True)
+        begun = warpgroup_mma(bias[0], bias[1].permute((1, 0)), begun, use_acc=False, is_async=True)
     return warpgroup_mma(operand, factors.index(unit).permute((1, 0)), begun, use_acc=len(bias) == 2, is_async=True)
 
 
 @gluon.jit
-def bias_operand(COLUMNS: gl.constexpr, DTYPE: gl.constexpr):
-    """What biases as of `store_biases` are multiplied with from the left: ones where they are, [tile, columns]."""
-    product: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, UNIT, 16])
-    operand: gl.constexpr = gl.DotOperandLayout(0, product, 2)
-    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, operand))
-    ones = gl.full([TILE, COLUMNS], 1.0, gl.float32, operand)
-    return gl.where((column < 2)[None, :], ones, 0.0).to(DTYPE)
+def _with_biases(biases, unit):
+    """Ones in a unit's columns of biases [tile, columns], for a product, and the biases; () where there are none."""
+    both = ()
+    if len(biases) > 0:
+        product: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, UNIT, 16])
+        operand: gl.constexpr = gl.DotOperandLayout(0, product, 2)
+        COLUMNS: gl.constexpr = biases[0].shape[1]
+        column = gl.arange(0, COLUMNS, gl.SliceLayout(0, operand))
+        ones = gl.full([TILE, COLUMNS], 1.0, gl.float32, operand)
+        both = (_settled(gl.where((column // 2 == unit)[None, :], ones, 0.0).to(biases[0].dtype)), biases[0])
+    return both
 
 
 @gluon.jit
@@ -97,14 +101,14 @@ def _met(turned, queries, unit, scores, OF_PLACE: gl.constexpr, MODE: gl.constex
 
 @gluon.jit
 def score_turned(
-    found, free, operand, factors, queries, bias, norm, words, scores, seen, scale, logarithm, narrow: gl.constexpr,
+    found, free, operand, factors, queries, biases, norm, words, scores, seen, scale, logarithm, narrow: gl.constexpr,
     KV: gl.constexpr, TOGETHER: gl.constexpr, QUERY_SLOTS: gl.constexpr, WIDTH: gl.constexpr, MODE: gl.constexpr,
     DTYPE: gl.constexpr,
 ):  # fmt: skip
     """Scores of keys that are rebuilt and turned, unit after unit, while the next one's product is under way.
 
-    In mixed mode they are returned, to go to `score_slow`, with the operand. bias: `bias_operand` and biases of
-    every unit, or (). norm: weights of a key norm and what is added to the mean square, or (). scores: zeros.
+    In mixed mode they are returned, to go to `score_slow`, with the operand. biases: shared memory of `store_biases`,
+    in a tuple, or (). norm: weights of a key norm and what is added to the mean square, or (). scores: zeros.
     """
     UNITS: gl.constexpr = factors.shape[0] - (1 if MODE == "mixed" else 0)
     OF_HEAD: gl.constexpr = UNITS // KV
@@ -114,8 +118,10 @@ def score_turned(
     scores = _settled(scores)
     factor = gl.full([TILE, scores.shape[1]], 1.0, gl.float32, narrow)
     for first in range(0, UNITS - 1, 2):
+        # Before any product is under way.
+        bias, other_bias = _with_biases(biases, first), _with_biases(biases, first + 1)
         product = _begun(operand, factors, first, bias)
-        other = _begun(operand, factors, first + 1, bias)
+        other = _begun(operand, factors, first + 1, other_bias)
         product, squares = _weighted(warpgroup_mma_wait(1, deps=[product]), norm, 0)
         turned = _turned(product, words[0], narrow, MODE, DTYPE)
         scores = _met(turned, queries, first, scores, OF_PLACE, MODE)
@@ -140,7 +146,8 @@ def score_turned(
             mbarrier.wait(free[0], free[1])
             hand_on(found.index((first + 1) // OF_PLACE), scores * factor, seen, scale, logarithm)
     if UNITS % 2 == 1:
-        product, operand = warpgroup_mma_wait(0, deps=[_begun(operand, factors, UNITS - 1, bias), operand])
+        begun = _begun(operand, factors, UNITS - 1, _with_biases(biases, UNITS - 1))
+        product, operand = warpgroup_mma_wait(0, deps=[begun, operand])
         product, squares = _weighted(product, norm, 0)
         turned = _turned(product, words[0], narrow, MODE, DTYPE)
         scores = _met(turned, queries, UNITS - 1, scores, OF_PLACE, MODE)
