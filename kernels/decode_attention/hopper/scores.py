@@ -267,7 +267,7 @@ def score_rebuilt(
             else:
                 score_weighed(found, free, operand, factors, words, seen, scale, logarithm, KV, MODE, TURNS)
             if MODE != "windows":
-                after = zeros_of(next_parameters, rows, BITS, ASYMMETRIC)
+                after = zeros_of(next_parameters, rows, BITS, ASYMMETRIC) if TURNED else nothing
                 next_turns = _turns_of(table, basis, tiles, index + 2, table_t, after, PAIRS, ROWS_SPAN)
             if MODE == "mixed":
                 score_slow(found, free, operand, factors, shares, scores, seen, scale, logarithm)
