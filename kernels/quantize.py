@@ -159,7 +159,10 @@ def quantize(latents: Tensor, quantization: Quantization) -> PackedLatents:
 
 
 def encode(latents: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor]:
-    """As `quantize`, the tensors that a cache holds: what `PackedLatents.of` takes."""
+    """As `quantize`, the tensors that a cache holds: what `PackedLatents.of` takes.
+
+    Where gradients are asked for a compiler sees the definition, whose rounding of scales it may leave out.
+    """
     has_gradient = torch.is_grad_enabled() and latents.requires_grad
     if torch.compiler.is_compiling() and not has_gradient:
         # Here, as it imports this module.
@@ -179,7 +182,7 @@ def encode_into(codes: Tensor, parameters: Tensor, slots: Tensor, latents: Tenso
     """As `encode`, of new tokens' latents [batch, new, width] to slots [new] (int64) of a cache.
 
     codes: uint8 [batch, capacity, packed_width]; parameters: fp16 [batch, capacity, groups or 2 * groups], which are
-    written in place. One Triton launch on a GPU.
+    written in place. One Triton launch on a GPU; compiled, `encode` and two copies.
     """
     if uses_kernels(latents) and not torch.compiler.is_compiling():
         from palu.kernels.quantization.launch import can_take, launch_encode_into

@@ -80,7 +80,7 @@ HOPPER_CALLS += [Call(kv, bits, mask=None) for kv in (32, 8) for bits in (8, 4)]
 HOPPER_CALLS += [Call(group_size=1, bits=8, key_rank=256), Call(8, 4), Call(16, 4, group_size=2, heads=16)]
 HOPPER_CALLS += [Call(4, 4, heads=28), Call(8, 4, group_size=1, mask=None)]
 HOPPER_CALLS += [Call(8, bits, key_norm=True, mask=None) for bits in (16, 8)]
-HOPPER_CALLS += [Call(4, 4, bias=True, heads=28, mask=None)]
+HOPPER_CALLS += [Call(4, 4, bias=True, heads=28, mask=None), Call(5, heads=10, group_size=5, key_rank=64, bias=True)]
 HOPPER_CALLS += [Call(absorbed=True, bits=bits) for bits in (8, 4)] + [Call(bits=4, dtype=torch.bfloat16)]
 
 

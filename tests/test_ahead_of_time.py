@@ -12,8 +12,8 @@ from palu.kernels.latent_scores.factors import PART
 from tests.compile_launches import MOST_SHARED
 
 ROOT = Path(__file__).resolve().parents[1]
-# Bytes of local memory per thread: the most that Triton 3.9 leaves, where columns of more than PART latents are kept too
-# (3.6 leaves 528 of folded codes with 256 latents per head).
+# Bytes of local memory per thread: the most that Triton 3.9 leaves, where columns of more than PART latents are kept
+# too (3.6 leaves 528 of folded codes with 256 latents per head).
 MOST_SPILLED = {"weight_kernel": (56, 56), "scores_kernel": (136, 440), "hopper_kernel": (144, 384)}
 # Of keys that are interpolated, with four kv heads per group. Triton 3.6 leaves half of it at most.
 MOST_SPILLED_WINDOWS = 200

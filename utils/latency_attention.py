@@ -165,6 +165,6 @@ def measure(task: Attention, peaks: Peaks) -> dict[str, Any]:
         "rank_k": None if task.is_baseline else task.args.rank_k,
         "rank_v": None if task.is_baseline else task.args.rank_v,
         "rope": not task.args.no_rope,
-        "key_biases": task.args.key_biases,
-        "key_norm": task.args.key_norm,
+        "key_biases": None if task.is_baseline else task.args.key_biases,
+        "key_norm": None if task.is_baseline else task.args.key_norm,
     }

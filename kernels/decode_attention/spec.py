@@ -58,6 +58,10 @@ HOPPER_SHAPES = (
     Shape(1, 6, 6, 128, 1, 210, (64, 96), (96, 192)),
     Shape(1, 28, 4, 128, 1, 390, (96,), (256,)),
     Shape(1, 2, 2, 128, 1, 1, (128,) * 2, (128,) * 2),
+    Shape(2, 14, 2, 64, 1, 260, (128,), (128,)),
+    Shape(1, 6, 3, 64, 1, 190, (64,), (192,)),
+    Shape(1, 8, 4, 96, 1, 330, (64, 128), (128, 192)),
+    Shape(1, 10, 5, 128, 1, 300, (64,), (256,)),
 )
 
 # Largest relative error ||out - ref|| / ||ref|| against float64: rounding of the inputs' dtype over sums of a few

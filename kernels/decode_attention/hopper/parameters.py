@@ -39,14 +39,14 @@ def scale_of(parameters, side: gl.constexpr, ASYMMETRIC: gl.constexpr):
 
 @gluon.jit
 def zeros_of(parameters, layout: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr):
-    """Zeros [tile] that are known when a tile's parameters are.
+    """Zeros [tile] that are known when a tile's key scales are.
 
     A load that waits for them keeps apart from the parameters' ones: where both are under way, the first use of either
     waits for all.
     """
     zeros = gl.zeros([TILE], gl.int32, layout)
     if BITS < 16:
-        # Scales are positive.
+        # Visible tokens' scales are positive; what others' loads read is not used.
         zeros = (scale_of(parameters, 0, ASYMMETRIC) < 0.0).to(gl.int32)
     return zeros
 

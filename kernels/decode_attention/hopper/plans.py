@@ -19,6 +19,8 @@ SLOW = KERNEL_SLOW.value
 MOST_SLOTS, LEAST_RANK, LEAST_CODES = 32, 32, 64
 # Columns of slow pairs at least, and latents of a window's matrices, which are made in registers, at most.
 LEAST_COLUMNS, MOST_WINDOW_RANK = 4, 128
+# Columns of key biases at least.
+LEAST_BIASES = 16
 # kv heads at most of which all slow pairs can stay in shared memory.
 MOST_STAYING = 4
 # Tokens of a step at least, and slots of heads at most, whose codes are weighed by products of whole numbers.
@@ -162,7 +164,7 @@ def plans_for(
     if windows and (wide != 2 * COLUMNS or heads.slots > COLUMNS // LEAST_COLUMNS or rank > MOST_WINDOW_RANK):
         return ()
     # Rounded, and what is left of them, as columns of a product.
-    biases = max(16 * COLUMNS, 2 * heads.kv * wide)
+    biases = COLUMNS * max(LEAST_BIASES, next_power_of_2(2 * heads.kv * wide // COLUMNS))
     kept = {
         "absorbed": heads.slots * rank,
         "folded": heads.kv * wide * rank,

@@ -161,8 +161,8 @@ def load_queries(
 
 @gluon.constexpr_function
 def bias_columns(units: int) -> int:
-    """Columns of biases: two of each unit, and latents of a product at least."""
-    return max(16, 2 * units)
+    """Columns of biases, a power of two: two of each unit, and latents of a product at least."""
+    return max(16, 1 << (2 * units - 1).bit_length())
 
 
 @gluon.jit

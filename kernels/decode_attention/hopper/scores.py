@@ -120,6 +120,17 @@ def _made_layout(rank: int) -> gl.NVMMADistributedLayout:
 
 
 @gluon.jit
+def _load_slow(
+    factors, beside, bases, frequencies, query, query_stride, HEADS: gl.constexpr, WIDTH: gl.constexpr
+):  # fmt: skip
+    """What a window of slow pairs is made of; HEADS: what tells heads of slots."""
+    return load_slow(
+        bases, frequencies, query, query_stride, _made_layout(factors.shape[2]), HEADS[0], HEADS[1], HEADS[2],
+        HEADS[3], LEAST, UNIT, beside[0].shape[1], beside[1].shape[1], WIDTH,
+    )  # fmt: skip
+
+
+@gluon.jit
 def _prepare(
     factors, beside, ready, loaded, bases, query, up, bias, norm, numbers, position, more,
     KEY_STAGES: gl.constexpr, WHICH: gl.constexpr, MODE: gl.constexpr, KV: gl.constexpr, TOGETHER: gl.constexpr,
@@ -198,12 +209,10 @@ def score_rebuilt(
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, SLOTS, 16])
     rows: gl.constexpr = gl.SliceLayout(1, wide)
     first, step, begin, end, length = tiles
+    HEADS: gl.constexpr = (KV, QUERIES, QUERY_SLOTS, TOGETHER)
     loaded = ()
     if MODE == "mixed" and WHICH == 0:
-        loaded = load_slow(
-            bases, frequencies, query, query_stride, _made_layout(factors.shape[2]), KV, QUERIES, QUERY_SLOTS,
-            TOGETHER, LEAST, UNIT, SLOTS, beside[1].shape[1], WIDTH,
-        )  # fmt: skip
+        loaded = _load_slow(factors, beside, bases, frequencies, query, query_stride, HEADS, WIDTH)
     # Nothing is read where there is no tile.
     _start(factors, beside, up, up_stride, gl.where(begin < end, rank, 0), KV, WIDTH, MODE, WHICH)
     for stage in gl.static_range(STAGES):
@@ -278,10 +287,7 @@ def score_rebuilt(
             mbarrier.arrive(full, count=1)
         if MODE == "mixed" and WHICH == 0:
             # Once more: while tiles are scored there are no registers to keep it in.
-            loaded = load_slow(
-                bases, frequencies, query, query_stride, _made_layout(factors.shape[2]), KV, QUERIES, QUERY_SLOTS,
-                TOGETHER, LEAST, UNIT, SLOTS, beside[1].shape[1], WIDTH,
-            )  # fmt: skip
+            loaded = _load_slow(factors, beside, bases, frequencies, query, query_stride, HEADS, WIDTH)
     async_copy.wait_group(0)
     # The values of the last tile take less than a launch.
     allow_launch_after()

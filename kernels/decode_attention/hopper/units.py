@@ -31,7 +31,7 @@ def hand_on(to, score, seen, scale, logarithm):
 def _begun(operand, factors, unit, bias):
     """The product of a tile's latents with a unit's columns, under way.
 
-    bias: `_with_biases`, to which it is added, or ().
+    bias: `_bias_operands`, to which it is added, or ().
     """
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, UNIT, 16])
     begun = gl.zeros([TILE, UNIT], gl.float32, layout)
@@ -41,7 +41,7 @@ def _begun(operand, factors, unit, bias):
 
 
 @gluon.jit
-def _with_biases(biases, unit):
+def _bias_operands(biases, unit):
     """Ones in a unit's columns of biases [tile, columns], for a product, and the biases; () where there are none."""
     both = ()
     if len(biases) > 0:
@@ -55,7 +55,7 @@ def _with_biases(biases, unit):
 
 
 @gluon.jit
-def _normalised(factor, squares, place, epsilon, WIDTH: gl.constexpr, QUERY_SLOTS: gl.constexpr):
+def _with_inverse_root(factor, squares, place, epsilon, WIDTH: gl.constexpr, QUERY_SLOTS: gl.constexpr):
     """Factors [tile, columns] of scores, with those of a head's columns made of its keys' squares, added up [tile]."""
     layout: gl.constexpr = factor.type.layout
     column = gl.arange(0, factor.shape[1], gl.SliceLayout(0, layout))
@@ -65,7 +65,7 @@ def _normalised(factor, squares, place, epsilon, WIDTH: gl.constexpr, QUERY_SLOT
 
 
 @gluon.jit
-def _weighted(product, norm, unit):
+def _times_weights(product, norm, unit):
     """Rebuilt keys times a norm's weights, and their squares added up, [tile]; without a norm as they are."""
     squares = gl.zeros([TILE], gl.float32, gl.SliceLayout(1, product.type.layout))
     if len(norm) == 2:
@@ -119,10 +119,10 @@ def score_turned(
     factor = gl.full([TILE, scores.shape[1]], 1.0, gl.float32, narrow)
     for first in range(0, UNITS - 1, 2):
         # Before any product is under way.
-        bias, other_bias = _with_biases(biases, first), _with_biases(biases, first + 1)
+        bias, other_bias = _bias_operands(biases, first), _bias_operands(biases, first + 1)
         product = _begun(operand, factors, first, bias)
         other = _begun(operand, factors, first + 1, other_bias)
-        product, squares = _weighted(warpgroup_mma_wait(1, deps=[product]), norm, 0)
+        product, squares = _times_weights(warpgroup_mma_wait(1, deps=[product]), norm, 0)
         turned = _turned(product, words[0], narrow, MODE, DTYPE)
         scores = _met(turned, queries, first, scores, OF_PLACE, MODE)
         # The second one's turning goes on beside the first one's product with the queries.
@@ -130,10 +130,10 @@ def score_turned(
         if MODE == "rotated" and OF_HEAD == 1:
             scores, turned = warpgroup_mma_wait(0, deps=[scores, turned])
             if len(norm) == 2:
-                factor = _normalised(factor, squares, first % TOGETHER, norm[1], WIDTH, QUERY_SLOTS)
+                factor = _with_inverse_root(factor, squares, first % TOGETHER, norm[1], WIDTH, QUERY_SLOTS)
             mbarrier.wait(free[0], free[1])
             hand_on(found.index(first // OF_PLACE), scores * factor, seen, scale, logarithm)
-        other, others = _weighted(other, norm, OF_HEAD - 1)
+        other, others = _times_weights(other, norm, OF_HEAD - 1)
         following = _settled(_turned(other, words[OF_HEAD - 1], narrow, MODE, DTYPE))
         scores, turned = warpgroup_mma_wait(0, deps=[scores, turned])
         scores = _met(following, queries, first + 1, scores, OF_PLACE, MODE)
@@ -142,19 +142,19 @@ def score_turned(
             if len(norm) == 2:
                 squares = others if OF_HEAD == 1 else squares + others
                 place = (first + 1) // OF_HEAD % TOGETHER
-                factor = _normalised(factor, squares, place, norm[1], WIDTH, QUERY_SLOTS)
+                factor = _with_inverse_root(factor, squares, place, norm[1], WIDTH, QUERY_SLOTS)
             mbarrier.wait(free[0], free[1])
             hand_on(found.index((first + 1) // OF_PLACE), scores * factor, seen, scale, logarithm)
     if UNITS % 2 == 1:
-        begun = _begun(operand, factors, UNITS - 1, _with_biases(biases, UNITS - 1))
+        begun = _begun(operand, factors, UNITS - 1, _bias_operands(biases, UNITS - 1))
         product, operand = warpgroup_mma_wait(0, deps=[begun, operand])
-        product, squares = _weighted(product, norm, 0)
+        product, squares = _times_weights(product, norm, 0)
         turned = _turned(product, words[0], narrow, MODE, DTYPE)
         scores = _met(turned, queries, UNITS - 1, scores, OF_PLACE, MODE)
         scores, turned = warpgroup_mma_wait(0, deps=[scores, turned])
         if MODE == "rotated":
             if len(norm) == 2:
-                factor = _normalised(factor, squares, (UNITS - 1) % TOGETHER, norm[1], WIDTH, QUERY_SLOTS)
+                factor = _with_inverse_root(factor, squares, (UNITS - 1) % TOGETHER, norm[1], WIDTH, QUERY_SLOTS)
             mbarrier.wait(free[0], free[1])
             hand_on(found.index((UNITS - 1) // OF_PLACE), scores * factor, seen, scale, logarithm)
     return scores, operand
