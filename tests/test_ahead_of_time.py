@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MOST_SPILLED = {"weight_kernel": (56, 56), "scores_kernel": (136, 440), "hopper_kernel": (144, 384)}
 # Of keys that are interpolated, with four kv heads per group. Triton 3.6 leaves half of it at most.
 MOST_SPILLED_WINDOWS = 200
-# Of numbers of 16 bits, for whose factors and the copies of them there is least room; Triton 3.6 leaves 104.
+# Of numbers of 16 bits, for whose factors and the copies of them there is least room; Triton 3.6 leaves 48 (fp16).
 MOST_SPILLED_NUMBERS = 288
 # Of several queries and codes, two tiles of which are weighed at a time; Triton 3.6 leaves 24.
 MOST_SPILLED_CODES = 208
@@ -71,12 +71,13 @@ def most_spilled(row):
     """Bytes of local memory that a launch may take."""
     if row.get("mode") in ("mixed", "windows"):
         return MOST_SPILLED_NUMBERS if row["bits"] == "16" else MOST_SPILLED_WINDOWS
-    if row["kernel"] == "hopper_kernel" and row["mode"] == "rotated" and row["queries"] == "7":
-        return MOST_SPILLED_COLUMNS
-    if row["kernel"] == "hopper_kernel" and row["mode"] == "rotated" and row["has_norm"] == "True":
-        return MOST_SPILLED_NORMS
-    if row["kernel"] == "hopper_kernel" and row["mode"] == "rotated" and row["bits"] != "16" and not is_wide(row):
-        return MOST_SPILLED_CODES
+    if row.get("mode") == "rotated":
+        if row["queries"] == "7":
+            return MOST_SPILLED_COLUMNS
+        if row["has_norm"] == "True":
+            return MOST_SPILLED_NORMS
+        if row["bits"] != "16" and not is_wide(row):
+            return MOST_SPILLED_CODES
     return MOST_SPILLED.get(row["kernel"], (0, 0))[is_wide(row)]
 
 

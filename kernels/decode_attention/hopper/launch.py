@@ -91,8 +91,8 @@ def can_take(
     _, num_heads, _, width = query.shape
     heads = heads_of(num_heads, len(key.ranks), None if key.up is None else key.up.shape[0] // width)
     ranks = (tuple(key.ranks), tuple(value.ranks))
-    extra = (key.bias is not None, key_norm is not None)
-    return bool(plans_for(heads, width, *ranks, number, block_memory(query.device), False, False, *extra))
+    extras, memory = (key.bias is not None, key_norm is not None), block_memory(query.device)
+    return bool(plans_for(heads, width, *ranks, number, memory, False, False, *extras))
 
 
 def _bits(latents: Latents, dtype: torch.dtype) -> int | None:
@@ -119,7 +119,12 @@ class Call(NamedTuple):
     mask: Tensor | None
     rows_per_latent: int
     scaling: float
-    key_norm: Any = None
+    key_norm: Any
+
+    @property
+    def extras(self) -> tuple[bool, bool]:
+        """Whether keys have biases, and a norm."""
+        return self.key.bias is not None, self.key_norm is not None
 
     @property
     def heads(self) -> Heads:
@@ -140,8 +145,7 @@ class Call(NamedTuple):
     def plans(self, windows: bool, all_of_them: bool) -> tuple[Plan, ...]:
         """As `plans_for`."""
         ranks, memory = (tuple(self.key.ranks), tuple(self.value.ranks)), block_memory(self.query.device)
-        extra = (self.key.bias is not None, self.key_norm is not None)
-        return plans_for(self.heads, self.query.shape[2], *ranks, self.bits, memory, windows, all_of_them, *extra)
+        return plans_for(self.heads, self.query.shape[2], *ranks, self.bits, memory, windows, all_of_them, *self.extras)
 
 
 class Tables(NamedTuple):
@@ -157,7 +161,7 @@ class Tables(NamedTuple):
 def launch(
     query: Tensor, key_latents: Stretch, value_latents: Stretch, key: LatentProjection, value: LatentProjection,
     rotation: Rotation | None, mask: Tensor | None, rows_per_latent: int, scaling: float, head_dim: int,
-    key_norm: Any = None,
+    key_norm: Any,
 ) -> Tensor:  # fmt: skip
     """The heads' outputs of queries [rows, num_heads, head_dim or, absorbed, width], as `parts.combine` returns them.
 
@@ -203,8 +207,7 @@ def _launch_best(call: Call, window: Window | None, takes: str, tables: Tables, 
     search = searches() and takes != "gaps"
     plans = call.plans(window is not None, search)
     if search:
-        kinds = (call.heads, call.query.shape, tuple(call.key.ranks), tuple(call.value.ranks), call.bits)
-        kinds += (call.key.bias is not None, call.key_norm is not None)
+        kinds = (call.heads, call.query.shape, tuple(call.key.ranks), tuple(call.value.ranks), call.bits, call.extras)
         shape_class = ("hopper", *kinds, call.query.dtype, mask_kind(call.mask), window and window.span)
         plan = pick(
             (*shape_class, length_class(call.key_latents.shape[1])), plans,
@@ -245,6 +248,7 @@ def _launch(
     weighers, whole = weighers_of(heads.mode, bits), whole_slots(heads, bits, chunks)
     scorers = scorers_of(heads.mode, weighers, whole)
     registers = REGISTERS[heads.mode, bits < 16, scorers + weighers]
+    has_bias, has_norm = call.extras
     dtype = call.dtype
     rank, up = padded_rank(ranks, bits), query if absorbed else key.up
     if bits < 16 and not absorbed:
@@ -252,14 +256,14 @@ def _launch(
     scaling *= LOG2_E * (1.0 if rotation is None else rotation.attention_scaling)
     side, value_side = side_of(ranks, 16, device), side_of(value_ranks, 16, device)
     hopper_kernel[(parts, groups, rows)](
-        query, keys, values, up, query if key.bias is None else key.bias,
-        query if key_norm is None else key_norm.weight, tables.table, query if mask is None else mask,
+        query, keys, values, up, key.bias if has_bias else query, key_norm.weight if has_norm else query,
+        tables.table, query if mask is None else mask,
         key_parameters, value_parameters, *tables[1:], *found,
         side.rank, side.offset, value_side.rank, value_side.offset,
         length, *key_strides[:2], *value_strides[:2], *key_strides[2:], *value_strides[2:],
         0 if absorbed else up.stride(0), *((0, 0) if absorbed else row_strides(tables.table)),
         *((0, 0) if mask is None else row_strides(mask)), tables.spans.stride(0) if tables.spans.shape[0] > 1 else 0,
-        query.stride(1), rows * num_heads, scaling, 0.0 if key_norm is None else key_norm.variance_epsilon,
+        query.stride(1), rows * num_heads, scaling, key_norm.variance_epsilon if has_norm else 0.0,
         MODE=mode, TAKES=takes, SPAN=0 if window is None else window.span,
         GROUPS=groups, KV=heads.kv, QUERIES=heads.queries, QUERY_SLOTS=heads.query_slots,
         SLOTS=heads.slots, QUERY_ROWS=rows_per_latent, WIDTH=width, WIDE=next_power_of_2(width),
@@ -269,7 +273,7 @@ def _launch(
         DTYPE=DTYPES[dtype], TOGETHER=heads.together, COLUMNS=heads.columns, BITS=bits,
         ASYMMETRIC=asymmetric, SCORERS=scorers, WEIGHERS=weighers,
         SCORE_REGISTERS=registers[0], VALUE_REGISTERS=registers[1],
-        WHOLE=whole, HELD=1 + plan.stays, HAS_BIAS=key.bias is not None, HAS_NORM=key_norm is not None,
+        WHOLE=whole, HELD=1 + plan.stays, HAS_BIAS=has_bias, HAS_NORM=has_norm,
         EVEN_KEYS=even_rank(ranks), EVEN_VALUES=even_rank(value_ranks),
         num_warps=4, launch_pdl=True,
     )  # fmt: skip

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from palu.kernels.decode_attention.hopper.common import TILE as KERNEL_TILE
+from palu.kernels.decode_attention.hopper.prologue import bias_columns
 from palu.kernels.decode_attention.hopper.turns import LEAST as KERNEL_LEAST
 from palu.kernels.decode_attention.hopper.turns import UNIT as KERNEL_UNIT
 from palu.kernels.decode_attention.hopper.values import CHUNK as KERNEL_CHUNK
@@ -19,8 +20,6 @@ SLOW = KERNEL_SLOW.value
 MOST_SLOTS, LEAST_RANK, LEAST_CODES = 32, 32, 64
 # Columns of slow pairs at least, and latents of a window's matrices, which are made in registers, at most.
 LEAST_COLUMNS, MOST_WINDOW_RANK = 4, 128
-# Columns of key biases at least.
-LEAST_BIASES = 16
 # kv heads at most of which all slow pairs can stay in shared memory.
 MOST_STAYING = 4
 # Tokens of a step at least, and slots of heads at most, whose codes are weighed by products of whole numbers.
@@ -163,12 +162,12 @@ def plans_for(
         return ()
     if windows and (wide != 2 * COLUMNS or heads.slots > COLUMNS // LEAST_COLUMNS or rank > MOST_WINDOW_RANK):
         return ()
-    # Rounded, and what is left of them, as columns of a product.
-    biases = COLUMNS * max(LEAST_BIASES, next_power_of_2(2 * heads.kv * wide // COLUMNS))
+    # A norm's weights are float32.
+    biases, weights_of_norm = COLUMNS * bias_columns(heads.kv * wide // COLUMNS), 2 * wide
     kept = {
         "absorbed": heads.slots * rank,
         "folded": heads.kv * wide * rank,
-        "rotated": heads.kv * wide * (rank + LEAST) + has_bias * biases + has_norm * 2 * wide,
+        "rotated": heads.kv * wide * (rank + LEAST) + has_bias * biases + has_norm * weights_of_norm,
         # Two heads have a unit of fast pairs and one of slow ones; turned queries.
         "windows": cdiv(heads.kv, 2) * 2 * (COLUMNS * rank + COLUMNS * 4),
         # Fast and slow pairs, the windows of these.

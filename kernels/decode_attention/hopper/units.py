@@ -65,6 +65,20 @@ def _with_inverse_root(factor, squares, place, epsilon, WIDTH: gl.constexpr, QUE
 
 
 @gluon.jit
+def _hand_on_head(
+    found, free, scores, factor, squares, norm, unit, seen, scale, logarithm, OF_HEAD: gl.constexpr,
+    TOGETHER: gl.constexpr, QUERY_SLOTS: gl.constexpr, WIDTH: gl.constexpr,
+):  # fmt: skip
+    """Store a place's scores once a unit ends a head of it, whose squares are added up; returns the place's factors."""
+    head = unit // OF_HEAD
+    if len(norm) == 2:
+        factor = _with_inverse_root(factor, squares, head % TOGETHER, norm[1], WIDTH, QUERY_SLOTS)
+    mbarrier.wait(free[0], free[1])
+    hand_on(found.index(head // TOGETHER), scores * factor, seen, scale, logarithm)
+    return factor
+
+
+@gluon.jit
 def _times_weights(product, norm, unit):
     """Rebuilt keys times a norm's weights, and their squares added up, [tile]; without a norm as they are."""
     squares = gl.zeros([TILE], gl.float32, gl.SliceLayout(1, product.type.layout))
@@ -129,22 +143,21 @@ def score_turned(
         other = warpgroup_mma_wait(1, deps=[other])
         if MODE == "rotated" and OF_HEAD == 1:
             scores, turned = warpgroup_mma_wait(0, deps=[scores, turned])
-            if len(norm) == 2:
-                factor = _with_inverse_root(factor, squares, first % TOGETHER, norm[1], WIDTH, QUERY_SLOTS)
-            mbarrier.wait(free[0], free[1])
-            hand_on(found.index(first // OF_PLACE), scores * factor, seen, scale, logarithm)
+            factor = _hand_on_head(
+                found, free, scores, factor, squares, norm, first, seen, scale, logarithm,
+                OF_HEAD, TOGETHER, QUERY_SLOTS, WIDTH,
+            )  # fmt: skip
         other, others = _times_weights(other, norm, OF_HEAD - 1)
         following = _settled(_turned(other, words[OF_HEAD - 1], narrow, MODE, DTYPE))
         scores, turned = warpgroup_mma_wait(0, deps=[scores, turned])
         scores = _met(following, queries, first + 1, scores, OF_PLACE, MODE)
         scores, following, operand = warpgroup_mma_wait(0, deps=[scores, following, operand])
         if MODE == "rotated":
-            if len(norm) == 2:
-                squares = others if OF_HEAD == 1 else squares + others
-                place = (first + 1) // OF_HEAD % TOGETHER
-                factor = _with_inverse_root(factor, squares, place, norm[1], WIDTH, QUERY_SLOTS)
-            mbarrier.wait(free[0], free[1])
-            hand_on(found.index((first + 1) // OF_PLACE), scores * factor, seen, scale, logarithm)
+            squares = others if OF_HEAD == 1 else squares + others
+            factor = _hand_on_head(
+                found, free, scores, factor, squares, norm, first + 1, seen, scale, logarithm,
+                OF_HEAD, TOGETHER, QUERY_SLOTS, WIDTH,
+            )  # fmt: skip
     if UNITS % 2 == 1:
         begun = _begun(operand, factors, UNITS - 1, _bias_operands(biases, UNITS - 1))
         product, operand = warpgroup_mma_wait(0, deps=[begun, operand])
@@ -153,10 +166,10 @@ def score_turned(
         scores = _met(turned, queries, UNITS - 1, scores, OF_PLACE, MODE)
         scores, turned = warpgroup_mma_wait(0, deps=[scores, turned])
         if MODE == "rotated":
-            if len(norm) == 2:
-                factor = _with_inverse_root(factor, squares, (UNITS - 1) % TOGETHER, norm[1], WIDTH, QUERY_SLOTS)
-            mbarrier.wait(free[0], free[1])
-            hand_on(found.index((UNITS - 1) // OF_PLACE), scores * factor, seen, scale, logarithm)
+            _hand_on_head(
+                found, free, scores, factor, squares, norm, UNITS - 1, seen, scale, logarithm,
+                OF_HEAD, TOGETHER, QUERY_SLOTS, WIDTH,
+            )  # fmt: skip
     return scores, operand
 
 
