@@ -90,7 +90,7 @@ def score_absorbed_codes(
         shift = shift_of(parameters, 0, rows, BITS, ASYMMETRIC) + middle_of(BITS)
         shift = gl.convert_layout(shift, gl.SliceLayout(1, nothing.type.layout), assert_trivial=True)
         logarithm = logarithm_of(parameters, seen, rows, BITS, ASYMMETRIC)
-        hand_on_parameters(scales, buffer, parameters, seen, rows, BITS, ASYMMETRIC)
+        hand_on_parameters(scales, buffer, parameters, seen, rows, BITS, ASYMMETRIC, True)
         score = whole_of(warpgroup_mma_wait(0, deps=[begun])) * unit[None, :] - shift[:, None] * total[None, :]
         place = found.index(buffer)
         if place.shape[1] > SLOTS:
@@ -133,7 +133,7 @@ def score_absorbed(
         copy_tile(slot, latents, tiles, index + STAGES, latents_t, units)
         mbarrier.wait(empty.index(buffer), ((done // 2) & 1) ^ 1)
         logarithm = logarithm_of(parameters, seen, rows, BITS, ASYMMETRIC)
-        hand_on_parameters(scales, buffer, parameters, seen, rows, BITS, ASYMMETRIC)
+        hand_on_parameters(scales, buffer, parameters, seen, rows, BITS, ASYMMETRIC, False)
         score, operand = warpgroup_mma_wait(0, deps=[begun, operand])
         hand_on(found.index(buffer), score, seen, scale, logarithm)
         parameters = next_parameters

@@ -134,8 +134,10 @@ def hopper_kernel(
             tops = gl.allocate_shared_memory(gl.int32, [WARPS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         memories = memories + ((value_rings, weights, tops),)
     found = gl.allocate_shared_memory(gl.float32, [2, TILE, SLOTS], gl.SwizzledSharedLayout(1, 1, 1, [0, 1]))
-    # Of a tile's values: one over the scale, the shift.
+    # Of a tile's values: one over the scale, the shift; finite ones before there is a tile.
     scales = gl.allocate_shared_memory(gl.float32, [4, TILE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    for at in gl.static_range(4 if BITS < 16 else 0):
+        scales.index(at).store(gl.zeros([TILE], gl.float32, gl.BlockedLayout([1], [32], [WARPS], [0])))
     full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -264,11 +266,11 @@ def hopper_kernel(
         gl.warp_specialize([
             (score_rebuilt, (
                 places[0], scales, full.index(0), empty.index(0), ready, rings[0], factors, besides[0], to_scores,
-                0, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK,
+                0, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK, WHOLE > 0,
             )),
             (score_rebuilt, (
                 places[1], scales, full.index(1), empty.index(1), ready, rings[1], factors, besides[1], to_scores,
-                1, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK,
+                1, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK, WHOLE > 0,
             )),
             (_weigh, (memories[0], out, to_values, 0, WEIGHERS, OF_VALUES, WHOLE)),
         ], [4, 4], [SCORE_REGISTERS, VALUE_REGISTERS])  # fmt: skip

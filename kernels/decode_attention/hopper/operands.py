@@ -19,11 +19,11 @@ def swizzled(columns: int) -> gl.NVMMASharedLayout:
 
 
 @gluon.constexpr_function
-def _fields(bits: int, shifted: bool, scaled: bool) -> tuple[str, str]:
+def _fields(bits: int, scaled: bool) -> tuple[str, str]:
     """Assembly that makes pairs of fp16 numbers, a field's codes less the middle one, of a pair of units.
 
     A code or-ed into the mantissa of 1024 is 1024 + code. The second code of a byte gives 1024 + 16 code, which takes a
-    multiply-add instead of a shift. shifted: another pair is taken away; scaled: a third is multiplied in.
+    multiply-add instead of a shift. Another pair is taken away; scaled: multiplied in, and a third one added instead.
     """
     count = 16 // bits
     names = [f"${field}" for field in range(count)]
@@ -42,12 +42,12 @@ def _fields(bits: int, shifted: bool, scaled: bool) -> tuple[str, str]:
             lines.append(
                 f"fma.rn.f16x2 {name}, {name}, scale, both;" if field % 2 else f"sub.f16x2 {name}, {name}, middle;"
             )
-    if shifted:
-        lines += [f"sub.f16x2 {name}, {name}, ${count + 1};" for name in names]
     if scaled:
-        lines += [f"mul.f16x2 {name}, {name}, ${count + 2};" for name in names]
+        lines += [f"fma.rn.f16x2 {name}, {name}, ${count + 1}, ${count + 2};" for name in names]
+    else:
+        lines += [f"sub.f16x2 {name}, {name}, ${count + 1};" for name in names]
     # Results are written before all is read.
-    return "{ " + " ".join(lines) + " }", ",".join(["=&r"] * count + ["r"] * (1 + shifted + scaled))
+    return "{ " + " ".join(lines) + " }", ",".join(["=&r"] * count + ["r"] * (2 + scaled))
 
 
 @gluon.constexpr_function
@@ -73,6 +73,13 @@ def units_layout(units: int, tokens: int, fours: bool) -> gl.DistributedLinearLa
 
 
 @gluon.jit
+def _along(numbers, UNITS: gl.constexpr, operand: gl.constexpr):
+    """Numbers [tile] for all of a token's units, fp16."""
+    numbers = gl.convert_layout(numbers.to(gl.float16), gl.SliceLayout(1, operand))
+    return numbers[:, None].broadcast_to([TILE, UNITS])
+
+
+@gluon.jit
 def key_operand(slot, shift, scale, result: gl.constexpr, BITS: gl.constexpr, SCALED: gl.constexpr):
     """A tile's key latents [tile, RANK] from shared memory; of codes less their shifts [tile] in `unit_order`.
 
@@ -82,15 +89,12 @@ def key_operand(slot, shift, scale, result: gl.constexpr, BITS: gl.constexpr, SC
     loaded = slot.load(operand)
     if BITS < 16:
         UNITS: gl.constexpr = loaded.shape[1]
-        across = gl.convert_layout(shift.to(gl.float16), gl.SliceLayout(1, operand))[:, None].broadcast_to(
-            [TILE, UNITS]
-        )
-        given = [loaded, across]
         if SCALED:
-            factor = gl.convert_layout(scale.to(gl.float16), gl.SliceLayout(1, operand))
-            given = [loaded, across, factor[:, None].broadcast_to([TILE, UNITS])]
+            given = [loaded, _along(scale, UNITS, operand), _along(-shift * scale, UNITS, operand)]
+        else:
+            given = [loaded, _along(shift, UNITS, operand)]
         fields = gl.inline_asm_elementwise(
-            _fields(BITS, True, SCALED)[0], _fields(BITS, True, SCALED)[1], given,
+            _fields(BITS, SCALED)[0], _fields(BITS, SCALED)[1], given,
             dtype=_types(BITS, gl.float16), is_pure=True, pack=2,
         )  # fmt: skip
         if BITS == 8:
@@ -115,17 +119,52 @@ def _rows_of(fields, BITS: gl.constexpr):
     return rows
 
 
+@gluon.constexpr_function
+def _signed_fields(bits: int) -> tuple[str, str]:
+    """Assembly that makes numbers of the codes of two words of units, of tokens t, t + 1 and t + 8, t + 9.
+
+    A code is the mantissa of a subnormal fp16 number. Of t + 1 and t + 8 it is taken from the largest code, and the
+    sign is set, so that the numbers' mean is about zero.
+    """
+    count, most = 16 // bits, (1 << bits) - 1
+    lines = [".reg .b32 high;"]
+    for word in range(2):
+        packed = f"${2 * count + word}"
+        for byte, source in enumerate((packed, "high")):
+            if byte == 1:
+                lines.append(f"shr.b32 high, {packed}, 8;")
+            for field in range(8 // bits):
+                name, code = f"${2 * (byte * 8 // bits + field) + word}", most << field * bits
+                negative = (0x8000 | code) << (0 if word else 16)
+                lines.append(f"lop3.b32 {name}, {source}, {code << 16 | code:#010x}, {negative:#010x}, 0x6a;")
+    # Results are written before all is read.
+    return "{ " + " ".join(lines) + " }", ",".join(["=&r"] * 2 * count + ["r", "r"])
+
+
 @gluon.jit
 def value_operand(slot, result: gl.constexpr, BITS: gl.constexpr):
-    """Codes of a chunk's values less the middle one, [128, tokens], of shared memory [tokens, units]."""
+    """Codes of a chunk's values as `_signed_fields` leaves them, [128, tokens], of shared memory [tokens, units]."""
     TOKENS: gl.constexpr = slot.shape[0]
     UNITS: gl.constexpr = slot.shape[1]
-    packed = slot.permute((1, 0)).load(units_layout(UNITS, TOKENS, False))
+    packed = slot.permute((1, 0)).load(units_layout(UNITS, TOKENS, True))
     fields = gl.inline_asm_elementwise(
-        _fields(BITS, False, False)[0], _fields(BITS, False, False)[1], [packed],
-        dtype=_types(BITS, gl.float16), is_pure=True, pack=2,
-    )  # fmt: skip
+        _signed_fields(BITS)[0], _signed_fields(BITS)[1], [packed], dtype=_types(BITS, gl.float16), is_pure=True, pack=4
+    )
     return gl.convert_layout(_rows_of(fields, BITS), gl.DotOperandLayout(0, result, 2), assert_trivial=True)
+
+
+@gluon.jit
+def shift_of_numbers(token, BITS: gl.constexpr):
+    """What numbers of `value_operand` have more than codes less the middle one, by token."""
+    MIDDLE: gl.constexpr = 1 << (BITS - 1)
+    return gl.where((token ^ (token >> 3)) & 1 == 0, 1.0 * MIDDLE, 1.0 - MIDDLE)
+
+
+@gluon.jit
+def codes_of_numbers(latent, BITS: gl.constexpr):
+    """What makes codes of the numbers of `value_operand`, by latent."""
+    # Codes of a byte's upper half are sixteen times as large.
+    return gl.where((latent % 2 == 0) | (BITS == 8), 1.0 * (1 << 24), 1.0 * (1 << 20))
 
 
 @gluon.constexpr_function

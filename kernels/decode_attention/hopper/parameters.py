@@ -4,6 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from palu.kernels.decode_attention.hopper.common import TILE, log2, reciprocal
+from palu.kernels.decode_attention.hopper.operands import middle_of, shift_of_numbers
 
 
 @gluon.jit
@@ -78,10 +79,18 @@ def logarithm_of(parameters, seen, layout: gl.constexpr, BITS: gl.constexpr, ASY
 
 @gluon.jit
 def hand_on_parameters(
-    scales, buffer, parameters, seen, layout: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr
+    scales, buffer, parameters, seen, layout: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr,
+    WHOLE: gl.constexpr,
 ):  # fmt: skip
-    """Store what weights need of a tile's values: 1 / scale and shift."""
+    """Store what weights need of a tile's values: 1 / scale, and what their numbers have more than latents / scale.
+
+    WHOLE: numbers are those of `bytes_operand`, else of `value_operand`.
+    """
     if BITS < 16:
         scales.index(2 * buffer).store(reciprocal(_visible_scale(parameters, seen, ASYMMETRIC)))
         shift = shift_of(parameters, 1, layout, BITS, ASYMMETRIC)
+        if WHOLE:
+            shift += middle_of(BITS)
+        else:
+            shift += shift_of_numbers(gl.arange(0, TILE, layout), BITS)
         scales.index(2 * buffer + 1).store(gl.where(seen > float("-inf"), shift, 0.0))

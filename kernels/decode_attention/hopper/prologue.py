@@ -10,32 +10,37 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
 from palu.kernels.decode_attention.hopper.common import WARPS, copied_layout, copy_to_shared
 from palu.kernels.decode_attention.hopper.operands import latent_at
-from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT, in_columns
+from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT, in_columns, place_in_factor
 
 # Rows of a factor that are folded at a time.
 ROWS: gl.constexpr = gl.constexpr(32)
 
 
 @gluon.jit
-def _copy_pairs(to, up, up_stride, rank, head: gl.constexpr, FIRST: gl.constexpr, WIDTH: gl.constexpr):
+def _copy_pairs(
+    to, up, up_stride, rank, head: gl.constexpr, FIRST: gl.constexpr, WIDTH: gl.constexpr, TURNED: gl.constexpr
+):  # fmt: skip
     """Start copying pairs FIRST .. of a kv head's factor to [2 * pairs, RANK], both of a pair side by side.
 
-    Zero where there are none.
+    Zero where there are none. TURNED: in the order of `place_in_factor`.
     """
     layout: gl.constexpr = copied_layout(to.shape[1])
     row = gl.arange(0, to.shape[0], gl.SliceLayout(1, layout))
     latent = gl.arange(0, to.shape[1], gl.SliceLayout(0, layout))
-    ok = (FIRST + row // 2 < WIDTH // 2)[:, None] & (latent < rank)[None, :]
-    at = up + ((row // 2 + row % 2 * (WIDTH // 2)) * up_stride)[:, None] + latent[None, :]
+    pair, half = row // 2, row % 2
+    if TURNED:
+        pair, half = place_in_factor(row)
+    ok = (FIRST + pair < WIDTH // 2)[:, None] & (latent < rank)[None, :]
+    at = up + ((pair + half * (WIDTH // 2)) * up_stride)[:, None] + latent[None, :]
     copy_to_shared(to, at + (head * WIDTH + FIRST) * up_stride, mask=ok)
 
 
 @gluon.jit
 def copy_factors(
     factors, up, up_stride, rank, KV: gl.constexpr, UNITS: gl.constexpr, WIDTH: gl.constexpr, WHICH: gl.constexpr,
-    EVERY: gl.constexpr,
+    EVERY: gl.constexpr, TURNED: gl.constexpr,
 ):  # fmt: skip
-    """Start copying rows of the up factor, both of a pair side by side, zero where there are none.
+    """Start copying rows of the up factor, as `_copy_pairs`.
 
     factors: shared memory [at least KV * UNITS, UNIT, RANK]. WHICH: from which kv head on, EVERY: how many further the
     next is.
@@ -43,7 +48,7 @@ def copy_factors(
     for head in gl.static_range(WHICH, KV, EVERY):
         for unit in gl.static_range(UNITS):
             to = factors.index(head * UNITS + unit)
-            _copy_pairs(to, up, up_stride, rank, head, unit * (UNIT // 2), WIDTH)
+            _copy_pairs(to, up, up_stride, rank, head, unit * (UNIT // 2), WIDTH, TURNED)
     async_copy.commit_group()
 
 
@@ -67,7 +72,7 @@ def pieces_of(factors, KV: gl.constexpr, WHICH: gl.constexpr, WINDOWS: gl.conste
 def copy_fast(pieces, up, up_stride, rank, WIDTH: gl.constexpr, WHICH: gl.constexpr):
     """Start copying the first pairs of every other kv head's factor, of a window, both of a pair side by side."""
     for piece in gl.static_range(len(pieces)):
-        _copy_pairs(pieces[piece], up, up_stride, rank, WHICH + 2 * piece, 0, WIDTH)
+        _copy_pairs(pieces[piece], up, up_stride, rank, WHICH + 2 * piece, 0, WIDTH, False)
 
 
 @gluon.jit
@@ -176,8 +181,9 @@ def store_biases(biases, bias, UNITS: gl.constexpr, KV: gl.constexpr, WIDTH: gl.
     row = gl.arange(0, UNIT, gl.SliceLayout(1, layout))[:, None]
     column = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))[None, :]
     unit = column // 2
-    pair = unit % (UNITS // KV) * (UNIT // 2) + row // 2
-    at = bias + unit // (UNITS // KV) * WIDTH + pair + row % 2 * (WIDTH // 2)
+    pair, half = place_in_factor(row)
+    pair += unit % (UNITS // KV) * (UNIT // 2)
+    at = bias + unit // (UNITS // KV) * WIDTH + pair + half * (WIDTH // 2)
     numbers = gl.load(at, mask=(pair < WIDTH // 2) & (unit < UNITS), other=0.0).to(gl.float32)
     rounded = numbers.to(biases.dtype)
     rest = (numbers - rounded.to(gl.float32)).to(biases.dtype)
@@ -191,8 +197,9 @@ def store_norm(weights, norm, WIDTH: gl.constexpr):
     row = gl.arange(0, UNIT, layout)
     UNITS: gl.constexpr = weights.shape[0]
     for unit in gl.static_range(UNITS):
-        pair = unit * (UNIT // 2) + row // 2
-        numbers = gl.load(norm + pair + row % 2 * (WIDTH // 2), mask=pair < WIDTH // 2, other=0.0)
+        pair, half = place_in_factor(row)
+        pair += unit * (UNIT // 2)
+        numbers = gl.load(norm + pair + half * (WIDTH // 2), mask=pair < WIDTH // 2, other=0.0)
         weights.index(unit).store(numbers.to(gl.float32))
 
 

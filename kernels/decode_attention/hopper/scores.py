@@ -104,13 +104,13 @@ def _start(
         HEADS: gl.constexpr = min(beside[0][0].shape[0] // 2, max(0, KV - 2 * WHICH))
         copy_slow(beside[0], up, up_stride, rank, 2 * WHICH, HEADS, WIDTH)
     elif MODE != "mixed":
-        copy_factors(factors, up, up_stride, rank, KV, factors.shape[0] // KV, WIDTH, WHICH, 2)
+        copy_factors(factors, up, up_stride, rank, KV, factors.shape[0] // KV, WIDTH, WHICH, 2, MODE == "rotated")
     elif WHICH == 0:
         copy_halves(beside[1], up, up_stride, rank, beside[1].shape[1], 2 * KV, WIDTH)
         async_copy.commit_group()
     else:
         # Behind a unit of each head comes one of slow pairs.
-        copy_factors(factors, up, up_stride, rank, KV, 1, WIDTH, 0, 1)
+        copy_factors(factors, up, up_stride, rank, KV, 1, WIDTH, 0, 1, True)
 
 
 @gluon.constexpr_function
@@ -181,7 +181,7 @@ def score_rebuilt(
     found, scales, full, empty, ready, ring, factors, beside, arguments,
     WHICH: gl.constexpr, MODE: gl.constexpr, KV: gl.constexpr, TOGETHER: gl.constexpr, QUERIES: gl.constexpr,
     QUERY_SLOTS: gl.constexpr, WIDTH: gl.constexpr, SPAN: gl.constexpr, DTYPE: gl.constexpr, BITS: gl.constexpr,
-    ASYMMETRIC: gl.constexpr, MASK: gl.constexpr,
+    ASYMMETRIC: gl.constexpr, MASK: gl.constexpr, WHOLE: gl.constexpr,
 ):  # fmt: skip
     """Scores of every other tile of keys that are rebuilt head after head, from tile WHICH (0 or 1) on.
 
@@ -189,7 +189,7 @@ def score_rebuilt(
     head, a pair's side by side, or a window's columns, in mixed mode with what `make_slow` makes behind them; beside:
     what the mode needs besides: queries [KV * units, LEAST, UNIT] with the key biases and the key norm's weights where
     there are any, or what `make_window` takes, or queries [KV, SLOTS, UNIT] and what `make_slow` takes. SPAN: tokens of
-    a window, or 0.
+    a window, or 0. WHOLE: values are weighed as whole numbers.
     """
     (
         tiles, latents, stored, table, mask, up, query, bias, norm, units, rank, latents_t, table_t, row_mask, mask_t,
@@ -281,7 +281,7 @@ def score_rebuilt(
             if MODE == "mixed":
                 score_slow(found, free, operand, factors, shares, scores, seen, scale, logarithm)
                 shares = load_basis(basis, (index + 2 - window) * TILE % SPAN, UNIT // SLOTS, SLOTS)
-            hand_on_parameters(scales, WHICH, parameters, seen, rows, BITS, ASYMMETRIC)
+            hand_on_parameters(scales, WHICH, parameters, seen, rows, BITS, ASYMMETRIC, WHOLE)
             turns, parameters = next_turns, next_parameters
             synchronize()
             mbarrier.arrive(full, count=1)

@@ -101,15 +101,12 @@ def load_scores(found, first, number, there, STEP: gl.constexpr, TILES: gl.const
 
 
 @gluon.jit
-def parameters_of(scales, first, part: gl.constexpr, number, STEP: gl.constexpr, layout: gl.constexpr):
-    """One over the scales, and the shifts, of step `part` of `number` tiles' values, from buffer `first` on."""
+def parameters_of(scales, first, part: gl.constexpr, STEP: gl.constexpr, layout: gl.constexpr):
+    """One over the scales, and the shifts, of step `part` of tiles' values, from buffer `first` on."""
     STEPS: gl.constexpr = TILE // STEP
     at = 2 * (first + part // STEPS)
     inverse = scales.index(at).slice(part % STEPS * STEP, STEP).load(layout)
-    shift = scales.index(at + 1).slice(part % STEPS * STEP, STEP).load(layout)
-    # Of a tile that is not there they may be anything.
-    there = part // STEPS < number
-    return gl.where(there, inverse, 0.0), gl.where(there, shift, 0.0)
+    return inverse, scales.index(at + 1).slice(part % STEPS * STEP, STEP).load(layout)
 
 
 @gluon.jit
@@ -131,7 +128,7 @@ def store_excess(excess, scores, reference):
 
 @gluon.jit
 def softmax(
-    scores, excess, scales, buffer, number, weights, reference, total, shifted, summed, BITS: gl.constexpr
+    scores, excess, scales, buffer, weights, reference, total, shifted, summed, BITS: gl.constexpr
 ):  # fmt: skip
     """Stores the weights of tiles' scores, relative to references [slots in use].
 
@@ -156,7 +153,7 @@ def softmax(
         rounded = weight.to(weights.dtype)
         _stored(weights, part, rounded)
         if BITS < 16:
-            inverse, shift = parameters_of(scales, buffer, part, number, STEP, of_tokens)
+            inverse, shift = parameters_of(scales, buffer, part, STEP, of_tokens)
             total += weight * inverse[None, :]
             shifted += rounded.to(gl.float32) * shift[None, :]
         else:

@@ -126,45 +126,57 @@ def weighed(product, cos, sin, HEADS: gl.constexpr):
 
 
 @gluon.jit
-def _turned_words(first, second, words):
-    """Turned numbers of pairs, fp16: firsts of every other four, of those between, seconds likewise.
+def place_in_factor(row):
+    """Which pair of a unit, and which number of it, has a row of a factor for keys that are turned.
 
-    first, second: float32 [tile, UNIT / 2]. Numbers of two pairs share a register, as cosines and sines do in words.
+    Of eight pairs the first numbers, then the second ones: those of two pairs, which share words of `lane_table`, are
+    neighbours, as they are in turned keys.
     """
-    cos, sin = _by_two(words)
-    first_even, first_odd = _by_two(first)
-    second_even, second_odd = _by_two(second)
+    return row // 16 * 8 + row % 8 // 2 + row % 2 * 4, row // 8 % 2
+
+
+@gluon.jit
+def _twice(one, other, layout: gl.constexpr):
+    """Numbers for two neighbours each."""
+    return gl.convert_layout(gl.join(one, other), layout, assert_trivial=True)
+
+
+@gluon.jit
+def _turned_in_half(first, second, words):
+    """Both numbers of pairs turned, fp16 [tile, UNIT / 16, 4, 2]; words of cosines, of sines [tile, UNIT / 16, 4]."""
+    layout: gl.constexpr = first.type.layout
+    cos, sin = _twice(words[0], words[0], layout), _twice(words[1], words[1], layout)
     return gl.inline_asm_elementwise(
-        "{ .reg .b32 first, second, one, other; cvt.rn.f16x2.f32 first, $5, $4; cvt.rn.f16x2.f32 second, $7, $6; "
-        "mul.rn.f16x2 one, first, $8; mul.rn.f16x2 other, first, $9; neg.f16x2 first, second; "
-        "fma.rn.f16x2 one, first, $9, one; fma.rn.f16x2 other, second, $8, other; "
-        "mov.b32 {$0, $1}, one; mov.b32 {$2, $3}, other; }",
-        "=h,=h,=h,=h,f,f,f,f,r,r", [first_even, first_odd, second_even, second_odd, cos, sin],
-        dtype=(gl.float16, gl.float16, gl.float16, gl.float16), is_pure=True, pack=1,
+        "{ .reg .b32 less; mul.rn.f16x2 $0, $2, $4; mul.rn.f16x2 $1, $2, $6; neg.f16x2 less, $3; "
+        "fma.rn.f16x2 $0, less, $6, $0; fma.rn.f16x2 $1, $3, $4, $1; }",
+        "=&r,=&r,r,r,r,r,r,r", [first, second, cos, sin],
+        dtype=(gl.float16, gl.float16), is_pure=True, pack=2,
     )  # fmt: skip
 
 
 @gluon.jit
 def rotated(product, words, result: gl.constexpr, WORDS: gl.constexpr, DTYPE: gl.constexpr):
-    """Rebuilt keys [tile, UNIT], both numbers of a pair side by side, turned, for a product of layout `result`.
+    """Rebuilt keys [tile, UNIT] in the order of `place_in_factor`, turned, for a product of layout `result`.
 
-    Their order is that of `in_columns`. words: cosines and sines [tile, UNIT / 2] of type WORDS.
+    words: cosines and sines [tile, UNIT / 2] of type WORDS.
     """
-    first, second = gl.split(product.reshape([TILE, UNIT // 2, 2]))
+    # Of eights of pairs: numbers of a pair, lanes, pairs that share words.
+    first, second = gl.split(product.reshape([TILE, UNIT // 16, 2, 4, 2]).permute([0, 1, 3, 4, 2]))
+    words = _by_two(words)
     if gl.float16 == DTYPE:
-        first_even, first_odd, second_even, second_odd = _turned_words(first, second, words)
+        first, second = _turned_in_half(first.to(DTYPE), second.to(DTYPE), words)
     else:
-        layout: gl.constexpr = product.type.layout
-        cos, sin = turns_of(words, layout, 1, WORDS)
-        first_even, first_odd = _by_two((first * cos - second * sin).to(DTYPE))
-        second_even, second_odd = _by_two((second * cos + first * sin).to(DTYPE))
-    # Of eights of pairs: [.., 4, 2, 2] to [.., 2, 4, 2], numbers of a pair further apart.
-    turned = gl.join(gl.join(first_even, first_odd), gl.join(second_even, second_odd)).permute([0, 1, 4, 2, 3])
-    return gl.convert_layout(turned.reshape([TILE, UNIT]), gl.DotOperandLayout(0, result, 2), assert_trivial=True)
+        cos, more_cos = unpacked(words[0], WORDS)
+        sin, more_sin = unpacked(words[1], WORDS)
+        layout: gl.constexpr = first.type.layout
+        cos, sin = _twice(cos, more_cos, layout), _twice(sin, more_sin, layout)
+        first, second = (first * cos - second * sin).to(DTYPE), (second * cos + first * sin).to(DTYPE)
+    turned = gl.join(first, second).permute([0, 1, 4, 2, 3]).reshape([TILE, UNIT])
+    return gl.convert_layout(turned, gl.DotOperandLayout(0, result, 2), assert_trivial=True)
 
 
 @gluon.jit
 def in_columns(numbers):
-    """Numbers [rows, UNIT] of pairs, first all firsts, in the order of `rotated`."""
+    """Numbers [rows, UNIT] of pairs, first all firsts, in the order of `place_in_factor`."""
     ROWS: gl.constexpr = numbers.shape[0]
     return numbers.reshape([ROWS, 2, UNIT // 16, 2, 4]).permute([0, 2, 1, 4, 3]).reshape([ROWS, UNIT])

@@ -28,13 +28,13 @@ def hand_on(to, score, seen, scale, logarithm):
 
 
 @gluon.jit
-def _begun(operand, factors, unit, bias):
+def _begun(operand, factors, unit, bias, SUMS: gl.constexpr):
     """The product of a tile's latents with a unit's columns, under way.
 
-    bias: `_bias_operands`, to which it is added, or ().
+    bias: `_bias_operands`, to which it is added, or (). SUMS: the type of its numbers.
     """
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, UNIT, 16])
-    begun = gl.zeros([TILE, UNIT], gl.float32, layout)
+    begun = gl.zeros([TILE, UNIT], SUMS, layout)
     if len(bias) == 2:
         begun = warpgroup_mma(bias[0], bias[1].permute((1, 0)), begun, use_acc=False, is_async=True)
     return warpgroup_mma(operand, factors.index(unit).permute((1, 0)), begun, use_acc=len(bias) == 2, is_async=True)
@@ -128,14 +128,16 @@ def score_turned(
     OF_HEAD: gl.constexpr = UNITS // KV
     # Scores of several kv heads add up, in columns of their own.
     OF_PLACE: gl.constexpr = OF_HEAD * TOGETHER
+    # Keys of 16 bits are rounded anyway: rounding their sums as well takes no instructions and half of the registers.
+    SUMS: gl.constexpr = gl.float16 if gl.float16 == DTYPE and len(norm) == 0 else gl.float32
     # Registers of products have to be written before any is under way.
     scores = _settled(scores)
     factor = gl.full([TILE, scores.shape[1]], 1.0, gl.float32, narrow)
     for first in range(0, UNITS - 1, 2):
         # Before any product is under way.
         bias, other_bias = _bias_operands(biases, first), _bias_operands(biases, first + 1)
-        product = _begun(operand, factors, first, bias)
-        other = _begun(operand, factors, first + 1, other_bias)
+        product = _begun(operand, factors, first, bias, SUMS)
+        other = _begun(operand, factors, first + 1, other_bias, SUMS)
         product, squares = _times_weights(warpgroup_mma_wait(1, deps=[product]), norm, 0)
         turned = _turned(product, words[0], narrow, MODE, DTYPE)
         scores = _met(turned, queries, first, scores, OF_PLACE, MODE)
@@ -159,7 +161,7 @@ def score_turned(
                 OF_HEAD, TOGETHER, QUERY_SLOTS, WIDTH,
             )  # fmt: skip
     if UNITS % 2 == 1:
-        begun = _begun(operand, factors, UNITS - 1, _bias_operands(biases, UNITS - 1))
+        begun = _begun(operand, factors, UNITS - 1, _bias_operands(biases, UNITS - 1), SUMS)
         product, operand = warpgroup_mma_wait(0, deps=[begun, operand])
         product, squares = _times_weights(product, norm, 0)
         turned = _turned(product, words[0], narrow, MODE, DTYPE)
@@ -177,7 +179,7 @@ def score_turned(
 def score_slow(found, free, operand, factors, shares, scores, seen, scale, logarithm):
     """Scores of `score_turned`, with those of slow pairs, whose matrix is the last unit."""
     unit: gl.constexpr = factors.shape[0] - 1
-    product, operand = warpgroup_mma_wait(0, deps=[_begun(operand, factors, unit, ()), operand])
+    product, operand = warpgroup_mma_wait(0, deps=[_begun(operand, factors, unit, (), gl.float32), operand])
     scores += slow_scores(product, shares, scores.shape[1])
     mbarrier.wait(free[0], free[1])
     hand_on(found.index(0), scores, seen, scale, logarithm)
@@ -205,8 +207,8 @@ def score_weighed(
     # A head of 64 has one unit.
     ALONE: gl.constexpr = len(words) == 1
     for first in range(0, TOTAL - 1, 2):
-        product = _begun(operand, factors, first, ())
-        other = _begun(operand, factors, first + 1, ())
+        product = _begun(operand, factors, first, (), gl.float32)
+        other = _begun(operand, factors, first + 1, (), gl.float32)
         if ALONE:
             product, other, operand = warpgroup_mma_wait(0, deps=[product, other, operand])
             score = gl.sum(_weigh(product, words[0], 0.0, HEADS, DTYPE), 2)
@@ -218,7 +220,7 @@ def score_weighed(
         mbarrier.wait(free[0], free[1])
         hand_on(found.index(first // 2), score, seen, scale, logarithm)
     if TOTAL % 2 == 1:
-        product, operand = warpgroup_mma_wait(0, deps=[_begun(operand, factors, TOTAL - 1, ()), operand])
+        product, operand = warpgroup_mma_wait(0, deps=[_begun(operand, factors, TOTAL - 1, (), gl.float32), operand])
         score = gl.sum(_weigh(product, words[0], 0.0, HEADS, DTYPE), 2)
         mbarrier.wait(free[0], free[1])
         hand_on(found.index(TOTAL // 2), gl.join(score, score).reshape([TILE, 2]), seen, scale, logarithm)

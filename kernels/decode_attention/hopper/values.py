@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from palu.kernels.decode_attention.hopper.common import TILE, WARPS, bits_of, copy_rows, synchronize
-from palu.kernels.decode_attention.hopper.operands import by_latent, value_operand
+from palu.kernels.decode_attention.hopper.operands import by_latent, codes_of_numbers, value_operand
 from palu.kernels.decode_attention.hopper.softmax import (
     head_of,
     load_scores,
@@ -100,9 +100,12 @@ def latents_layout(slots: int, bits: int, halved: bool) -> gl.DistributedLinearL
 def store_sums(
     sums, out, summed, away, rank, ours, layout: gl.constexpr, KV: gl.constexpr, QUERIES: gl.constexpr,
     QUERY_SLOTS: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr, RANK_STRIDE: gl.constexpr,
-    BITS: gl.constexpr,
+    BITS: gl.constexpr, WHOLE: gl.constexpr,
 ):  # fmt: skip
-    """Store sums [CHUNK, slots] of every chunk, less what codes' shifts make of them [slots]."""
+    """Store sums [CHUNK, slots] of every chunk, less what codes' shifts make of them [slots].
+
+    WHOLE: of whole numbers, else, of codes, of what `value_operand` makes of them.
+    """
     SLOTS: gl.constexpr = summed[0].shape[1]
     column = gl.arange(0, SLOTS, gl.SliceLayout(0, layout))
     head, there = head_of(column, KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS)
@@ -112,6 +115,8 @@ def store_sums(
         latent = chunk * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(1, layout))
         ok = (latent < rank)[:, None] & (there & ours)[None, :]
         numbers = gl.convert_layout(by_latent(summed[chunk], BITS), layout, assert_trivial=True)
+        if BITS < 16 and not WHOLE:
+            numbers *= codes_of_numbers(latent, BITS)[:, None]
         gl.store(at_head[None, :] + latent[:, None], numbers - away[None, :], mask=ok)
 
 
@@ -175,7 +180,7 @@ def weigh_values(
             # Numbers are made of the first codes beside the softmax.
             operand = value_operand(rings[0].index(done * STEPS % STAGES), result, BITS)
         reference, total, shifted, summed = softmax(
-            scores, excess, scales, buffer, number, weights, reference, total, shifted, summed, BITS
+            scores, excess, scales, buffer, weights, reference, total, shifted, summed, BITS
         )
         for part in gl.static_range(STEPS):
             step = done * STEPS + part
@@ -211,5 +216,5 @@ def weigh_values(
         away = of_all_slots(gl.sum(shifted, 1), SLOTS, 0.0)
     store_sums(
         sums, out, summed, away, rank, ours, latents_layout(SLOTS, BITS, False), KV, QUERIES, QUERY_SLOTS, TOGETHER,
-        COLUMNS, RANK_STRIDE, BITS,
+        COLUMNS, RANK_STRIDE, BITS, False,
     )  # fmt: skip

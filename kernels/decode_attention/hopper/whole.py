@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from palu.kernels.decode_attention.hopper.common import WARPS, exp2, synchronize
-from palu.kernels.decode_attention.hopper.operands import bytes_operand, middle_of, side_by_side
+from palu.kernels.decode_attention.hopper.operands import bytes_operand, side_by_side
 from palu.kernels.decode_attention.hopper.softmax import head_of, highest, load_scores, parameters_of, weights_layout
 from palu.kernels.decode_attention.hopper.values import CHUNK, copy_step, latents_layout, store_sums
 from palu.kernels.decode_attention.kernel import LOWEST
@@ -60,7 +60,7 @@ def two_bytes(whole):
 
 @gluon.jit
 def _softmax(
-    scores, peak, scales, number, weights, first, reference, total, shifted, FIRST: gl.constexpr, BITS: gl.constexpr
+    scores, peak, scales, weights, first, reference, total, shifted, FIRST: gl.constexpr
 ):  # fmt: skip
     """Stores weights, from buffer `first` on, relative to the tiles' peaks.
 
@@ -78,9 +78,9 @@ def _softmax(
         weight = exp2(scores[part] - peak[:, None])
         whole = (weight * LARGEST + 0.5).to(gl.int32)
         weights.index(first + part).store(side_by_side(two_bytes(whole)))
-        inverse, shift = parameters_of(scales, FIRST, part, number, STEP, of_tokens)
+        inverse, shift = parameters_of(scales, FIRST, part, STEP, of_tokens)
         total += weight * inverse[None, :] * now
-        shifted += whole.to(gl.float32) * (shift + middle_of(BITS))[None, :] * (now * (1.0 / LARGEST))
+        shifted += whole.to(gl.float32) * shift[None, :] * (now * (1.0 / LARGEST))
     return higher, total, shifted
 
 
@@ -162,7 +162,7 @@ def weigh_whole(
         tops.index(round % 2).store(peak)
         own = round % 2 * PARTS
         reference, total, shifted = _softmax(
-            scores, peak, scales, number, weights, own, reference, total, shifted, FIRST, BITS
+            scores, peak, scales, weights, own, reference, total, shifted, FIRST
         )
         products = (zeros,) * CHUNKS
         for part in gl.static_range(PARTS):
@@ -190,5 +190,5 @@ def weigh_whole(
     gl.store(peaks + out + head, reference, mask=there)
     store_sums(
         sums, out, summed, gl.sum(shifted, 1), rank, ours, latents_layout(USED, BITS, True), KV, QUERIES, QUERY_SLOTS,
-        TOGETHER, COLUMNS, RANK_STRIDE, BITS,
+        TOGETHER, COLUMNS, RANK_STRIDE, BITS, True,
     )  # fmt: skip
