@@ -135,8 +135,8 @@ def hopper_kernel(
         memories = memories + ((value_rings, weights, tops),)
     found = gl.allocate_shared_memory(gl.float32, [2, TILE, SLOTS], gl.SwizzledSharedLayout(1, 1, 1, [0, 1]))
     # Of a tile's values: one over the scale, the shift; finite ones before there is a tile.
-    scales = gl.allocate_shared_memory(gl.float32, [4, TILE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    for at in gl.static_range(4 if BITS < 16 else 0):
+    scales = gl.allocate_shared_memory(gl.float32, [8, TILE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    for at in gl.static_range(8 if BITS < 16 else 0):
         scales.index(at).store(gl.zeros([TILE], gl.float32, gl.BlockedLayout([1], [32], [WARPS], [0])))
     full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())

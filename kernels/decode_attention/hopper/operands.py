@@ -142,11 +142,14 @@ def _signed_fields(bits: int) -> tuple[str, str]:
 
 
 @gluon.jit
-def value_operand(slot, result: gl.constexpr, BITS: gl.constexpr):
-    """Codes of a chunk's values as `_signed_fields` leaves them, [128, tokens], of shared memory [tokens, units]."""
-    TOKENS: gl.constexpr = slot.shape[0]
-    UNITS: gl.constexpr = slot.shape[1]
-    packed = slot.permute((1, 0)).load(units_layout(UNITS, TOKENS, True))
+def value_units(slot):
+    """Units of a chunk's values, [units, tokens], of shared memory [tokens, units]."""
+    return slot.permute((1, 0)).load(units_layout(slot.shape[1], slot.shape[0], True))
+
+
+@gluon.jit
+def value_operand(packed, result: gl.constexpr, BITS: gl.constexpr):
+    """Codes of a chunk's values as `_signed_fields` leaves them, [128, tokens], of `value_units`."""
     fields = gl.inline_asm_elementwise(
         _signed_fields(BITS)[0], _signed_fields(BITS)[1], [packed], dtype=_types(BITS, gl.float16), is_pure=True, pack=4
     )

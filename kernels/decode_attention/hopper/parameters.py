@@ -78,19 +78,26 @@ def logarithm_of(parameters, seen, layout: gl.constexpr, BITS: gl.constexpr, ASY
 
 
 @gluon.jit
+def place_of_scales(buffer, round):
+    """Where the scales are of tiles that have a buffer of scores, which is free again before they are."""
+    return 4 * (round & 1) + 2 * buffer
+
+
+@gluon.jit
 def hand_on_parameters(
-    scales, buffer, parameters, seen, layout: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr,
+    scales, place, parameters, seen, layout: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr,
     WHOLE: gl.constexpr,
 ):  # fmt: skip
     """Store what weights need of a tile's values: 1 / scale, and what their numbers have more than latents / scale.
 
+    place: `place_of_scales`.
     WHOLE: numbers are those of `bytes_operand`, else of `value_operand`.
     """
     if BITS < 16:
-        scales.index(2 * buffer).store(reciprocal(_visible_scale(parameters, seen, ASYMMETRIC)))
+        scales.index(place).store(reciprocal(_visible_scale(parameters, seen, ASYMMETRIC)))
         shift = shift_of(parameters, 1, layout, BITS, ASYMMETRIC)
         if WHOLE:
             shift += middle_of(BITS)
         else:
             shift += shift_of_numbers(gl.arange(0, TILE, layout), BITS)
-        scales.index(2 * buffer + 1).store(gl.where(seen > float("-inf"), shift, 0.0))
+        scales.index(place + 1).store(gl.where(seen > float("-inf"), shift, 0.0))

@@ -178,7 +178,7 @@ def plans_for(
         return ()
     # Bytes: numbers of 16 bits are kept, those of tiles are codes, which have scales and shifts.
     weighers = weighers_of(heads.mode, bits)
-    parameters = 2 if bits < 16 else 0
+    parameters = 4 if bits < 16 else 0
     whole = whole_slots(heads, bits, chunks)
     # Weights of fp16, or both bytes of those of two tiles by turns.
     weights = 4 * whole * 2 * TILE if whole else (1 if bits == 16 else 2) * heads.slots * TILE * 2

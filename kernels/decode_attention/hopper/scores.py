@@ -18,6 +18,7 @@ from palu.kernels.decode_attention.hopper.parameters import (
     hand_on_parameters,
     load_parameters,
     logarithm_of,
+    place_of_scales,
     scale_of,
     shift_of,
     zeros_of,
@@ -253,7 +254,8 @@ def score_rebuilt(
             done = (index - begin) // 2
             inside = (first + index * step) * TILE + gl.arange(0, TILE, rows)
             seen = load_seen(mask, row_mask, mask_t, inside, inside < length, MASK)
-            next_parameters = load_parameters(stored, tiles, index + 2, rows, BITS, ASYMMETRIC)
+            if not TURNED:
+                next_parameters = load_parameters(stored, tiles, index + 2, rows, BITS, ASYMMETRIC)
             slot = ring.index(done % STAGES)
             # Asked for long before they are needed, where there are registers.
             if MODE == "windows":
@@ -264,6 +266,9 @@ def score_rebuilt(
             # All have read the latents.
             synchronize()
             copy_tile(slot, latents, tiles, index + 2 * STAGES, latents_t, units)
+            if TURNED:
+                # Not before: it waits for this tile's cosines.
+                next_parameters = load_parameters(stored, tiles, index + 2, rows, BITS, ASYMMETRIC)
             logarithm = logarithm_of(parameters, seen, rows, BITS, ASYMMETRIC)
             free = (empty, (done & 1) ^ 1)
             words = _words_of(turns, wide)
@@ -281,7 +286,9 @@ def score_rebuilt(
             if MODE == "mixed":
                 score_slow(found, free, operand, factors, shares, scores, seen, scale, logarithm)
                 shares = load_basis(basis, (index + 2 - window) * TILE % SPAN, UNIT // SLOTS, SLOTS)
-            hand_on_parameters(scales, WHICH, parameters, seen, rows, BITS, ASYMMETRIC, WHOLE)
+            hand_on_parameters(
+                scales, place_of_scales(WHICH, done), parameters, seen, rows, BITS, ASYMMETRIC, WHOLE
+            )
             turns, parameters = next_turns, next_parameters
             synchronize()
             mbarrier.arrive(full, count=1)

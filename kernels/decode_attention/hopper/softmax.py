@@ -101,10 +101,10 @@ def load_scores(found, first, number, there, STEP: gl.constexpr, TILES: gl.const
 
 
 @gluon.jit
-def parameters_of(scales, first, part: gl.constexpr, STEP: gl.constexpr, layout: gl.constexpr):
-    """One over the scales, and the shifts, of step `part` of tiles' values, from buffer `first` on."""
+def parameters_of(scales, place, part: gl.constexpr, STEP: gl.constexpr, layout: gl.constexpr):
+    """One over the scales, and the shifts, of step `part` of tiles' values; place: `place_of_scales`."""
     STEPS: gl.constexpr = TILE // STEP
-    at = 2 * (first + part // STEPS)
+    at = place + 2 * (part // STEPS)
     inverse = scales.index(at).slice(part % STEPS * STEP, STEP).load(layout)
     return inverse, scales.index(at + 1).slice(part % STEPS * STEP, STEP).load(layout)
 
@@ -128,7 +128,7 @@ def store_excess(excess, scores, reference):
 
 @gluon.jit
 def softmax(
-    scores, excess, scales, buffer, weights, reference, total, shifted, summed, BITS: gl.constexpr
+    scores, excess, scales, place, weights, reference, total, shifted, summed, BITS: gl.constexpr
 ):  # fmt: skip
     """Stores the weights of tiles' scores, relative to references [slots in use].
 
@@ -153,7 +153,7 @@ def softmax(
         rounded = weight.to(weights.dtype)
         _stored(weights, part, rounded)
         if BITS < 16:
-            inverse, shift = parameters_of(scales, buffer, part, STEP, of_tokens)
+            inverse, shift = parameters_of(scales, place, part, STEP, of_tokens)
             total += weight * inverse[None, :]
             shifted += rounded.to(gl.float32) * shift[None, :]
         else:

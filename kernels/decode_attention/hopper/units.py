@@ -151,9 +151,9 @@ def score_turned(
             )  # fmt: skip
         other, others = _times_weights(other, norm, OF_HEAD - 1)
         following = _settled(_turned(other, words[OF_HEAD - 1], narrow, MODE, DTYPE))
-        scores, turned = warpgroup_mma_wait(0, deps=[scores, turned])
+        # No wait: products that add to the same numbers go on in their order.
         scores = _met(following, queries, first + 1, scores, OF_PLACE, MODE)
-        scores, following, operand = warpgroup_mma_wait(0, deps=[scores, following, operand])
+        scores, turned, following, operand = warpgroup_mma_wait(0, deps=[scores, turned, following, operand])
         if MODE == "rotated":
             squares = others if OF_HEAD == 1 else squares + others
             factor = _hand_on_head(

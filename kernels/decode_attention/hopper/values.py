@@ -11,7 +11,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from palu.kernels.decode_attention.hopper.common import TILE, WARPS, bits_of, copy_rows, synchronize
-from palu.kernels.decode_attention.hopper.operands import by_latent, codes_of_numbers, value_operand
+from palu.kernels.decode_attention.hopper.operands import by_latent, codes_of_numbers, value_operand, value_units
+from palu.kernels.decode_attention.hopper.parameters import place_of_scales
 from palu.kernels.decode_attention.hopper.softmax import (
     head_of,
     load_scores,
@@ -62,9 +63,14 @@ def _weigh_codes(rings, stage, first, weights, summed, BITS: gl.constexpr):
     transposed = weights.permute((1, 0))
     done = ()
     operand = first
+    if len(rings) > 1:
+        # Asked for a product before they are needed.
+        packed = value_units(rings[1].index(stage))
     under_way = warpgroup_mma(operand, transposed, summed[0], is_async=True)
     for chunk in gl.static_range(1, len(rings)):
-        following = value_operand(rings[chunk].index(stage), result, BITS)
+        following = value_operand(packed, result, BITS)
+        if chunk + 1 < len(rings):
+            packed = value_units(rings[chunk + 1].index(stage))
         begun = warpgroup_mma(following, transposed, summed[chunk], is_async=True)
         under_way, operand = warpgroup_mma_wait(1, deps=[under_way, operand])
         done = done + (under_way,)
@@ -176,11 +182,14 @@ def weigh_values(
         store_excess(excess, scores, reference)
         # The first step is there, products of the last tile are done in all warps, its weights may be written over.
         synchronize()
+        # All have read the scores.
+        for tile in gl.static_range(TILES):
+            mbarrier.arrive(empty.index(buffer + tile), count=1)
         if BITS < 16:
             # Numbers are made of the first codes beside the softmax.
-            operand = value_operand(rings[0].index(done * STEPS % STAGES), result, BITS)
+            operand = value_operand(value_units(rings[0].index(done * STEPS % STAGES)), result, BITS)
         reference, total, shifted, summed = softmax(
-            scores, excess, scales, buffer, weights, reference, total, shifted, summed, BITS
+            scores, excess, scales, place_of_scales(buffer, round), weights, reference, total, shifted, summed, BITS
         )
         for part in gl.static_range(STEPS):
             step = done * STEPS + part
@@ -191,16 +200,12 @@ def weigh_values(
             if part == 0 or BITS == 16:
                 fence_async_shared()
             synchronize()
-            if part == 0:
-                # All have read the scores.
-                for tile in gl.static_range(TILES):
-                    mbarrier.arrive(empty.index(buffer + tile), count=1)
             ahead = step + STAGES - 1
             if BITS < 16:
                 # The slot that is written has been read by all.
                 copy_step(rings, ahead % STAGES, latents, tiles, begin, ahead, latents_t, units, SHARED_BY)
                 if part > 0:
-                    operand = value_operand(rings[0].index(step % STAGES), result, BITS)
+                    operand = value_operand(value_units(rings[0].index(step % STAGES)), result, BITS)
                 summed = _weigh_codes(rings, step % STAGES, operand, weights.index(part), summed, BITS)
             else:
                 summed = _weigh_numbers(rings, step % STAGES, weights.index(part), summed)

@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from palu.kernels.decode_attention.hopper.common import WARPS, exp2, synchronize
 from palu.kernels.decode_attention.hopper.operands import bytes_operand, side_by_side
+from palu.kernels.decode_attention.hopper.parameters import place_of_scales
 from palu.kernels.decode_attention.hopper.softmax import head_of, highest, load_scores, parameters_of, weights_layout
 from palu.kernels.decode_attention.hopper.values import CHUNK, copy_step, latents_layout, store_sums
 from palu.kernels.decode_attention.kernel import LOWEST
@@ -60,7 +61,7 @@ def two_bytes(whole):
 
 @gluon.jit
 def _softmax(
-    scores, peak, scales, weights, first, reference, total, shifted, FIRST: gl.constexpr
+    scores, peak, scales, place, weights, first, reference, total, shifted
 ):  # fmt: skip
     """Stores weights, from buffer `first` on, relative to the tiles' peaks.
 
@@ -78,7 +79,7 @@ def _softmax(
         weight = exp2(scores[part] - peak[:, None])
         whole = (weight * LARGEST + 0.5).to(gl.int32)
         weights.index(first + part).store(side_by_side(two_bytes(whole)))
-        inverse, shift = parameters_of(scales, FIRST, part, STEP, of_tokens)
+        inverse, shift = parameters_of(scales, place, part, STEP, of_tokens)
         total += weight * inverse[None, :] * now
         shifted += whole.to(gl.float32) * shift[None, :] * (now * (1.0 / LARGEST))
     return higher, total, shifted
@@ -162,7 +163,7 @@ def weigh_whole(
         tops.index(round % 2).store(peak)
         own = round % 2 * PARTS
         reference, total, shifted = _softmax(
-            scores, peak, scales, weights, own, reference, total, shifted, FIRST
+            scores, peak, scales, place_of_scales(FIRST, round), weights, own, reference, total, shifted
         )
         products = (zeros,) * CHUNKS
         for part in gl.static_range(PARTS):
