@@ -13,9 +13,9 @@ from palu.kernels.decode_attention.hopper.common import TILE, WARPS, allow_launc
 from palu.kernels.decode_attention.hopper.operands import key_bytes, latent_of_byte, middle_of
 from palu.kernels.decode_attention.hopper.parameters import (
     hand_on_parameters,
-    place_of_scales,
     load_parameters,
     logarithm_of,
+    place_of_scales,
     scale_of,
     shift_of,
 )
@@ -91,9 +91,7 @@ def score_absorbed_codes(
         shift = shift_of(parameters, 0, rows, BITS, ASYMMETRIC) + middle_of(BITS)
         shift = gl.convert_layout(shift, gl.SliceLayout(1, nothing.type.layout), assert_trivial=True)
         logarithm = logarithm_of(parameters, seen, rows, BITS, ASYMMETRIC)
-        hand_on_parameters(
-            scales, place_of_scales(buffer, round), parameters, seen, rows, BITS, ASYMMETRIC, True
-        )
+        hand_on_parameters(scales, place_of_scales(buffer, round), parameters, seen, rows, BITS, ASYMMETRIC, True)
         score = whole_of(warpgroup_mma_wait(0, deps=[begun])) * unit[None, :] - shift[:, None] * total[None, :]
         place = found.index(buffer)
         if place.shape[1] > SLOTS:
@@ -136,9 +134,7 @@ def score_absorbed(
         copy_tile(slot, latents, tiles, index + STAGES, latents_t, units)
         mbarrier.wait(empty.index(buffer), ((done // 2) & 1) ^ 1)
         logarithm = logarithm_of(parameters, seen, rows, BITS, ASYMMETRIC)
-        hand_on_parameters(
-            scales, place_of_scales(buffer, done // 2), parameters, seen, rows, BITS, ASYMMETRIC, False
-        )
+        hand_on_parameters(scales, place_of_scales(buffer, done // 2), parameters, seen, rows, BITS, ASYMMETRIC, False)
         score, operand = warpgroup_mma_wait(0, deps=[begun, operand])
         hand_on(found.index(buffer), score, seen, scale, logarithm)
         parameters = next_parameters

@@ -17,7 +17,6 @@ from palu.kernels.decode_attention.hopper.plans import (
     Heads,
     Plan,
     heads_of,
-    mode_of,
     padded_rank,
     parts_of,
     plans_for,
@@ -152,6 +151,7 @@ class Tables(NamedTuple):
     """What weighs products by token, where the rows' tokens stand, and what windows are made with."""
 
     table: Tensor
+    fast_table: Tensor
     spans: Tensor
     bases: Tensor
     basis: Tensor
@@ -165,8 +165,7 @@ def launch(
 ) -> Tensor:  # fmt: skip
     """The heads' outputs of queries [rows, num_heads, head_dim or, absorbed, width], as `parts.combine` returns them.
 
-    mask: [rows or 1, length] or None; rows_per_latent: rows that read the same row of latents. Where windows of
-    positions serve, a launch before takes the rows with gaps, and ends at once where there are none.
+    mask: [rows or 1, length] or None; rows_per_latent: rows that read the same row of latents.
     """
     call = Call(query, key_latents, value_latents, key, value, rotation, mask, rows_per_latent, scaling, key_norm)
     (rows, num_heads, _), heads = query.shape, call.heads
@@ -179,14 +178,7 @@ def launch(
     weighers = weighers_of(heads.mode, call.bits)
     sums = query.new_empty(parts * weighers, rows, num_heads, max(value.ranks), dtype=torch.float32)
     found = Parts(sums, *query.new_empty(2, parts * weighers, rows, num_heads, dtype=torch.float32))
-    if window is None:
-        _launch_best(call, None, "all", _tables(call, None, "all"), parts, found)
-    else:
-        # The second launch begins beside the end of the one before it, and waits for nothing that it reads: all of that
-        # is made before the first.
-        exact, interpolated = _tables(call, None, "gaps"), _tables(call, window, "gapless")
-        _launch_best(call, None, "gaps", exact, parts, found)
-        _launch_best(call, window, "gapless", interpolated, parts, found)
+    _launch_best(call, window, _tables(call, window), parts, found)
     return _combine_early(found, value, query, head_dim)
 
 
@@ -201,49 +193,46 @@ def _window_of(call: Call) -> Window | None:
     return call.rotation.window(FAST, COLUMNS - FAST, COLUMNS // call.heads.slots)
 
 
-def _launch_best(call: Call, window: Window | None, takes: str, tables: Tables, parts: int, found: Parts) -> None:
-    """Launch with the best plan."""
-    # Rows with gaps are few: there would be nothing to measure.
-    search = searches() and takes != "gaps"
-    plans = call.plans(window is not None, search)
-    if search:
+def _launch_best(call: Call, window: Window | None, tables: Tables, parts: int, found: Parts) -> None:
+    """Launch with the best plan, of calls with windows for these: rows with gaps are few."""
+    plans = call.plans(window is not None, searches())
+    if searches():
         kinds = (call.heads, call.query.shape, tuple(call.key.ranks), tuple(call.value.ranks), call.bits, call.extras)
         shape_class = ("hopper", *kinds, call.query.dtype, mask_kind(call.mask), window and window.span)
         plan = pick(
             (*shape_class, length_class(call.key_latents.shape[1])), plans,
-            lambda plan: _launch(plan, call, window, takes, tables, parts, found), call.query.device,
+            lambda plan: _launch(plan, call, window, tables, parts, found), call.query.device,
         )  # fmt: skip
     else:
         plan = plans[0]
-    _launch(plan, call, window, takes, tables, parts, found)
+    _launch(plan, call, window, tables, parts, found)
 
 
-def _tables(call: Call, window: Window | None, takes: str) -> Tables:
+def _tables(call: Call, window: Window | None) -> Tables:
     query, rotation = call.query, call.rotation
     if rotation is None:
-        return Tables(*(query,) * 5)
-    length, spans = call.key_latents.shape[1], query
-    if takes != "all":
-        spans = spans_of(rotation, call.mask, length, call.rows_per_latent, TILE)
+        return Tables(*(query,) * 6)
+    table = lane_table(rotation, call.dtype)
     if window is None:
-        return Tables(lane_table(rotation, call.dtype), spans, query, query, query)
+        return Tables(table, *(query,) * 5)
     if call.heads.mode == "folded":
-        table = lane_table(rotation, torch.float16, WINDOW_FAST)
+        fast_table = lane_table(rotation, torch.float16, WINDOW_FAST)
     else:
-        table = lane_table(rotation, call.dtype, FAST)
-    return Tables(table, spans, window.bases, window.basis, rotation.frequencies.to(query.device, torch.float32))
+        fast_table = lane_table(rotation, call.dtype, FAST)
+    spans = spans_of(rotation, call.mask, call.key_latents.shape[1], call.rows_per_latent, TILE)
+    frequencies = rotation.frequencies.to(query.device, torch.float32)
+    return Tables(table, fast_table, spans, window.bases, window.basis, frequencies)
 
 
-def _launch(
-    plan: Plan, call: Call, window: Window | None, takes: str, tables: Tables, parts: int, found: Parts
-) -> None:
+def _launch(plan: Plan, call: Call, window: Window | None, tables: Tables, parts: int, found: Parts) -> None:
+    """Launch with a plan, of calls with windows for these."""
     query, key_latents, value_latents, key, value, rotation, mask, rows_per_latent, scaling, key_norm = call
     (rows, num_heads, width), heads = query.shape, call.heads
     absorbed, groups, length, device = key.up is None, len(key.ranks), key_latents.shape[1], query.device
     ranks, value_ranks = tuple(key.ranks), tuple(value.ranks)
     (keys, key_parameters), key_strides, bits, asymmetric = layout(key_latents)
     (values, value_parameters), value_strides, _, _ = layout(value_latents)
-    mode = mode_of(heads, window is not None)
+    exact = plan if window is None else call.plans(False, False)[0]
     chunks = cdiv(max(value_ranks), CHUNK)
     weighers, whole = weighers_of(heads.mode, bits), whole_slots(heads, bits, chunks)
     scorers = scorers_of(heads.mode, weighers, whole)
@@ -257,23 +246,25 @@ def _launch(
     side, value_side = side_of(ranks, 16, device), side_of(value_ranks, 16, device)
     hopper_kernel[(parts, groups, rows)](
         query, keys, values, up, key.bias if has_bias else query, key_norm.weight if has_norm else query,
-        tables.table, query if mask is None else mask,
-        key_parameters, value_parameters, *tables[1:], *found,
+        tables.table, tables.fast_table, query if mask is None else mask,
+        key_parameters, value_parameters, *tables[2:], *found,
         side.rank, side.offset, value_side.rank, value_side.offset,
         length, *key_strides[:2], *value_strides[:2], *key_strides[2:], *value_strides[2:],
         0 if absorbed else up.stride(0), *((0, 0) if absorbed else row_strides(tables.table)),
+        *((0, 0) if window is None else row_strides(tables.fast_table)),
         *((0, 0) if mask is None else row_strides(mask)), tables.spans.stride(0) if tables.spans.shape[0] > 1 else 0,
         query.stride(1), rows * num_heads, scaling, key_norm.variance_epsilon if has_norm else 0.0,
-        MODE=mode, TAKES=takes, SPAN=0 if window is None else window.span,
+        MODE=heads.mode, KEY_STAGES=exact.key_stages, STEP=exact.step, VALUE_STAGES=exact.value_stages,
+        SPAN=0 if window is None else window.span, SPAN_KEY_STAGES=plan.key_stages, SPAN_STEP=plan.step,
+        SPAN_VALUE_STAGES=plan.value_stages, HELD=1 + plan.stays,
         GROUPS=groups, KV=heads.kv, QUERIES=heads.queries, QUERY_SLOTS=heads.query_slots,
         SLOTS=heads.slots, QUERY_ROWS=rows_per_latent, WIDTH=width, WIDE=next_power_of_2(width),
-        RANK=rank, KEY_STAGES=plan.key_stages, KEY_DIVISOR=divisor(ranks),
-        CHUNKS=chunks, STEP=plan.step, VALUE_STAGES=plan.value_stages,
-        VALUE_DIVISOR=divisor(value_ranks), RANK_STRIDE=max(value_ranks), MASK=mask_kind(mask),
+        RANK=rank, KEY_DIVISOR=divisor(ranks), CHUNKS=chunks, VALUE_DIVISOR=divisor(value_ranks),
+        RANK_STRIDE=max(value_ranks), MASK=mask_kind(mask),
         DTYPE=DTYPES[dtype], TOGETHER=heads.together, COLUMNS=heads.columns, BITS=bits,
         ASYMMETRIC=asymmetric, SCORERS=scorers, WEIGHERS=weighers,
         SCORE_REGISTERS=registers[0], VALUE_REGISTERS=registers[1],
-        WHOLE=whole, HELD=1 + plan.stays, HAS_BIAS=has_bias, HAS_NORM=has_norm,
+        WHOLE=whole, HAS_BIAS=has_bias, HAS_NORM=has_norm,
         EVEN_KEYS=even_rank(ranks), EVEN_VALUES=even_rank(value_ranks),
         num_warps=4, launch_pdl=True,
     )  # fmt: skip

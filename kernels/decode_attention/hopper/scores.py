@@ -286,9 +286,7 @@ def score_rebuilt(
             if MODE == "mixed":
                 score_slow(found, free, operand, factors, shares, scores, seen, scale, logarithm)
                 shares = load_basis(basis, (index + 2 - window) * TILE % SPAN, UNIT // SLOTS, SLOTS)
-            hand_on_parameters(
-                scales, place_of_scales(WHICH, done), parameters, seen, rows, BITS, ASYMMETRIC, WHOLE
-            )
+            hand_on_parameters(scales, place_of_scales(WHICH, done), parameters, seen, rows, BITS, ASYMMETRIC, WHOLE)
             turns, parameters = next_turns, next_parameters
             synchronize()
             mbarrier.arrive(full, count=1)

@@ -104,7 +104,7 @@ def latents_layout(slots: int, bits: int, halved: bool) -> gl.DistributedLinearL
 
 @gluon.jit
 def store_sums(
-    sums, out, summed, away, rank, ours, layout: gl.constexpr, KV: gl.constexpr, QUERIES: gl.constexpr,
+    sums, out, summed, away, rank, layout: gl.constexpr, KV: gl.constexpr, QUERIES: gl.constexpr,
     QUERY_SLOTS: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr, RANK_STRIDE: gl.constexpr,
     BITS: gl.constexpr, WHOLE: gl.constexpr,
 ):  # fmt: skip
@@ -119,7 +119,7 @@ def store_sums(
     away = gl.convert_layout(away, gl.SliceLayout(0, layout))
     for chunk in gl.static_range(len(summed)):
         latent = chunk * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(1, layout))
-        ok = (latent < rank)[:, None] & (there & ours)[None, :]
+        ok = (latent < rank)[:, None] & there[None, :]
         numbers = gl.convert_layout(by_latent(summed[chunk], BITS), layout, assert_trivial=True)
         if BITS < 16 and not WHOLE:
             numbers *= codes_of_numbers(latent, BITS)[:, None]
@@ -139,7 +139,7 @@ def weigh_values(
     chunk; weights: [steps of these tiles, slots, tokens of a step]; excess: int32 [warps], for scores above the
     references; out: the group's first head in the part's totals and peaks.
     """
-    found, scales, full, empty, tiles, latents, sums, totals, peaks, rank, latents_t, ours = arguments
+    found, scales, full, empty, tiles, latents, sums, totals, peaks, rank, latents_t = arguments
     STEPS: gl.constexpr = weights.shape[0]
     SLOTS: gl.constexpr = weights.shape[1]
     STEP: gl.constexpr = weights.shape[2]
@@ -213,13 +213,12 @@ def weigh_values(
         if BITS == 16:
             summed = _there(summed)
     async_copy.wait_group(0)
-    there = there & ours
     gl.store(totals + out + head, gl.sum(total, 1), mask=there)
     gl.store(peaks + out + head, reference, mask=there)
     away = gl.zeros([SLOTS], gl.float32, gl.SliceLayout(1, layout))
     if BITS < 16:
         away = of_all_slots(gl.sum(shifted, 1), SLOTS, 0.0)
     store_sums(
-        sums, out, summed, away, rank, ours, latents_layout(SLOTS, BITS, False), KV, QUERIES, QUERY_SLOTS, TOGETHER,
+        sums, out, summed, away, rank, latents_layout(SLOTS, BITS, False), KV, QUERIES, QUERY_SLOTS, TOGETHER,
         COLUMNS, RANK_STRIDE, BITS, False,
     )  # fmt: skip

@@ -125,7 +125,7 @@ def weigh_whole(
     weights: int8 [2 * steps, 2 * slots, tokens of a step]; tops: float32 [2, slots], the tiles' largest scores. Both by
     turns, so that warps wait for each other once per step only.
     """
-    found, scales, full, empty, tiles, latents, sums, totals, peaks, rank, latents_t, ours = arguments
+    found, scales, full, empty, tiles, latents, sums, totals, peaks, rank, latents_t = arguments
     TILES: gl.constexpr = 2 // SHARED_BY
     PARTS: gl.constexpr = weights.shape[0] // 2
     STEP: gl.constexpr = weights.shape[2]
@@ -186,10 +186,9 @@ def weigh_whole(
         summed = _added(summed, products, before, now)
         reference_of_sums = higher
     async_copy.wait_group(0)
-    there = there & ours
     gl.store(totals + out + head, gl.sum(total, 1), mask=there)
     gl.store(peaks + out + head, reference, mask=there)
     store_sums(
-        sums, out, summed, gl.sum(shifted, 1), rank, ours, latents_layout(USED, BITS, True), KV, QUERIES, QUERY_SLOTS,
+        sums, out, summed, gl.sum(shifted, 1), rank, latents_layout(USED, BITS, True), KV, QUERIES, QUERY_SLOTS,
         TOGETHER, COLUMNS, RANK_STRIDE, BITS, True,
     )  # fmt: skip

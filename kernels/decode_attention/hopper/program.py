@@ -1,0 +1,223 @@
+"""What a program does: its groups of four warps score and weigh its tiles, through the shared memory between them."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+from palu.kernels.decode_attention.hopper.absorbed import score_absorbed, score_absorbed_codes, store_whole_queries
+from palu.kernels.decode_attention.hopper.common import TILE, WARPS, seen_as, synchronize, visible_tiles
+from palu.kernels.decode_attention.hopper.operands import swizzled
+from palu.kernels.decode_attention.hopper.prologue import bias_columns, load_queries
+from palu.kernels.decode_attention.hopper.scores import score_rebuilt
+from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT
+from palu.kernels.decode_attention.hopper.values import CHUNK, weigh_values
+from palu.kernels.decode_attention.hopper.whole import weigh_whole
+from palu.kernels.decode_attention.hopper.windows import PIECES
+
+# Shared memory of one dimension, line after line.
+LINES: gl.constexpr = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
+def _score_absorbed(
+    buffers, ring, queries, units, arguments, WHICH: gl.constexpr, SHARED_BY: gl.constexpr, KIND: gl.constexpr,
+    WHOLE: gl.constexpr,
+):  # fmt: skip
+    """Score latents; KIND: what both take last, in their order; WHOLE: as in `_weigh`."""
+    found, scales, full, empty = buffers
+    if WHOLE > 0:
+        score_absorbed_codes(
+            found, scales, full, empty, ring, queries, units, arguments, WHICH, SHARED_BY, KIND[0], KIND[1], KIND[2]
+        )  # fmt: skip
+    else:
+        score_absorbed(found, scales, full, empty, ring, queries, arguments, KIND[0], KIND[1], KIND[2])
+
+
+@gluon.jit
+def _weigh(
+    memory, out, arguments, WHICH: gl.constexpr, SHARED_BY: gl.constexpr, KIND: gl.constexpr, WHOLE: gl.constexpr
+):  # fmt: skip
+    """Weigh values; KIND: what both take last, in their order; WHOLE: slots of weights that are whole numbers, or 0."""
+    rings, weights, tops = memory
+    if WHOLE > 0:
+        weigh_whole(
+            rings, weights, tops, out, arguments, WHICH, SHARED_BY,
+            KIND[0], KIND[1], KIND[2], KIND[3], KIND[4], KIND[5], KIND[6],
+        )  # fmt: skip
+    else:
+        weigh_values(
+            rings, weights, tops, out, arguments, WHICH, SHARED_BY,
+            KIND[0], KIND[1], KIND[2], KIND[3], KIND[4], KIND[5], KIND[6],
+        )  # fmt: skip
+
+
+@gluon.jit
+def attend(
+    given, first_head, lead, at_span, table, table_t,
+    MODE: gl.constexpr, SPAN: gl.constexpr, KEY_STAGES: gl.constexpr, STEP: gl.constexpr, VALUE_STAGES: gl.constexpr,
+    HELD: gl.constexpr, KV: gl.constexpr, QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, SLOTS: gl.constexpr,
+    WIDTH: gl.constexpr, WIDE: gl.constexpr, RANK: gl.constexpr, CHUNKS: gl.constexpr, RANK_STRIDE: gl.constexpr,
+    MASK: gl.constexpr, DTYPE: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr, BITS: gl.constexpr,
+    ASYMMETRIC: gl.constexpr, SCORERS: gl.constexpr, WEIGHERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr,
+    VALUE_REGISTERS: gl.constexpr, WHOLE: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_NORM: gl.constexpr,
+):  # fmt: skip
+    """The part of a row's sums that a program of `hopper_kernel` has, of one group's heads.
+
+    given: what does not depend on the mode, at the row and the group. lead: the position of token 0, at_span: the row
+    of `spans_of`, both of windows. HELD: heads whose slow pairs of factors are in shared memory at a time.
+    """
+    (
+        at_keys, at_values, parameters, up, at_query, bias, norm, mask, bases, basis, frequencies, sums, totals, peaks,
+        key_rank, up_rank, value_rank, length, keys_t, values_t, row_mask, mask_t, up_stride, query_stride, rows_heads,
+        scaling, epsilon,
+    ) = given  # fmt: skip
+    part, parts = gl.program_id(0), gl.num_programs(0)
+    stored: gl.constexpr = DTYPE if BITS == 16 else gl.int16
+    key_units: gl.constexpr = RANK * BITS // 16
+    value_units: gl.constexpr = CHUNK * BITS // 16
+    # A buffer for each chunk, so that the compiler sees that copies do not overlap.
+    memories = ()
+    for _weigher in gl.static_range(WEIGHERS):
+        value_rings = ()
+        for _chunk in gl.static_range(CHUNKS):
+            ring = gl.allocate_shared_memory(stored, [VALUE_STAGES, STEP, value_units], swizzled(value_units))
+            value_rings = value_rings + (ring,)
+        if WHOLE > 0:
+            weights = gl.allocate_shared_memory(
+                gl.int8, [4 // WEIGHERS * TILE // STEP, 2 * WHOLE, STEP], gl.NVMMASharedLayout(STEP, 8, rank=2)
+            )
+            tops = gl.allocate_shared_memory(gl.float32, [2, WHOLE], LINES)
+        else:
+            # Of codes, of two tiles.
+            weights = gl.allocate_shared_memory(
+                DTYPE, [(2 // WEIGHERS if BITS < 16 else 1) * TILE // STEP, SLOTS, STEP], swizzled(STEP)
+            )
+            tops = gl.allocate_shared_memory(gl.int32, [WARPS], LINES)
+        memories = memories + ((value_rings, weights, tops),)
+    found = gl.allocate_shared_memory(gl.float32, [2, TILE, SLOTS], gl.SwizzledSharedLayout(1, 1, 1, [0, 1]))
+    # Of a tile's values: one over the scale, the shift; finite ones before there is a tile.
+    scales = gl.allocate_shared_memory(gl.float32, [8, TILE], LINES)
+    for at in gl.static_range(8 if BITS < 16 else 0):
+        scales.index(at).store(gl.zeros([TILE], gl.float32, gl.BlockedLayout([1], [32], [WARPS], [0])))
+    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for buffer in gl.static_range(2):
+        mbarrier.init(full.index(buffer), count=1)
+        mbarrier.init(empty.index(buffer), count=1)
+    mbarrier.init(ready, count=2)
+    if SPAN > 0:
+        # The program's tiles: neighbours, of those with visible tokens.
+        leading = gl.load(at_span + 1)
+        many = gl.load(at_span + 2) - leading
+        begin, end = leading + many * part // parts, leading + many * (part + 1) // parts
+        tiles = (0, 1, begin, end, length)
+    else:
+        # The program's tiles: every parts-th one, so that all have as many visible ones.
+        count = gl.maximum(0, gl.cdiv(gl.cdiv(length, TILE) - part, parts))
+        begin, end = visible_tiles(mask, row_mask, mask_t, part, parts, count, length, MASK)
+        tiles = (part, parts, begin, end, length)
+    # Each group of warps that weighs values has a part of the sums of its own.
+    out = part * WEIGHERS * rows_heads + first_head
+    to_values = (found, scales, full, empty, tiles, at_values, sums, totals, peaks, value_rank, values_t)
+    key_units_there = gl.multiple_of(key_rank * BITS // 16, 8)
+    OF_VALUES: gl.constexpr = (KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS)
+    if MODE == "absorbed":
+        OF_KEYS: gl.constexpr = (BITS, ASYMMETRIC, MASK)
+        buffers = (found, scales, full, empty)
+        rings = ()
+        for _scorer in gl.static_range(SCORERS):
+            ring = gl.allocate_shared_memory(stored, [KEY_STAGES, TILE, key_units], swizzled(key_units))
+            rings = rings + (ring,)
+        to_scores = (tiles, at_keys, parameters, mask, key_units_there, keys_t, row_mask, mask_t)
+        if WHOLE > 0:
+            queries = gl.allocate_shared_memory(
+                gl.int8, [2 * WHOLE, RANK], gl.NVMMASharedLayout(min(128, RANK), 8, rank=2)
+            )  # fmt: skip
+            units = gl.allocate_shared_memory(gl.float32, [2, WHOLE], LINES)
+            store_whole_queries(queries, units, at_query, query_stride, key_rank, scaling, QUERIES, BITS)
+        else:
+            queries = gl.allocate_shared_memory(DTYPE, [SLOTS, RANK], swizzled(RANK))
+            units = queries
+            loaded = load_queries(at_query, query_stride, key_rank, 0, SLOTS, RANK, QUERIES, 0, False, BITS)
+            queries.store((loaded * scaling).to(DTYPE))
+        fence_async_shared()
+        synchronize()
+        if WEIGHERS == 1:
+            gl.warp_specialize([
+                (_score_absorbed, (buffers, rings[0], queries, units, to_scores, 0, SCORERS, OF_KEYS, WHOLE)),
+                (_weigh, (memories[0], out, to_values, 0, WEIGHERS, OF_VALUES, WHOLE)),
+            ], [4], [VALUE_REGISTERS])  # fmt: skip
+        elif SCORERS == 1:
+            gl.warp_specialize([
+                (_score_absorbed, (buffers, rings[0], queries, units, to_scores, 0, SCORERS, OF_KEYS, WHOLE)),
+                (_weigh, (memories[0], out, to_values, 0, WEIGHERS, OF_VALUES, WHOLE)),
+                (_weigh, (memories[1], out + rows_heads, to_values, 1, WEIGHERS, OF_VALUES, WHOLE)),
+            ], [4, 4], [VALUE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
+        else:
+            gl.warp_specialize([
+                (_score_absorbed, (buffers, rings[0], queries, units, to_scores, 0, SCORERS, OF_KEYS, WHOLE)),
+                (_score_absorbed, (buffers, rings[1], queries, units, to_scores, 1, SCORERS, OF_KEYS, WHOLE)),
+                (_weigh, (memories[0], out, to_values, 0, WEIGHERS, OF_VALUES, WHOLE)),
+                (_weigh, (memories[1], out + rows_heads, to_values, 1, WEIGHERS, OF_VALUES, WHOLE)),
+            ], [4, 4, 4], [SCORE_REGISTERS, VALUE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
+    else:
+        # Windows take half of the columns of a head, of two heads at a time.
+        UNITS: gl.constexpr = KV * WIDE // UNIT if SPAN == 0 else KV + 1 if MODE == "mixed" else (KV + 1) // 2 * 2
+        WIDTH_OF_PLACE: gl.constexpr = (
+            SLOTS if MODE == "mixed" else LEAST if MODE == "rotated" else 1 if MODE == "folded" and UNITS > KV else 2
+        )
+        factors = gl.allocate_shared_memory(DTYPE, [UNITS, UNIT, RANK], swizzled(RANK))
+        # Folded queries need no place of their own.
+        beside = factors
+        if MODE == "rotated":
+            biases, weights_of_norm = (), ()
+            if HAS_BIAS:
+                BIASES: gl.constexpr = bias_columns(UNITS)
+                biases = (gl.allocate_shared_memory(DTYPE, [UNIT, BIASES], swizzled(BIASES)),)
+            if HAS_NORM:
+                some = gl.allocate_shared_memory(gl.float32, [UNITS // KV, UNIT], LINES)
+                weights_of_norm = (some,)
+            queries = gl.allocate_shared_memory(DTYPE, [UNITS, LEAST, UNIT], swizzled(UNIT))
+            beside = (queries, biases, weights_of_norm)
+        if MODE == "mixed":
+            beside = (
+                gl.allocate_shared_memory(DTYPE, [KV, SLOTS, UNIT], swizzled(UNIT)),
+                gl.allocate_shared_memory(DTYPE, [KV * 2, UNIT // 2, RANK], swizzled(RANK)),
+            )
+        rings, places, besides = (), (), ()
+        for which in gl.static_range(2):
+            ring = gl.allocate_shared_memory(stored, [KEY_STAGES, TILE, key_units], swizzled(key_units))
+            rings = rings + (ring,)
+            place = seen_as(
+                found.index(which), SLOTS // WIDTH_OF_PLACE, TILE, WIDTH_OF_PLACE,
+                gl.SwizzledSharedLayout(1, 1, 1, [0, 1]),
+            )  # fmt: skip
+            places = places + (place,)
+            if MODE == "windows":
+                held = ()
+                for piece in gl.static_range(2):
+                    some = gl.allocate_shared_memory(DTYPE, [2 * HELD, PIECES[piece], RANK], swizzled(RANK))
+                    held = held + (some,)
+                turned = gl.allocate_shared_memory(
+                    gl.float16, [(KV + 3) // 4 * 2, 2, 64], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+                )  # fmt: skip
+                beside = (held, turned)
+            besides = besides + (beside,)
+        to_scores = (
+            tiles, at_keys, parameters, table, mask, up, at_query, bias, norm,
+            key_units_there, up_rank, keys_t, table_t, row_mask, mask_t, up_stride, query_stride, scaling, epsilon,
+            bases, basis, frequencies, lead + begin * TILE,
+        )  # fmt: skip
+        synchronize()
+        gl.warp_specialize([
+            (score_rebuilt, (
+                places[0], scales, full.index(0), empty.index(0), ready, rings[0], factors, besides[0], to_scores,
+                0, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK, WHOLE > 0,
+            )),
+            (score_rebuilt, (
+                places[1], scales, full.index(1), empty.index(1), ready, rings[1], factors, besides[1], to_scores,
+                1, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK, WHOLE > 0,
+            )),
+            (_weigh, (memories[0], out, to_values, 0, WEIGHERS, OF_VALUES, WHOLE)),
+        ], [4, 4], [SCORE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
