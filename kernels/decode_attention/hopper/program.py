@@ -8,9 +8,9 @@ from palu.kernels.decode_attention.hopper.absorbed import score_absorbed, score_
 from palu.kernels.decode_attention.hopper.common import TILE, WARPS, seen_as, synchronize, visible_tiles
 from palu.kernels.decode_attention.hopper.operands import swizzled
 from palu.kernels.decode_attention.hopper.prologue import bias_columns, load_queries
-from palu.kernels.decode_attention.hopper.scores import score_rebuilt
+from palu.kernels.decode_attention.hopper.scores import make_first_window, score_rebuilt
 from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT
-from palu.kernels.decode_attention.hopper.values import CHUNK, weigh_values
+from palu.kernels.decode_attention.hopper.values import CHUNK, start_copies, weigh_values
 from palu.kernels.decode_attention.hopper.whole import weigh_whole
 from palu.kernels.decode_attention.hopper.windows import PIECES
 
@@ -38,6 +38,26 @@ def _weigh(
     memory, out, arguments, WHICH: gl.constexpr, SHARED_BY: gl.constexpr, KIND: gl.constexpr, WHOLE: gl.constexpr
 ):  # fmt: skip
     """Weigh values; KIND: what both take last, in their order; WHOLE: slots of weights that are whole numbers, or 0."""
+    rings, weights, tops = memory
+    start_copies(rings, arguments, WHICH, SHARED_BY, KIND[6])
+    _weigh_started(memory, out, arguments, WHICH, SHARED_BY, KIND, WHOLE)
+
+
+@gluon.jit
+def _make_and_weigh(
+    factors, beside, to_make, memory, out, arguments, HEADS: gl.constexpr, WIDTH: gl.constexpr, KIND: gl.constexpr,
+    WHOLE: gl.constexpr,
+):  # fmt: skip
+    """Make the first window's matrix of slow pairs, then weigh as `_weigh`."""
+    make_first_window(factors, beside, memory[0], to_make, arguments, HEADS, WIDTH, KIND[6])
+    _weigh_started(memory, out, arguments, 0, 1, KIND, WHOLE)
+
+
+@gluon.jit
+def _weigh_started(
+    memory, out, arguments, WHICH: gl.constexpr, SHARED_BY: gl.constexpr, KIND: gl.constexpr, WHOLE: gl.constexpr
+):  # fmt: skip
+    """As `_weigh`, the first copies begun."""
     rings, weights, tops = memory
     if WHOLE > 0:
         weigh_whole(
@@ -184,7 +204,9 @@ def attend(
             beside = (
                 gl.allocate_shared_memory(DTYPE, [KV, SLOTS, UNIT], swizzled(UNIT)),
                 gl.allocate_shared_memory(DTYPE, [KV * 2, UNIT // 2, RANK], swizzled(RANK)),
+                gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),
             )
+            mbarrier.init(beside[2], count=1)
         rings, places, besides = (), (), ()
         for which in gl.static_range(2):
             ring = gl.allocate_shared_memory(stored, [KEY_STAGES, TILE, key_units], swizzled(key_units))
@@ -210,14 +232,33 @@ def attend(
             bases, basis, frequencies, lead + begin * TILE,
         )  # fmt: skip
         synchronize()
-        gl.warp_specialize([
-            (score_rebuilt, (
-                places[0], scales, full.index(0), empty.index(0), ready, rings[0], factors, besides[0], to_scores,
-                0, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK, WHOLE > 0,
-            )),
-            (score_rebuilt, (
-                places[1], scales, full.index(1), empty.index(1), ready, rings[1], factors, besides[1], to_scores,
-                1, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK, WHOLE > 0,
-            )),
-            (_weigh, (memories[0], out, to_values, 0, WEIGHERS, OF_VALUES, WHOLE)),
-        ], [4, 4], [SCORE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
+        if MODE == "mixed":
+            # Nothing is read where there is no tile.
+            to_make = (
+                up, up_stride, gl.where(begin < end, up_rank, 0), at_query, query_stride, scaling, bases, frequencies,
+                lead + begin * TILE,
+            )  # fmt: skip
+            HEADS: gl.constexpr = (KV, QUERIES, QUERY_SLOTS, TOGETHER)
+            gl.warp_specialize([
+                (score_rebuilt, (
+                    places[0], scales, full.index(0), empty.index(0), ready, rings[0], factors, besides[0], to_scores,
+                    0, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK, WHOLE > 0,
+                )),
+                (score_rebuilt, (
+                    places[1], scales, full.index(1), empty.index(1), ready, rings[1], factors, besides[1], to_scores,
+                    1, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK, WHOLE > 0,
+                )),
+                (_make_and_weigh, (factors, beside, to_make, memories[0], out, to_values, HEADS, WIDTH, OF_VALUES, WHOLE)),
+            ], [4, 4], [SCORE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
+        else:
+            gl.warp_specialize([
+                (score_rebuilt, (
+                    places[0], scales, full.index(0), empty.index(0), ready, rings[0], factors, besides[0], to_scores,
+                    0, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK, WHOLE > 0,
+                )),
+                (score_rebuilt, (
+                    places[1], scales, full.index(1), empty.index(1), ready, rings[1], factors, besides[1], to_scores,
+                    1, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK, WHOLE > 0,
+                )),
+                (_weigh, (memories[0], out, to_values, 0, WEIGHERS, OF_VALUES, WHOLE)),
+            ], [4, 4], [SCORE_REGISTERS, VALUE_REGISTERS])  # fmt: skip

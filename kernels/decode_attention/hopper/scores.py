@@ -2,7 +2,7 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier
 
 from palu.kernels.decode_attention.hopper.common import (
     TILE,
@@ -37,6 +37,7 @@ from palu.kernels.decode_attention.hopper.prologue import (
 from palu.kernels.decode_attention.hopper.slow import load_basis, load_slow, make_slow, slow_numbers
 from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT, by_pair, load_turns, units_of
 from palu.kernels.decode_attention.hopper.units import score_slow, score_turned, score_weighed
+from palu.kernels.decode_attention.hopper.values import start_copies
 from palu.kernels.decode_attention.hopper.windows import (
     COLUMNS,
     FAST,
@@ -104,14 +105,10 @@ def _start(
             copy_fast(pieces_of(factors, KV, WHICH, True), up, up_stride, rank, WIDTH, WHICH)
         HEADS: gl.constexpr = min(beside[0][0].shape[0] // 2, max(0, KV - 2 * WHICH))
         copy_slow(beside[0], up, up_stride, rank, 2 * WHICH, HEADS, WIDTH)
-    elif MODE != "mixed":
-        copy_factors(factors, up, up_stride, rank, KV, factors.shape[0] // KV, WIDTH, WHICH, 2, MODE == "rotated")
-    elif WHICH == 0:
-        copy_halves(beside[1], up, up_stride, rank, beside[1].shape[1], 2 * KV, WIDTH)
-        async_copy.commit_group()
     else:
-        # Behind a unit of each head comes one of slow pairs.
-        copy_factors(factors, up, up_stride, rank, KV, 1, WIDTH, 0, 1, True)
+        # In mixed mode a unit of each head; behind these comes one of slow pairs.
+        UNITS: gl.constexpr = 1 if MODE == "mixed" else factors.shape[0] // KV
+        copy_factors(factors, up, up_stride, rank, KV, UNITS, WIDTH, WHICH, 2, MODE != "folded")
 
 
 @gluon.constexpr_function
@@ -132,14 +129,35 @@ def _load_slow(
 
 
 @gluon.jit
+def make_first_window(
+    factors, beside, rings, to_make, arguments, HEADS: gl.constexpr, WIDTH: gl.constexpr, BITS: gl.constexpr
+):  # fmt: skip
+    """Make the first window's matrix of slow pairs, whose scores are the last of a tile's, and start copying values.
+
+    By the group of warps that weighs, which has nothing to weigh yet.
+    """
+    up, up_stride, rank, query, query_stride, scaling, bases, frequencies, position = to_make
+    loaded = _load_slow(factors, beside, bases, frequencies, query, query_stride, HEADS, WIDTH)
+    copy_halves(beside[1], up, up_stride, rank, beside[1].shape[1], 2 * HEADS[0], WIDTH)
+    async_copy.commit_group()
+    start_copies(rings, arguments, 0, 1, BITS)
+    slow = slow_numbers(loaded, scaling, position, HEADS[2], HEADS[3], LEAST, beside[0].shape[1], factors.dtype)
+    make_slow(factors.index(HEADS[0]), beside[1], slow, _made_layout(factors.shape[2]), rings[0].shape[0] - 1)
+    fence_async_shared()
+    synchronize()
+    mbarrier.arrive(beside[2], count=1)
+
+
+@gluon.jit
 def _prepare(
-    factors, beside, ready, loaded, bases, query, up, bias, norm, numbers, position, more,
+    factors, beside, ready, loaded, bases, frequencies, query, up, bias, norm, numbers, position, later, more,
     KEY_STAGES: gl.constexpr, WHICH: gl.constexpr, MODE: gl.constexpr, KV: gl.constexpr, TOGETHER: gl.constexpr,
     QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
     """Make what tiles are multiplied with: of all, or of a window. Each of two groups of warps does a part.
 
-    loaded: what windows are made of, or ().
+    loaded: what windows are made of, or (). In mixed mode the first window is made by `make_first_window`, which the
+    later ones are made as here.
     """
     up_stride, rank, query_stride, scaling = numbers
     if MODE == "windows":
@@ -148,18 +166,19 @@ def _prepare(
             factors, beside, ready, frequency, own, bases, up, (up_stride, rank), position, more, KV, WIDTH, WHICH
         )  # fmt: skip
     elif MODE == "mixed":
-        if WHICH == 0:
-            slow = slow_numbers(
-                loaded, scaling, position, QUERY_SLOTS, TOGETHER, LEAST, beside[0].shape[1], factors.dtype
-            )
-        # All warps have done their products with the last window.
-        synchronize()
-        mbarrier.arrive(ready, count=1)
-        mbarrier.wait(ready, 0)
-        if WHICH == 0:
-            make_slow(factors.index(KV), beside[1], slow, _made_layout(factors.shape[2]))
-        else:
-            async_copy.wait_group(0)
+        async_copy.wait_group(KEY_STAGES)
+        if later:
+            # All warps have done their products with the last window.
+            synchronize()
+            mbarrier.arrive(ready, count=1)
+            mbarrier.wait(ready, 1)
+            if WHICH == 0:
+                HEADS: gl.constexpr = (KV, QUERIES, QUERY_SLOTS, TOGETHER)
+                own = _load_slow(factors, beside, bases, frequencies, query, query_stride, HEADS, WIDTH)
+                slow = slow_numbers(
+                    own, scaling, position, QUERY_SLOTS, TOGETHER, LEAST, beside[0].shape[1], factors.dtype
+                )
+                make_slow(factors.index(KV), beside[1], slow, _made_layout(factors.shape[2]), KEY_STAGES)
     else:
         if MODE == "folded":
             q_first, q_second = load_pairs(
@@ -210,10 +229,7 @@ def score_rebuilt(
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, SLOTS, 16])
     rows: gl.constexpr = gl.SliceLayout(1, wide)
     first, step, begin, end, length = tiles
-    HEADS: gl.constexpr = (KV, QUERIES, QUERY_SLOTS, TOGETHER)
     loaded = ()
-    if MODE == "mixed" and WHICH == 0:
-        loaded = _load_slow(factors, beside, bases, frequencies, query, query_stride, HEADS, WIDTH)
     # Nothing is read where there is no tile.
     _start(factors, beside, up, up_stride, gl.where(begin < end, rank, 0), KV, WIDTH, MODE, WHICH)
     for stage in gl.static_range(STAGES):
@@ -225,8 +241,8 @@ def score_rebuilt(
         async_copy.wait_group(STAGES)
         synchronize()
         fold(pieces_of(factors, KV, WHICH, True), q_first, q_second)
-    if MODE == "mixed" and WHICH == 1:
-        store_queries(beside[0], query, query_stride, scaling, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, 0, 1)
+    if MODE == "mixed":
+        store_queries(beside[0], query, query_stride, scaling, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, WHICH, 2)
     numbers = (up_stride, rank, query_stride, scaling)
     biases, normed = (), ()
     if MODE == "rotated":
@@ -239,8 +255,8 @@ def score_rebuilt(
         parameters = load_parameters(stored, tiles, begin + WHICH, rows, BITS, ASYMMETRIC)
     for window in range(begin, end, WINDOW):
         _prepare(
-            factors, beside, ready, loaded, bases, query, up, bias, norm, numbers,
-            position + (window - begin) * TILE, (window + WINDOW < end).to(gl.int32),
+            factors, beside, ready, loaded, bases, frequencies, query, up, bias, norm, numbers,
+            position + (window - begin) * TILE, window > begin, (window + WINDOW < end).to(gl.int32),
             STAGES, WHICH, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH,
         )  # fmt: skip
         if SPAN > 0:
@@ -249,7 +265,7 @@ def score_rebuilt(
             parameters = load_parameters(stored, tiles, window + WHICH, rows, BITS, ASYMMETRIC)
         if MODE == "mixed":
             shares = load_basis(basis, WHICH * TILE, UNIT // SLOTS, SLOTS)
-        hand_over(ready, 1 if SPAN > 0 else 0)
+        hand_over(ready, 1 if MODE == "windows" else 0)
         for index in range(window + WHICH, gl.minimum(window + WINDOW, end), 2):
             done = (index - begin) // 2
             inside = (first + index * step) * TILE + gl.arange(0, TILE, rows)
@@ -284,15 +300,14 @@ def score_rebuilt(
                 after = zeros_of(next_parameters, rows, BITS, ASYMMETRIC) if TURNED else nothing
                 next_turns = _turns_of(table, basis, tiles, index + 2, table_t, after, PAIRS, ROWS_SPAN)
             if MODE == "mixed":
+                # The first window's matrix is there.
+                mbarrier.wait(beside[2], 0)
                 score_slow(found, free, operand, factors, shares, scores, seen, scale, logarithm)
                 shares = load_basis(basis, (index + 2 - window) * TILE % SPAN, UNIT // SLOTS, SLOTS)
             hand_on_parameters(scales, place_of_scales(WHICH, done), parameters, seen, rows, BITS, ASYMMETRIC, WHOLE)
             turns, parameters = next_turns, next_parameters
             synchronize()
             mbarrier.arrive(full, count=1)
-        if MODE == "mixed" and WHICH == 0:
-            # Once more: while tiles are scored there are no registers to keep it in.
-            loaded = _load_slow(factors, beside, bases, frequencies, query, query_stride, HEADS, WIDTH)
     async_copy.wait_group(0)
     # The values of the last tile take less than a launch.
     allow_launch_after()

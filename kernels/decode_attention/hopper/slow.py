@@ -70,16 +70,17 @@ def slow_numbers(
 
 
 @gluon.jit
-def make_slow(to, factor, numbers, result: gl.constexpr):
+def make_slow(to, factor, numbers, result: gl.constexpr, PENDING: gl.constexpr):
     """W of all columns and slots, to shared memory [columns * SLOTS, RANK], of `slow_numbers`.
 
-    factor: [KV * 2, pairs, RANK], both numbers of every kv head's slow pairs, on its way.
+    factor: [KV * 2, pairs, RANK], both numbers of every kv head's slow pairs, on its way if not there; PENDING: groups
+    of copies begun after it.
     """
     with_first, with_second, kv_head = numbers
     ROWS: gl.constexpr = to.shape[0]
     RANK: gl.constexpr = to.shape[1]
     made = gl.zeros([ROWS, RANK], gl.float32, result)
-    async_copy.wait_group(0)
+    async_copy.wait_group(PENDING)
     fence_async_shared()
     synchronize()
     for head in gl.static_range(factor.shape[0] // 2):

@@ -54,6 +54,15 @@ def copy_step(rings, stage, latents, tiles, begin, number, latents_t, units, EVE
 
 
 @gluon.jit
+def start_copies(rings, arguments, WHICH: gl.constexpr, SHARED_BY: gl.constexpr, BITS: gl.constexpr):
+    """Start copying the first steps' values, of a group of warps that weighs: as `weigh_values` and `weigh_whole`."""
+    _, _, _, _, tiles, latents, _, _, _, rank, latents_t = arguments
+    units = gl.multiple_of(rank * BITS // 16, 8)
+    for stage in gl.static_range(rings[0].shape[0] - 1):
+        copy_step(rings, stage, latents, tiles, tiles[2] + WHICH, stage, latents_t, units, SHARED_BY)
+
+
+@gluon.jit
 def _weigh_codes(rings, stage, first, weights, summed, BITS: gl.constexpr):
     """Add a step's values, chunk after chunk: numbers are made of one's codes while the other's product is under way.
 
@@ -134,7 +143,8 @@ def weigh_values(
 ):  # fmt: skip
     """Sums of the value latents of the tiles first + index * step, weighed with the scores' exponentials.
 
-    WHICH: of SHARED_BY groups of warps each has every other tile, and a part of the sums of its own.
+    WHICH: of SHARED_BY groups of warps each has every other tile, and a part of the sums of its own. `start_copies` has
+    begun.
     Codes of two tiles at a time, if they are its own. rings: shared memory [stages, tokens of a step, units] of every
     chunk; weights: [steps of these tiles, slots, tokens of a step]; excess: int32 [warps], for scores above the
     references; out: the group's first head in the part's totals and peaks.
@@ -164,8 +174,6 @@ def weigh_values(
     _, _, begin, end, _ = tiles
     begin += WHICH
     units = gl.multiple_of(rank * BITS // 16, 8)
-    for stage in gl.static_range(STAGES - 1):
-        copy_step(rings, stage, latents, tiles, begin, stage, latents_t, units, SHARED_BY)
     for index in range(begin, end, TILES * SHARED_BY):
         done = (index - begin) // (TILES * SHARED_BY)
         number = gl.minimum(end - index, TILES)

@@ -150,8 +150,6 @@ def weigh_whole(
     _, _, begin, end, _ = tiles
     begin += WHICH
     units = gl.multiple_of(rank * BITS // 16, 8)
-    for stage in gl.static_range(STAGES - 1):
-        copy_step(rings, stage, latents, tiles, begin, stage, latents_t, units, SHARED_BY)
     for index in range(begin, end, 2):
         round = (index - begin) // 2
         number = gl.minimum(end - index, TILES)
