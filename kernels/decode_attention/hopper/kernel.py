@@ -22,7 +22,8 @@ def hopper_kernel(
     scaling, epsilon,
     MODE: gl.constexpr, KEY_STAGES: gl.constexpr, STEP: gl.constexpr, VALUE_STAGES: gl.constexpr,
     SPAN: gl.constexpr, SPAN_KEY_STAGES: gl.constexpr, SPAN_STEP: gl.constexpr, SPAN_VALUE_STAGES: gl.constexpr,
-    HELD: gl.constexpr, GROUPS: gl.constexpr, KV: gl.constexpr, QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr,
+    HELD: gl.constexpr, GROUPS: gl.constexpr, SHARES: gl.constexpr, KV: gl.constexpr, QUERIES: gl.constexpr,
+    QUERY_SLOTS: gl.constexpr,
     SLOTS: gl.constexpr, QUERY_ROWS: gl.constexpr, WIDTH: gl.constexpr, WIDE: gl.constexpr, RANK: gl.constexpr,
     KEY_DIVISOR: gl.constexpr, CHUNKS: gl.constexpr, VALUE_DIVISOR: gl.constexpr, RANK_STRIDE: gl.constexpr,
     MASK: gl.constexpr, DTYPE: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr, BITS: gl.constexpr,
@@ -31,6 +32,8 @@ def hopper_kernel(
     EVEN_KEYS: gl.constexpr, EVEN_VALUES: gl.constexpr,
 ):  # fmt: skip
     """Sums of value latents of a group's heads over a part of the tokens, relative to their peaks.
+
+    GROUPS: with SHARES programs for each group's heads, those of all groups.
 
     query: [rows, GROUPS * KV * QUERIES, query_stride]; absorbed, KV is one. keys, values: of codes, bytes. up: of codes
     in the order of `unit_order`. bias: of all keys; norm: a key norm's weights, epsilon what it adds to mean squares.
@@ -41,7 +44,9 @@ def hopper_kernel(
     peaks: [parts, rows, heads], as `combine_kernel` takes them: WEIGHERS parts of every program.
     """
     wait_for_launch_before()
-    group, row = gl.program_id(1), gl.program_id(2)
+    # Programs of a group's shares have the same latents.
+    share, row = gl.program_id(1), gl.program_id(2)
+    group = share // SHARES
     at_row = (row // QUERY_ROWS).to(gl.int64)
     key_rank, key_offset = place_of(key_rank_of, key_offset_of, group, EVEN_KEYS, KEY_DIVISOR)
     value_rank, value_offset = place_of(value_rank_of, value_offset_of, group, EVEN_VALUES, VALUE_DIVISOR)
@@ -57,14 +62,17 @@ def hopper_kernel(
     parameters = (key_parameters, value_parameters, key_parameters_t, value_parameters_t)
     at_keys += gl.multiple_of(key_offset * BITS // 16, 8)
     at_values += gl.multiple_of(value_offset * BITS // 16, 8)
-    first_head = (row * GROUPS + group) * (KV * QUERIES)
+    first_head = (row * GROUPS + share) * (KV * QUERIES)
     at_query = query + first_head * query_stride
     # Factors for codes are in the codes' order, every group as wide as the others.
     up_offset, up_rank = key_offset, key_rank
     if BITS < 16:
         up_offset, up_rank = group * RANK, RANK
+    at_up = up + up_offset
+    if SHARES > 1:
+        at_up += share % SHARES * (KV * WIDTH) * up_stride
     given = (
-        at_keys, at_values, parameters, up + up_offset, at_query, bias + group * (KV * WIDTH), norm, mask,
+        at_keys, at_values, parameters, at_up, at_query, bias + share * (KV * WIDTH), norm, mask,
         bases, basis, frequencies, sums, totals, peaks, key_rank, up_rank, value_rank, length, keys_t, values_t,
         row * mask_b, mask_t, up_stride, query_stride, rows_heads, scaling, epsilon,
     )  # fmt: skip

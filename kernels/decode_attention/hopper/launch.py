@@ -119,6 +119,8 @@ class Call(NamedTuple):
     rows_per_latent: int
     scaling: float
     key_norm: Any
+    # Programs that share the heads of a group.
+    shares: int = 1
 
     @property
     def extras(self) -> tuple[bool, bool]:
@@ -129,7 +131,7 @@ class Call(NamedTuple):
     def heads(self) -> Heads:
         """How the query heads lie."""
         kv = None if self.key.up is None else self.key.up.shape[0] // self.query.shape[2]
-        return heads_of(self.query.shape[1], len(self.key.ranks), kv)
+        return heads_of(self.query.shape[1], len(self.key.ranks) * self.shares, kv and kv // self.shares)
 
     @property
     def bits(self) -> int:
@@ -171,6 +173,12 @@ def launch(
     (rows, num_heads, _), heads = query.shape, call.heads
     tiles = cdiv(key_latents.shape[1], TILE)
     parts = parts_of(tiles, len(key.ranks) * rows, processors(query.device))
+    if cdiv(tiles, parts) == 1 and heads.mode == "rotated" and heads.kv % 2 == 0:
+        # Half of the factor to copy, and half of the parts to add up.
+        halved = call._replace(shares=2)
+        if halved.plans(False, False):
+            call, heads = halved, halved.heads
+            parts = parts_of(tiles, len(key.ranks) * 2 * rows, processors(query.device))
     # Asked for at any length, so that a short call before is enough where a step is captured in a CUDA graph.
     window = _window_of(call)
     if cdiv(tiles, parts) < LEAST_TILES:
@@ -226,9 +234,10 @@ def _tables(call: Call, window: Window | None) -> Tables:
 
 def _launch(plan: Plan, call: Call, window: Window | None, tables: Tables, parts: int, found: Parts) -> None:
     """Launch with a plan, of calls with windows for these."""
-    query, key_latents, value_latents, key, value, rotation, mask, rows_per_latent, scaling, key_norm = call
+    query, key_latents, value_latents, key, value, rotation, mask, rows_per_latent, scaling, key_norm, shares = call
     (rows, num_heads, width), heads = query.shape, call.heads
-    absorbed, groups, length, device = key.up is None, len(key.ranks), key_latents.shape[1], query.device
+    absorbed, length, device = key.up is None, key_latents.shape[1], query.device
+    groups = len(key.ranks) * call.shares
     ranks, value_ranks = tuple(key.ranks), tuple(value.ranks)
     (keys, key_parameters), key_strides, bits, asymmetric = layout(key_latents)
     (values, value_parameters), value_strides, _, _ = layout(value_latents)
@@ -257,7 +266,7 @@ def _launch(plan: Plan, call: Call, window: Window | None, tables: Tables, parts
         MODE=heads.mode, KEY_STAGES=exact.key_stages, STEP=exact.step, VALUE_STAGES=exact.value_stages,
         SPAN=0 if window is None else window.span, SPAN_KEY_STAGES=plan.key_stages, SPAN_STEP=plan.step,
         SPAN_VALUE_STAGES=plan.value_stages, HELD=1 + plan.stays,
-        GROUPS=groups, KV=heads.kv, QUERIES=heads.queries, QUERY_SLOTS=heads.query_slots,
+        GROUPS=groups, SHARES=shares, KV=heads.kv, QUERIES=heads.queries, QUERY_SLOTS=heads.query_slots,
         SLOTS=heads.slots, QUERY_ROWS=rows_per_latent, WIDTH=width, WIDE=next_power_of_2(width),
         RANK=rank, KEY_DIVISOR=divisor(ranks), CHUNKS=chunks, VALUE_DIVISOR=divisor(value_ranks),
         RANK_STRIDE=max(value_ranks), MASK=mask_kind(mask),
