@@ -73,6 +73,24 @@ def units_layout(units: int, tokens: int, fours: bool) -> gl.DistributedLinearLa
 
 
 @gluon.jit
+def last_first(numbers):
+    """Numbers [rows, columns] with the last sixteen columns first, then those before them, .."""
+    ROWS: gl.constexpr = numbers.shape[0]
+    COLUMNS: gl.constexpr = numbers.shape[1]
+    # A column's place is its place before with all bits but the lowest four inverted, one of them at a time.
+    for bit in gl.static_range(bits_of(COLUMNS // 16)):
+        low, high = gl.split(numbers.reshape([ROWS, 1 << bit, 2, COLUMNS >> (bit + 1)]).permute([0, 1, 3, 2]))
+        numbers = gl.join(high, low).permute([0, 1, 3, 2]).reshape([ROWS, COLUMNS])
+    return numbers
+
+
+@gluon.jit
+def column_of(place, COLUMNS: gl.constexpr):
+    """Which column stands at a place of `last_first`."""
+    return (COLUMNS // 16 - 1 - place // 16) * 16 + place % 16
+
+
+@gluon.jit
 def _along(numbers, UNITS: gl.constexpr, operand: gl.constexpr):
     """Numbers [tile] for all of a token's units, fp16."""
     numbers = gl.convert_layout(numbers.to(gl.float16), gl.SliceLayout(1, operand))
@@ -80,21 +98,21 @@ def _along(numbers, UNITS: gl.constexpr, operand: gl.constexpr):
 
 
 @gluon.jit
-def key_operand(slot, shift, scale, result: gl.constexpr, BITS: gl.constexpr, SCALED: gl.constexpr):
+def key_operand(slot, shift, scale, result: gl.constexpr, BITS: gl.constexpr, TURNED: gl.constexpr):
     """A tile's key latents [tile, RANK] from shared memory; of codes less their shifts [tile] in `unit_order`.
 
-    SCALED: times their scales [tile], else without.
+    TURNED: codes are times their scales [tile], else without; and latents in the order of `last_first`.
     """
     operand: gl.constexpr = gl.DotOperandLayout(0, result, 2)
     loaded = slot.load(operand)
     if BITS < 16:
         UNITS: gl.constexpr = loaded.shape[1]
-        if SCALED:
+        if TURNED:
             given = [loaded, _along(scale, UNITS, operand), _along(-shift * scale, UNITS, operand)]
         else:
             given = [loaded, _along(shift, UNITS, operand)]
         fields = gl.inline_asm_elementwise(
-            _fields(BITS, SCALED)[0], _fields(BITS, SCALED)[1], given,
+            _fields(BITS, TURNED)[0], _fields(BITS, TURNED)[1], given,
             dtype=_types(BITS, gl.float16), is_pure=True, pack=2,
         )  # fmt: skip
         if BITS == 8:
@@ -102,8 +120,9 @@ def key_operand(slot, shift, scale, result: gl.constexpr, BITS: gl.constexpr, SC
         else:
             joined = gl.join(gl.join(fields[0], fields[1]), gl.join(fields[2], fields[3]))
             loaded = joined.permute([0, 3, 2, 1]).reshape([TILE, 4 * UNITS])
-        loaded = gl.convert_layout(loaded, operand, assert_trivial=True)
-    return loaded
+    if TURNED:
+        loaded = last_first(loaded)
+    return gl.convert_layout(loaded, operand, assert_trivial=True)
 
 
 @gluon.jit

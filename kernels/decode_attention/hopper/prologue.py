@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
 from palu.kernels.decode_attention.hopper.common import WARPS, copied_layout, copy_to_shared
-from palu.kernels.decode_attention.hopper.operands import latent_at
+from palu.kernels.decode_attention.hopper.operands import column_of, latent_at
 from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT, in_columns, place_in_factor
 
 # Rows of a factor that are folded at a time.
@@ -22,7 +22,7 @@ def _copy_pairs(
 ):  # fmt: skip
     """Start copying pairs FIRST .. of a kv head's factor to [2 * pairs, RANK], both of a pair side by side.
 
-    Zero where there are none. TURNED: in the order of `place_in_factor`.
+    Zero where there are none. TURNED: in the order of `place_in_factor`, and latents in that of `last_first`.
     """
     layout: gl.constexpr = copied_layout(to.shape[1])
     row = gl.arange(0, to.shape[0], gl.SliceLayout(1, layout))
@@ -30,6 +30,7 @@ def _copy_pairs(
     pair, half = row // 2, row % 2
     if TURNED:
         pair, half = place_in_factor(row)
+        latent = column_of(latent, to.shape[1])
     ok = (FIRST + pair < WIDTH // 2)[:, None] & (latent < rank)[None, :]
     at = up + ((pair + half * (WIDTH // 2)) * up_stride)[:, None] + latent[None, :]
     copy_to_shared(to, at + (head * WIDTH + FIRST) * up_stride, mask=ok)
@@ -77,17 +78,19 @@ def copy_fast(pieces, up, up_stride, rank, WIDTH: gl.constexpr, WHICH: gl.conste
 
 @gluon.jit
 def copy_halves(
-    to, up, up_stride, rank, FIRST: gl.constexpr, HALVES: gl.constexpr, WIDTH: gl.constexpr
+    to, up, up_stride, rank, FIRST: gl.constexpr, HALVES: gl.constexpr, WIDTH: gl.constexpr, TURNED: gl.constexpr
 ):  # fmt: skip
     """Start copying pairs FIRST .. of kv heads' up factors: [heads * 2, pairs, RANK], both numbers of the pairs.
 
-    Zero where there are none. HALVES: two of every head.
+    Zero where there are none. HALVES: two of every head. TURNED: latents in the order of `last_first`.
     """
     PAIRS: gl.constexpr = to.shape[1]
     RANK: gl.constexpr = to.shape[2]
     layout: gl.constexpr = copied_layout(RANK)
     pair = FIRST + gl.arange(0, PAIRS, gl.SliceLayout(1, layout))
     latent = gl.arange(0, RANK, gl.SliceLayout(0, layout))
+    if TURNED:
+        latent = column_of(latent, RANK)
     ok = (pair < WIDTH // 2)[:, None] & (latent < rank)[None, :]
     at = up + (pair * up_stride)[:, None] + latent[None, :]
     for half in gl.static_range(HALVES):

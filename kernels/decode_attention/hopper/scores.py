@@ -60,19 +60,20 @@ def copy_tile(to, latents, tiles, index, latents_t, units):
 @gluon.jit
 def operand_of(
     slot, parameters, STAGES: gl.constexpr, result: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr,
-    SCALED: gl.constexpr,
+    TURNED: gl.constexpr,
 ):  # fmt: skip
     """A tile's key latents in registers, once they are there, and what their scores are multiplied with, [tile].
 
-    SCALED: codes are times their scales.
+    TURNED: codes are times their scales, and latents in the order of `last_first`.
     """
     rows: gl.constexpr = gl.SliceLayout(1, result)
     async_copy.wait_group(STAGES - 1)
     synchronize()
     one = gl.full([TILE], 1.0, gl.float32, rows)
     scale = scale_of(parameters, 0, ASYMMETRIC) if BITS < 16 else one
-    operand = key_operand(slot, shift_of(parameters, 0, rows, BITS, ASYMMETRIC), scale, result, BITS, SCALED)
-    return operand, one if SCALED else scale
+    shift = shift_of(parameters, 0, rows, BITS, ASYMMETRIC)
+    operand = key_operand(slot, shift, scale, result, BITS, TURNED)
+    return operand, one if TURNED else scale
 
 
 @gluon.jit
@@ -138,7 +139,7 @@ def make_first_window(
     """
     up, up_stride, rank, query, query_stride, scaling, bases, frequencies, position = to_make
     loaded = _load_slow(factors, beside, bases, frequencies, query, query_stride, HEADS, WIDTH)
-    copy_halves(beside[1], up, up_stride, rank, beside[1].shape[1], 2 * HEADS[0], WIDTH)
+    copy_halves(beside[1], up, up_stride, rank, beside[1].shape[1], 2 * HEADS[0], WIDTH, True)
     async_copy.commit_group()
     start_copies(rings, arguments, 0, 1, BITS)
     slow = slow_numbers(loaded, scaling, position, HEADS[2], HEADS[3], LEAST, beside[0].shape[1], factors.dtype)

@@ -35,9 +35,11 @@ def _begun(operand, factors, unit, bias, SUMS: gl.constexpr):
     """
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, UNIT, 16])
     begun = gl.zeros([TILE, UNIT], SUMS, layout)
+    begun = warpgroup_mma(operand, factors.index(unit).permute((1, 0)), begun, use_acc=False, is_async=True)
     if len(bias) == 2:
-        begun = warpgroup_mma(bias[0], bias[1].permute((1, 0)), begun, use_acc=False, is_async=True)
-    return warpgroup_mma(operand, factors.index(unit).permute((1, 0)), begun, use_acc=len(bias) == 2, is_async=True)
+        # Last, so that sums are small before it, which are rounded where they have 16 bits.
+        begun = warpgroup_mma(bias[0], bias[1].permute((1, 0)), begun, is_async=True)
+    return begun
 
 
 @gluon.jit
@@ -129,6 +131,7 @@ def score_turned(
     # Scores of several kv heads add up, in columns of their own.
     OF_PLACE: gl.constexpr = OF_HEAD * TOGETHER
     # Keys of 16 bits are rounded anyway: rounding their sums as well takes no instructions and half of the registers.
+    # Factors' first latents, the largest ones, are added last (`last_first`), so that little is lost before.
     SUMS: gl.constexpr = gl.float16 if gl.float16 == DTYPE and len(norm) == 0 else gl.float32
     # Registers of products have to be written before any is under way.
     scores = _settled(scores)
@@ -138,7 +141,9 @@ def score_turned(
         bias, other_bias = _bias_operands(biases, first), _bias_operands(biases, first + 1)
         product = _begun(operand, factors, first, bias, SUMS)
         other = _begun(operand, factors, first + 1, other_bias, SUMS)
-        product, squares = _times_weights(warpgroup_mma_wait(1, deps=[product]), norm, 0)
+        # Of the other unit, products with latents and with ones are under way.
+        product = warpgroup_mma_wait(2 if len(biases) > 0 else 1, deps=[product])
+        product, squares = _times_weights(product, norm, 0)
         turned = _turned(product, words[0], narrow, MODE, DTYPE)
         scores = _met(turned, queries, first, scores, OF_PLACE, MODE)
         # The second one's turning goes on beside the first one's product with the queries.

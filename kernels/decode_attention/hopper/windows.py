@@ -48,8 +48,8 @@ def _columns_layout(pairs: int) -> gl.DistributedLinearLayout:
 def copy_slow(held, up, up_stride, rank, first, HEADS: gl.constexpr, WIDTH: gl.constexpr):
     """Start copying slow pairs of the factors of HEADS kv heads from head `first` on."""
     at = up + first * WIDTH * up_stride
-    copy_halves(held[0], at, up_stride, rank, FAST, 2 * HEADS, WIDTH)
-    copy_halves(held[1], at, up_stride, rank, FAST + PIECES[0], 2 * HEADS, WIDTH)
+    copy_halves(held[0], at, up_stride, rank, FAST, 2 * HEADS, WIDTH, False)
+    copy_halves(held[1], at, up_stride, rank, FAST + PIECES[0], 2 * HEADS, WIDTH, False)
     async_copy.commit_group()
 
 
