@@ -16,8 +16,8 @@ from tests.helpers import compressed
 
 DEMO = Path(__file__).resolve().parents[1] / "assets" / "demo"
 ON_GPU = torch.cuda.is_available()
-# Rows and tokens: few where Triton interprets the kernels.
-BATCH, LENGTH = (2, 1500) if ON_GPU else (1, 70)
+# Rows and tokens: few where Triton interprets the kernels. Of much fewer, errors average less (1.9e-3 of 70 tokens).
+BATCH, LENGTH = (2, 1500) if ON_GPU else (1, 200)
 LARGEST_ERROR = 2e-3
 
 
