@@ -224,14 +224,8 @@ def side_by_side(numbers):
 
 
 @gluon.jit
-def bytes_operand(slot, result: gl.constexpr, BITS: gl.constexpr):
-    """Codes of a chunk's values, int8 [128, tokens] `side_by_side`, of shared memory [tokens, units].
-
-    Rows as in `value_operand`.
-    """
-    TOKENS: gl.constexpr = slot.shape[0]
-    UNITS: gl.constexpr = slot.shape[1]
-    packed = slot.permute((1, 0)).load(units_layout(UNITS, TOKENS, True))
+def bytes_operand(packed, result: gl.constexpr, BITS: gl.constexpr):
+    """Codes of a chunk's values, int8 [128, tokens] `side_by_side`, of `value_units`; rows as in `value_operand`."""
     fields = gl.inline_asm_elementwise(
         _bytes(BITS)[0], _bytes(BITS)[1], [packed], dtype=_types(BITS, gl.int8), is_pure=True, pack=4
     )

@@ -248,7 +248,9 @@ def attend(
                     places[1], scales, full.index(1), empty.index(1), ready, rings[1], factors, besides[1], to_scores,
                     1, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK, WHOLE > 0,
                 )),
-                (_make_and_weigh, (factors, beside, to_make, memories[0], out, to_values, HEADS, WIDTH, OF_VALUES, WHOLE)),
+                (_make_and_weigh, (
+                    factors, beside, to_make, memories[0], out, to_values, HEADS, WIDTH, OF_VALUES, WHOLE,
+                )),
             ], [4, 4], [SCORE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
         else:
             gl.warp_specialize([

@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from palu.kernels.decode_attention.hopper.common import WARPS, exp2, synchronize
-from palu.kernels.decode_attention.hopper.operands import bytes_operand, side_by_side
+from palu.kernels.decode_attention.hopper.operands import bytes_operand, side_by_side, value_units
 from palu.kernels.decode_attention.hopper.parameters import place_of_scales
 from palu.kernels.decode_attention.hopper.softmax import head_of, highest, load_scores, parameters_of, weights_layout
 from palu.kernels.decode_attention.hopper.values import CHUNK, copy_step, latents_layout, store_sums
@@ -95,10 +95,15 @@ def _weigh(rings, stage, weights, products, ADDED: gl.constexpr, BITS: gl.conste
     result: gl.constexpr = products[0].type.layout
     transposed = weights.permute((1, 0))
     done = ()
-    operand = bytes_operand(rings[0].index(stage), result, BITS)
+    operand = bytes_operand(value_units(rings[0].index(stage)), result, BITS)
+    if len(rings) > 1:
+        # Asked for a product before they are needed.
+        packed = value_units(rings[1].index(stage))
     under_way = warpgroup_mma(operand, transposed, products[0], use_acc=ADDED, is_async=True)
     for chunk in gl.static_range(1, len(rings)):
-        operand = bytes_operand(rings[chunk].index(stage), result, BITS)
+        operand = bytes_operand(packed, result, BITS)
+        if chunk + 1 < len(rings):
+            packed = value_units(rings[chunk + 1].index(stage))
         begun = warpgroup_mma(operand, transposed, products[chunk], use_acc=ADDED, is_async=True)
         done = done + (warpgroup_mma_wait(1, deps=[under_way]),)
         under_way = begun
@@ -123,7 +128,7 @@ def weigh_whole(
     """As `weigh_values`, of codes; two tiles at a time, or of two groups of warps each every other tile.
 
     weights: int8 [2 * steps, 2 * slots, tokens of a step]; tops: float32 [2, slots], the tiles' largest scores. Both by
-    turns, so that warps wait for each other once per step only.
+    turns, so that warps wait for each other once per step only, and once for scores.
     """
     found, scales, full, empty, tiles, latents, sums, totals, peaks, rank, latents_t = arguments
     TILES: gl.constexpr = 2 // SHARED_BY
@@ -157,6 +162,10 @@ def weigh_whole(
         if number == 2:
             mbarrier.wait(full.index(FIRST + TILES - 1), round & 1)
         scores = load_scores(found, FIRST, number, there, STEP, TILES)
+        # All have read the scores.
+        synchronize()
+        for tile in gl.static_range(TILES):
+            mbarrier.arrive(empty.index(FIRST + tile), count=1)
         peak = _largest(scores)
         tops.index(round % 2).store(peak)
         own = round % 2 * PARTS
@@ -171,10 +180,6 @@ def weigh_whole(
                 fence_async_shared()
             # The step is there, and the one before it has been read by all.
             synchronize()
-            if part == 0:
-                # All have read the scores.
-                for tile in gl.static_range(TILES):
-                    mbarrier.arrive(empty.index(FIRST + tile), count=1)
             ahead = step + STAGES - 1
             copy_step(rings, ahead % STAGES, latents, tiles, begin, ahead, latents_t, units, SHARED_BY)
             products = _weigh(rings, step % STAGES, weights.index(own + part), products, part > 0, BITS)
