@@ -52,7 +52,7 @@ COMBINE_WARPS = KERNEL_WARPS.value
 WINDOW_FAST, WINDOW_COLUMNS = KERNEL_FAST.value, KERNEL_COLUMNS.value
 # Latents of a head, at least and at most, and parts at least that a program adds up.
 LEAST_LATENTS, MOST_LATENTS, LEAST_PARTS = 128, 512, 16
-# Tiles of a program from which on windows, and a launch more, are worth their making.
+# Tiles of a program from which on windows are worth their making.
 LEAST_TILES = 8
 # Pairs of keys with several queries that are rebuilt where the others are interpolated.
 FAST = COLUMNS // 2
