@@ -58,6 +58,7 @@ class Call(NamedTuple):
     queries: int = 1
     key_rank: int = 128
     group_size: int = 4
+    length: int = LENGTH
     heads: int = 32
     base: float | None = None
     mask: str | None = "bool"
@@ -82,6 +83,8 @@ HOPPER_CALLS += [Call(4, 4, heads=28), Call(8, 4, group_size=1, mask=None)]
 HOPPER_CALLS += [Call(8, bits, key_norm=True, mask=None) for bits in (16, 8)]
 HOPPER_CALLS += [Call(4, 4, bias=True, heads=28, mask=None), Call(5, heads=10, group_size=5, key_rank=64, bias=True)]
 HOPPER_CALLS += [Call(absorbed=True, bits=bits) for bits in (8, 4)] + [Call(bits=4, dtype=torch.bfloat16)]
+# A tile for each program, two of which share a group's heads.
+HOPPER_CALLS += [Call(8, bits, length=4096, bias=bits == 8) for bits in (16, 8, 4)]
 
 
 class Launch(NamedTuple):
@@ -158,19 +161,19 @@ def arguments(call):
     key, value = (LatentProjection(torch.zeros(width, sum(each), dtype=call.dtype), each, bias) for each in ranks)
     base = call.base or (1e4 if call.kv_heads == 32 else 5e5)
     frequencies = base ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
-    rotation = None if call.absorbed else Rotation(torch.arange(LENGTH)[None], frequencies)
+    rotation = None if call.absorbed else Rotation(torch.arange(call.length)[None], frequencies)
     norm = SimpleNamespace(variance_epsilon=1e-6, weight=torch.ones(HEAD_DIM, dtype=call.dtype))
     query = torch.zeros(1, call.heads, call.queries, HEAD_DIM, dtype=call.dtype)
     latents = [latents_of(call, each) for each in ranks]
-    mask = torch.ones(1, 1, call.queries, LENGTH, dtype=torch.bool if call.mask == "bool" else call.dtype)
+    mask = torch.ones(1, 1, call.queries, call.length, dtype=torch.bool if call.mask == "bool" else call.dtype)
     mask = mask if call.mask else None
     return query, *latents, key, value, rotation, mask, HEAD_DIM**-0.5, norm if call.key_norm else None
 
 
 def latents_of(call, ranks):
     if call.bits == 16:
-        return torch.empty(1, LENGTH, sum(ranks), dtype=call.dtype)
-    packed = LENGTH - call.beside
+        return torch.empty(1, call.length, sum(ranks), dtype=call.dtype)
+    packed = call.length - call.beside
     codes = torch.empty(1, packed, packed_width(sum(ranks), call.bits), dtype=torch.uint8)
     parameters = torch.empty(1, packed, 2 * len(ranks), dtype=torch.float16)
     latents = PackedLatents.of(codes, parameters, Quantization(call.bits, ranks))

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Bytes of local memory per thread: the most that Triton 3.9 leaves, where columns of more than PART latents are kept
 # too (3.6 leaves 528 of folded codes with 256 latents per head).
 MOST_SPILLED = {"weight_kernel": (56, 56), "scores_kernel": (136, 440), "hopper_kernel": (144, 384)}
-# Of keys that are interpolated, with four kv heads per group. Triton 3.6 leaves half of it at most.
+# Of keys that are interpolated, with four kv heads per group. Triton 3.6 leaves 152.
 MOST_SPILLED_WINDOWS = 200
 # Of numbers of 16 bits, for whose factors and the copies of them there is least room; Triton 3.6 leaves 104 (fp16).
 MOST_SPILLED_NUMBERS = 352

@@ -187,27 +187,6 @@ def test_the_kernel_reads_codes(shape, dtype, rope, symmetric, bits, monkeypatch
 @needs_hopper
 @torch.no_grad()
 @pytest.mark.usefixtures("empty_memory_is_nan")
-@pytest.mark.parametrize("bits", [16, 8, 4])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize(
-    "shape", [shape for shape in HOPPER_SHAPES if shape.num_heads > shape.num_kv_heads], ids=name_of
-)
-@pytest.mark.parametrize("extra", ["biases", "norm", "both", "both, symmetric"])
-def test_biases_and_norms_of_keys_are_part_of_them(shape, dtype, extra, bits, monkeypatch):
-    if any(rank * bits % 128 for rank in (*shape.key_ranks, *shape.value_ranks)):
-        pytest.skip("groups do not begin at multiples of 16 bytes")
-    monkeypatch.setattr(hopper, "parts_of", lambda *args: 3)
-    # Positions without gaps: of other keys they would be interpolated.
-    query, *latents, key, value, rotation, mask = random_call(shape, getattr(torch, dtype), extra != "norm", True)
-    key = LatentProjection(key.up, key.ranks, None if key.bias is None else key.bias * 3)
-    packed, held = quantized(latents, bits, key, value, symmetric="symmetric" in extra)
-    norm = None if extra == "biases" else RandomNorm(shape.head_dim)
-    checked((query, *packed, key, value, rotation), shape, mask, mask, dtype, monkeypatch, held, norm)
-
-
-@needs_hopper
-@torch.no_grad()
-@pytest.mark.usefixtures("empty_memory_is_nan")
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("unwritten", [0.0, float("nan")], ids=["zero", "nan"])
 @pytest.mark.parametrize("heads", [(8, 8), (16, 4)], ids=["folded", "rotated"])

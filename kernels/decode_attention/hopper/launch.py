@@ -52,7 +52,7 @@ COMBINE_WARPS = KERNEL_WARPS.value
 WINDOW_FAST, WINDOW_COLUMNS = KERNEL_FAST.value, KERNEL_COLUMNS.value
 # Latents of a head, at least and at most, and parts at least that a program adds up.
 LEAST_LATENTS, MOST_LATENTS, LEAST_PARTS = 128, 512, 16
-# Tiles of a program from which on windows, and a launch more, are worth their making.
+# Tiles of a program from which on windows are worth their making.
 LEAST_TILES = 8
 # Pairs of keys with several queries that are rebuilt where the others are interpolated.
 FAST = COLUMNS // 2
@@ -172,22 +172,28 @@ def launch(
     call = Call(query, key_latents, value_latents, key, value, rotation, mask, rows_per_latent, scaling, key_norm)
     (rows, num_heads, _), heads = query.shape, call.heads
     tiles = cdiv(key_latents.shape[1], TILE)
-    parts = parts_of(tiles, len(key.ranks) * rows, processors(query.device))
-    if cdiv(tiles, parts) == 1 and heads.mode == "rotated" and heads.kv % 2 == 0:
-        # Half of the factor to copy, and half of the parts to add up.
-        halved = call._replace(shares=2)
-        if halved.plans(False, False):
-            call, heads = halved, halved.heads
-            parts = parts_of(tiles, len(key.ranks) * 2 * rows, processors(query.device))
+    others = len(key.ranks) * rows
+    parts = parts_of(tiles, others, processors(query.device))
     # Asked for at any length, so that a short call before is enough where a step is captured in a CUDA graph.
     window = _window_of(call)
     if cdiv(tiles, parts) < LEAST_TILES:
         window = None
+    if cdiv(tiles, parts) == 1 and can_share(call, 2 * others * cdiv(tiles, 2)):
+        # Half of the factor to copy, and half of the parts to add up.
+        call, parts = call._replace(shares=2), cdiv(tiles, 2)
+        heads = call.heads
     weighers = weighers_of(heads.mode, call.bits)
     sums = query.new_empty(parts * weighers, rows, num_heads, max(value.ranks), dtype=torch.float32)
     found = Parts(sums, *query.new_empty(2, parts * weighers, rows, num_heads, dtype=torch.float32))
     _launch_best(call, window, _tables(call, window), parts, found)
     return _combine_early(found, value, query, head_dim)
+
+
+def can_share(call: Call, programs: int) -> bool:
+    """Whether two programs can share each group's heads, and so many of them run at a time."""
+    if call.heads.mode != "rotated" or call.heads.kv % 2 == 1 or programs > processors(call.query.device):
+        return False
+    return bool(call._replace(shares=2).plans(False, False))
 
 
 def _window_of(call: Call) -> Window | None:

@@ -1,9 +1,9 @@
 """Latents in registers as the left side of a product: as they are, or made of packed codes.
 
-Shared memory holds packed codes as 16-bit units of `16 / bits` neighbouring latents, their fields. One shift and one
-mask make two fp16 numbers of two units that stand side by side, so a product meets all units' first fields, then all
-second ones, .. (`palu.kernels.latent_scores.factors.unit_order`). Keys have units of a token side by side, values the
-same unit of two tokens, which the transposing load brings together.
+Shared memory holds packed codes as 16-bit units of `16 / bits` neighbouring latents, their fields. Two units that
+stand side by side become two fp16 numbers for each field, so a product meets all units' first fields, then all second
+ones, .. (`palu.kernels.latent_scores.factors.unit_order`). Keys have units of a token side by side, values the same
+unit of two tokens, which the transposing load brings together.
 """
 
 from triton.experimental import gluon
@@ -56,16 +56,19 @@ def _types(bits: int, dtype: gl.dtype) -> tuple[gl.dtype, ...]:
 
 
 @gluon.constexpr_function
-def units_layout(units: int, tokens: int, fours: bool) -> gl.DistributedLinearLayout:
+def units_layout(units: int, tokens: int) -> gl.DistributedLinearLayout:
     """Units [units, tokens] as the matrix units want the fields of them: pairs of tokens, a unit in one lane of four.
 
-    64 units: a field is 64 rows of a product; 32: two fields are. fours: two pairs of tokens follow each other.
+    64 units: a field is 64 rows of a product; 32: two fields are. Two pairs of tokens follow each other.
     """
     held = [[0, 8 << bit] for bit in range(bits_of(tokens) - 3)]
     if units == 64:
-        inside = [held[0], [8, 0], *held[1:]] if fours else [[8, 0], *held]
         return gl.DistributedLinearLayout(
-            [[0, 1], *inside], [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [units, tokens]
+            [[0, 1], held[0], [8, 0], *held[1:]],
+            [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]],
+            [[16, 0], [32, 0]],
+            [],
+            [units, tokens],
         )
     return gl.DistributedLinearLayout(
         [[0, 1], *held], [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], [[8, 0], [16, 0]], [], [units, tokens]
@@ -163,7 +166,7 @@ def _signed_fields(bits: int) -> tuple[str, str]:
 @gluon.jit
 def value_units(slot):
     """Units of a chunk's values, [units, tokens], of shared memory [tokens, units]."""
-    return slot.permute((1, 0)).load(units_layout(slot.shape[1], slot.shape[0], True))
+    return slot.permute((1, 0)).load(units_layout(slot.shape[1], slot.shape[0]))
 
 
 @gluon.jit

@@ -38,8 +38,7 @@ def _weigh(
     memory, out, arguments, WHICH: gl.constexpr, SHARED_BY: gl.constexpr, KIND: gl.constexpr, WHOLE: gl.constexpr
 ):  # fmt: skip
     """Weigh values; KIND: what both take last, in their order; WHOLE: slots of weights that are whole numbers, or 0."""
-    rings, weights, tops = memory
-    start_copies(rings, arguments, WHICH, SHARED_BY, KIND[6])
+    start_copies(memory[0], arguments, WHICH, SHARED_BY, KIND[6])
     _weigh_started(memory, out, arguments, WHICH, SHARED_BY, KIND, WHOLE)
 
 

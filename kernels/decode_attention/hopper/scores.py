@@ -207,10 +207,11 @@ def score_rebuilt(
     """Scores of every other tile of keys that are rebuilt head after head, from tile WHICH (0 or 1) on.
 
     found: shared memory [places of a tile's scores, tile, columns]; factors: [KV * units, UNIT, RANK], rows of every kv
-    head, a pair's side by side, or a window's columns, in mixed mode with what `make_slow` makes behind them; beside:
-    what the mode needs besides: queries [KV * units, LEAST, UNIT] with the key biases and the key norm's weights where
-    there are any, or what `make_window` takes, or queries [KV, SLOTS, UNIT] and what `make_slow` takes. SPAN: tokens of
-    a window, or 0. WHOLE: values are weighed as whole numbers.
+    head, a pair's side by side or, turned, as `place_in_factor` has them, or a window's columns, in mixed mode with
+    what `make_slow` makes behind them; beside: what the mode needs besides: queries [KV * units, LEAST, UNIT] with the
+    key biases and the key norm's weights where there are any, or what `make_window` takes, or queries
+    [KV, SLOTS, UNIT] and what `make_slow` takes. SPAN: tokens of a window, or 0. WHOLE: values are weighed as whole
+    numbers.
     """
     (
         tiles, latents, stored, table, mask, up, query, bias, norm, units, rank, latents_t, table_t, row_mask, mask_t,

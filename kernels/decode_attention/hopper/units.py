@@ -31,7 +31,7 @@ def hand_on(to, score, seen, scale, logarithm):
 def _begun(operand, factors, unit, bias, SUMS: gl.constexpr):
     """The product of a tile's latents with a unit's columns, under way.
 
-    bias: `_bias_operands`, to which it is added, or (). SUMS: the type of its numbers.
+    bias: `_bias_operands`, which are added, or (). SUMS: the type of its numbers.
     """
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, UNIT, 16])
     begun = gl.zeros([TILE, UNIT], SUMS, layout)
@@ -131,7 +131,7 @@ def score_turned(
     # Scores of several kv heads add up, in columns of their own.
     OF_PLACE: gl.constexpr = OF_HEAD * TOGETHER
     # Keys of 16 bits are rounded anyway: rounding their sums as well takes no instructions and half of the registers.
-    # Factors' first latents, the largest ones, are added last (`last_first`), so that little is lost before.
+    # The block of a factor's first latent, the largest one, is added last (`last_first`): little is lost before.
     SUMS: gl.constexpr = gl.float16 if gl.float16 == DTYPE and len(norm) == 0 else gl.float32
     # Registers of products have to be written before any is under way.
     scores = _settled(scores)
@@ -142,12 +142,18 @@ def score_turned(
         product = _begun(operand, factors, first, bias, SUMS)
         other = _begun(operand, factors, first + 1, other_bias, SUMS)
         # Of the other unit, products with latents and with ones are under way.
-        product = warpgroup_mma_wait(2 if len(biases) > 0 else 1, deps=[product])
+        if len(biases) > 0:
+            product, _ones = warpgroup_mma_wait(2, deps=[product, bias[0]])
+        else:
+            product = warpgroup_mma_wait(1, deps=[product])
         product, squares = _times_weights(product, norm, 0)
         turned = _turned(product, words[0], narrow, MODE, DTYPE)
         scores = _met(turned, queries, first, scores, OF_PLACE, MODE)
         # The second one's turning goes on beside the first one's product with the queries.
-        other = warpgroup_mma_wait(1, deps=[other])
+        if len(biases) > 0:
+            other, _ones = warpgroup_mma_wait(1, deps=[other, other_bias[0]])
+        else:
+            other = warpgroup_mma_wait(1, deps=[other])
         if MODE == "rotated" and OF_HEAD == 1:
             scores, turned = warpgroup_mma_wait(0, deps=[scores, turned])
             factor = _hand_on_head(

@@ -1,0 +1,70 @@
+"""The decode kernel for compute capability 9: keys with biases, with a norm, with one large latent."""
+
+import pytest
+import torch
+
+from palu.kernels.decode_attention.hopper import launch as hopper
+from palu.kernels.decode_attention.spec import HOPPER_SHAPES, Shape
+from palu.kernels.latents import LatentProjection
+from tests.hopper_calls import checked, needs_hopper
+from tests.kernel_calls import RandomNorm, name_of, quantized, random_call
+
+BIASED, NORMED = ("biases", "both", "both, symmetric"), ("norm", "both", "both, symmetric")
+
+
+@needs_hopper
+@torch.no_grad()
+@pytest.mark.usefixtures("empty_memory_is_nan")
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "shape", [shape for shape in HOPPER_SHAPES if shape.num_heads > shape.num_kv_heads], ids=name_of
+)
+@pytest.mark.parametrize("extra", ["biases", "norm", "both", "both, symmetric"])
+def test_biases_and_norms_of_keys_are_part_of_them(shape, dtype, extra, bits, monkeypatch):
+    if any(rank * bits % 128 for rank in (*shape.key_ranks, *shape.value_ranks)):
+        pytest.skip("groups do not begin at multiples of 16 bytes")
+    monkeypatch.setattr(hopper, "parts_of", lambda *args: 3)
+    # Positions without gaps: of other keys they would be interpolated.
+    query, *latents, key, value, rotation, mask = random_call(shape, getattr(torch, dtype), extra != "norm", True)
+    key = LatentProjection(key.up, key.ranks, None if key.bias is None else key.bias * 3)
+    packed, held = quantized(latents, bits, key, value, symmetric="symmetric" in extra)
+    norm = None if extra == "biases" else RandomNorm(shape.head_dim)
+    checked((query, *packed, key, value, rotation), shape, mask, mask, dtype, monkeypatch, held, norm)
+
+
+@needs_hopper
+@torch.no_grad()
+@pytest.mark.usefixtures("empty_memory_is_nan")
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("heads", [(32, 8, 128), (12, 4, 96), (16, 8, 64)], ids=lambda heads: "-".join(map(str, heads)))
+@pytest.mark.parametrize("extra", ["nothing", "biases", "norm", "both", "both, symmetric"])
+def test_two_programs_share_a_groups_heads_where_each_has_a_tile(heads, dtype, extra, bits, monkeypatch):
+    groups = heads[1] // 4
+    shape = Shape(2, *heads, 1, 300, (128, 64)[:groups], (384, 256)[:groups])
+    query, *latents, key, value, rotation, mask = random_call(shape, getattr(torch, dtype), extra in BIASED, True)
+    packed, held = quantized(latents, bits, key, value, symmetric="symmetric" in extra)
+    norm = RandomNorm(shape.head_dim) if extra in NORMED else None
+    shares, launched = [], hopper._launch
+    monkeypatch.setattr(hopper, "_launch", lambda *args: shares.append(args[1].shares) or launched(*args))
+    checked((query, *packed, key, value, rotation), shape, mask, mask, dtype, monkeypatch, held, norm)
+    assert shares == [2]
+
+
+@needs_hopper
+@torch.no_grad()
+@pytest.mark.usefixtures("empty_memory_is_nan")
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("heads", [(32, 8, 128), (8, 8, 128), (6, 2, 96)], ids=lambda heads: "-".join(map(str, heads)))
+@pytest.mark.parametrize("length", [300, 4000])
+def test_a_large_latent_that_all_tokens_share_costs_little(heads, length, bits, monkeypatch):
+    groups = max(1, heads[1] // 4)
+    shape = Shape(1, *heads, 1, length, (128,) * groups, (384,) * groups)
+    query, latents, values, key, value, rotation, mask = random_call(shape, torch.float16, False, gapless=True)
+    latents = latents.unflatten(-1, (groups, 128)) * torch.linspace(1, 0.1, 128).to(latents)
+    latents[..., 0] = 6 + latents[..., 0]
+    given = [latents.flatten(-2), values]
+    packed, held = quantized(given, bits, key, value)
+    monkeypatch.setattr(hopper, "parts_of", lambda *args: 3)
+    checked((query, *packed, key, value, rotation), shape, mask, mask, "float16", monkeypatch, held)
