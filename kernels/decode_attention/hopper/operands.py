@@ -213,11 +213,8 @@ def bytes_operand(slot, result: gl.constexpr, BITS: gl.constexpr):
 
     Rows as in `value_operand`.
     """
-    TOKENS: gl.constexpr = slot.shape[0]
-    UNITS: gl.constexpr = slot.shape[1]
-    packed = slot.permute((1, 0)).load(units_layout(UNITS, TOKENS))
     fields = gl.inline_asm_elementwise(
-        _bytes(BITS)[0], _bytes(BITS)[1], [packed], dtype=_types(BITS, gl.int8), is_pure=True, pack=4
+        _bytes(BITS)[0], _bytes(BITS)[1], [value_units(slot)], dtype=_types(BITS, gl.int8), is_pure=True, pack=4
     )
     operand: gl.constexpr = gl.DotOperandLayout(0, result, 4)
     return gl.convert_layout(side_by_side(_rows_of(fields, BITS)), operand, assert_trivial=True)
