@@ -21,8 +21,9 @@ def hopper_kernel(
     value_parameters_t, up_stride, table_b, table_t, fast_b, fast_t, mask_b, mask_t, spans_b, query_stride, rows_heads,
     scaling, epsilon,
     MODE: gl.constexpr, KEY_STAGES: gl.constexpr, STEP: gl.constexpr, VALUE_STAGES: gl.constexpr,
-    SPAN: gl.constexpr, SPAN_KEY_STAGES: gl.constexpr, SPAN_STEP: gl.constexpr, SPAN_VALUE_STAGES: gl.constexpr,
-    HELD: gl.constexpr, GROUPS: gl.constexpr, SHARES: gl.constexpr, KV: gl.constexpr, QUERIES: gl.constexpr,
+    SPAN: gl.constexpr, SPAN_MODE: gl.constexpr, SPAN_KEY_STAGES: gl.constexpr, SPAN_STEP: gl.constexpr,
+    SPAN_VALUE_STAGES: gl.constexpr, HELD: gl.constexpr, GROUPS: gl.constexpr, SHARES: gl.constexpr,
+    KV: gl.constexpr, QUERIES: gl.constexpr,
     QUERY_SLOTS: gl.constexpr,
     SLOTS: gl.constexpr, QUERY_ROWS: gl.constexpr, WIDTH: gl.constexpr, WIDE: gl.constexpr, RANK: gl.constexpr,
     KEY_DIVISOR: gl.constexpr, CHUNKS: gl.constexpr, VALUE_DIVISOR: gl.constexpr, RANK_STRIDE: gl.constexpr,
@@ -39,9 +40,9 @@ def hopper_kernel(
     in the order of `unit_order`. bias: of all keys; norm: a key norm's weights, epsilon what it adds to mean squares.
     table: `lane_table`, fast_table: that of the fast pairs. parameters: of codes, scales of every group, with their
     zero points behind them if ASYMMETRIC. SPAN: tokens of a window, or 0; where there are windows, rows without gaps,
-    by `spans_of`, are computed in them, with a plan of their own (SPAN_*), the others as without; bases, basis: of
-    `palu.kernels.rotation.Window`, of folded queries by lane. sums: float32 [parts, rows, heads, RANK_STRIDE]; totals,
-    peaks: [parts, rows, heads], as `combine_kernel` takes them: WEIGHERS parts of every program.
+    by `spans_of`, are computed in them, with a mode and a plan of their own (SPAN_*), the others as without; bases,
+    basis: of `palu.kernels.rotation.Window`, of folded queries by lane. sums: float32 [parts, rows, heads,
+    RANK_STRIDE]; totals, peaks: [parts, rows, heads], as `combine_kernel` takes them: WEIGHERS parts of every program.
     """
     wait_for_launch_before()
     # Programs of a group's shares have the same latents.
@@ -87,7 +88,7 @@ def hopper_kernel(
     else:
         attend(
             given, first_head, gl.load(at_span), at_span, fast_table + gl.multiple_of(at_row * fast_b, 8), fast_t,
-            "windows" if MODE == "folded" else "mixed", SPAN, SPAN_KEY_STAGES, SPAN_STEP, SPAN_VALUE_STAGES, HELD,
+            SPAN_MODE, SPAN, SPAN_KEY_STAGES, SPAN_STEP, SPAN_VALUE_STAGES, HELD,
             KV, QUERIES, QUERY_SLOTS, SLOTS, WIDTH, WIDE,
             RANK, CHUNKS, RANK_STRIDE, MASK, DTYPE, TOGETHER, COLUMNS, BITS, ASYMMETRIC, SCORERS, WEIGHERS,
             SCORE_REGISTERS, VALUE_REGISTERS, WHOLE, HAS_BIAS, HAS_NORM,
