@@ -9,7 +9,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from palu.kernels.decode_attention.hopper.common import TILE, WARPS, allow_launch_after, load_seen, synchronize
+from palu.kernels.decode_attention.hopper.common import (
+    TILE,
+    WARPS,
+    allow_launch_after,
+    buffer_in,
+    load_seen,
+    phase_of,
+    synchronize,
+)
 from palu.kernels.decode_attention.hopper.operands import key_bytes, latent_of_byte, middle_of
 from palu.kernels.decode_attention.hopper.parameters import (
     hand_on_parameters,
@@ -73,8 +81,7 @@ def score_absorbed_codes(
     unit, total = units.index(0).load(by_slot), units.index(1).load(by_slot)
     for index in range(begin, end, SHARED_BY):
         done = (index - begin) // SHARED_BY
-        buffer = WHICH if SHARED_BY == 2 else done % 2
-        round = done if SHARED_BY == 2 else done // 2
+        EITHER: gl.constexpr = SHARED_BY == 1
         token = (first + index * step) * TILE + gl.arange(0, TILE, rows)
         seen = load_seen(mask, row_mask, mask_t, token, token < length, MASK)
         next_parameters = load_parameters(stored, tiles, index + SHARED_BY, rows, BITS, ASYMMETRIC)
@@ -86,20 +93,21 @@ def score_absorbed_codes(
         # All have read the latents.
         synchronize()
         copy_tile(slot, latents, tiles, index + SHARED_BY * STAGES, latents_t, width)
-        mbarrier.wait(empty.index(buffer), (round & 1) ^ 1)
+        mbarrier.wait(buffer_in(empty, WHICH, done, EITHER), phase_of(done, EITHER) ^ 1)
         scale = scale_of(parameters, 0, ASYMMETRIC)
         shift = shift_of(parameters, 0, rows, BITS, ASYMMETRIC) + middle_of(BITS)
         shift = gl.convert_layout(shift, gl.SliceLayout(1, nothing.type.layout), assert_trivial=True)
         logarithm = logarithm_of(parameters, seen, rows, BITS, ASYMMETRIC)
-        hand_on_parameters(scales, place_of_scales(buffer, round), parameters, seen, rows, BITS, ASYMMETRIC, True)
+        place = place_of_scales(done % 2, done // 2) if EITHER else place_of_scales(WHICH, done)
+        hand_on_parameters(scales, place, parameters, seen, rows, BITS, ASYMMETRIC, True)
         score = whole_of(warpgroup_mma_wait(0, deps=[begun])) * unit[None, :] - shift[:, None] * total[None, :]
-        place = found.index(buffer)
-        if place.shape[1] > SLOTS:
-            place = place.slice(0, SLOTS, dim=1)
-        hand_on(place, score, seen, scale, logarithm)
+        to = buffer_in(found, WHICH, done, EITHER)
+        if to.shape[1] > SLOTS:
+            to = to.slice(0, SLOTS, dim=1)
+        hand_on(to, score, seen, scale, logarithm)
         parameters = next_parameters
         synchronize()
-        mbarrier.arrive(full.index(buffer), count=1)
+        mbarrier.arrive(buffer_in(full, WHICH, done, EITHER), count=1)
     async_copy.wait_group(0)
     allow_launch_after()
 
@@ -122,7 +130,6 @@ def score_absorbed(
     zeros = gl.zeros([TILE, SLOTS], gl.float32, layout)
     for index in range(begin, end):
         done = index - begin
-        buffer = done % 2
         token = (first + index * step) * TILE + gl.arange(0, TILE, rows)
         seen = load_seen(mask, row_mask, mask_t, token, token < length, MASK)
         next_parameters = load_parameters(stored, tiles, index + 1, rows, BITS, ASYMMETRIC)
@@ -132,13 +139,14 @@ def score_absorbed(
         # All have read the latents.
         synchronize()
         copy_tile(slot, latents, tiles, index + STAGES, latents_t, units)
-        mbarrier.wait(empty.index(buffer), ((done // 2) & 1) ^ 1)
+        mbarrier.wait(buffer_in(empty, 0, done, True), phase_of(done, True) ^ 1)
         logarithm = logarithm_of(parameters, seen, rows, BITS, ASYMMETRIC)
-        hand_on_parameters(scales, place_of_scales(buffer, done // 2), parameters, seen, rows, BITS, ASYMMETRIC, False)
+        place = place_of_scales(done % 2, done // 2)
+        hand_on_parameters(scales, place, parameters, seen, rows, BITS, ASYMMETRIC, False)
         score, operand = warpgroup_mma_wait(0, deps=[begun, operand])
-        hand_on(found.index(buffer), score, seen, scale, logarithm)
+        hand_on(buffer_in(found, 0, done, True), score, seen, scale, logarithm)
         parameters = next_parameters
         synchronize()
-        mbarrier.arrive(full.index(buffer), count=1)
+        mbarrier.arrive(buffer_in(full, 0, done, True), count=1)
     async_copy.wait_group(0)
     allow_launch_after()

@@ -114,6 +114,27 @@ def seen_as(memory, PARTS: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constex
 
 
 @gluon.jit
+def buffer_in(memory, WHICH: gl.constexpr, done, EITHER: gl.constexpr):
+    """The buffer of a group's tile `done` in shared memory for scores, or for what is said of them.
+
+    memory: an allocation with both groups' buffers, or one each. EITHER: the group has both buffers by turns.
+    """
+    if EITHER:
+        buffer = memory[0].index(done % 2)
+    elif len(memory) == 1:
+        buffer = memory[0].index(WHICH)
+    else:
+        buffer = memory[WHICH].index(0)
+    return buffer
+
+
+@gluon.jit
+def phase_of(done, EITHER: gl.constexpr):
+    """The phase of a barrier that is `buffer_in`: how often the buffer has been in turn before."""
+    return (done // 2 if EITHER else done) & 1
+
+
+@gluon.jit
 def copy_rows(to, source, first, step, end, column, rank, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
     """Start copying ROWS tokens' latents column .. column + COLUMNS into shared memory, zero from token `end` on."""
     layout: gl.constexpr = copied_layout(COLUMNS)

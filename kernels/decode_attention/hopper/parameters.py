@@ -80,7 +80,7 @@ def logarithm_of(parameters, seen, layout: gl.constexpr, BITS: gl.constexpr, ASY
 @gluon.jit
 def place_of_scales(buffer, round):
     """Where the scales are of tiles that have a buffer of scores, which is free again before they are."""
-    return 4 * (round & 1) + 2 * buffer
+    return 2 * (round & 1) + buffer
 
 
 @gluon.jit
@@ -93,10 +93,10 @@ def hand_on_parameters(
     place: `place_of_scales`; WHOLE: numbers are those of `bytes_operand`, else of `value_operand`.
     """
     if BITS < 16:
-        scales.index(place).store(reciprocal(_visible_scale(parameters, seen, ASYMMETRIC)))
+        scales[0].index(place).store(reciprocal(_visible_scale(parameters, seen, ASYMMETRIC)))
         shift = shift_of(parameters, 1, layout, BITS, ASYMMETRIC)
         if WHOLE:
             shift += middle_of(BITS)
         else:
             shift += shift_of_numbers(gl.arange(0, TILE, layout), BITS)
-        scales.index(place + 1).store(gl.where(seen > float("-inf"), shift, 0.0))
+        scales[1].index(place).store(gl.where(seen > float("-inf"), shift, 0.0))

@@ -94,37 +94,54 @@ def attend(
     stored: gl.constexpr = DTYPE if BITS == 16 else gl.int16
     key_units: gl.constexpr = RANK * BITS // 16
     value_units: gl.constexpr = CHUNK * BITS // 16
-    # A buffer for each chunk, so that the compiler sees that copies do not overlap.
+    # Of codes, of two tiles.
+    STEPS: gl.constexpr = (2 // WEIGHERS if BITS < 16 else 1) * TILE // STEP
+    # Buffers of their own for chunks, steps and groups that score, so that the compiler sees that they do not overlap:
+    # else all warps of a group would wait for each other between them.
     memories = ()
     for _weigher in gl.static_range(WEIGHERS):
         value_rings = ()
         for _chunk in gl.static_range(CHUNKS):
             ring = gl.allocate_shared_memory(stored, [VALUE_STAGES, STEP, value_units], swizzled(value_units))
             value_rings = value_rings + (ring,)
+        weights = ()
         if WHOLE > 0:
-            weights = gl.allocate_shared_memory(
-                gl.int8, [4 // WEIGHERS * TILE // STEP, 2 * WHOLE, STEP], gl.NVMMASharedLayout(STEP, 8, rank=2)
-            )
+            for _step in gl.static_range(STEPS):
+                some = gl.allocate_shared_memory(gl.int8, [2, 2 * WHOLE, STEP], gl.NVMMASharedLayout(STEP, 8, rank=2))
+                weights = weights + (some,)
             tops = gl.allocate_shared_memory(gl.float32, [2, WHOLE], LINES)
         else:
-            # Of codes, of two tiles.
-            weights = gl.allocate_shared_memory(
-                DTYPE, [(2 // WEIGHERS if BITS < 16 else 1) * TILE // STEP, SLOTS, STEP], swizzled(STEP)
-            )
+            for _step in gl.static_range(STEPS):
+                weights = weights + (gl.allocate_shared_memory(DTYPE, [SLOTS, STEP], swizzled(STEP)),)
             tops = gl.allocate_shared_memory(gl.int32, [WARPS], LINES)
         memories = memories + ((value_rings, weights, tops),)
-    found = gl.allocate_shared_memory(gl.float32, [2, TILE, SLOTS], gl.SwizzledSharedLayout(1, 1, 1, [0, 1]))
-    # Of a tile's values: one over the scale, the shift; finite ones before there is a tile.
-    scales = gl.allocate_shared_memory(gl.float32, [8, TILE], LINES)
-    for at in gl.static_range(8 if BITS < 16 else 0):
-        scales.index(at).store(gl.zeros([TILE], gl.float32, gl.BlockedLayout([1], [32], [WARPS], [0])))
-    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    # Of tiles of codes that two groups score; else both buffers are one's, or taken in turn.
+    OWN: gl.constexpr = 2 if SCORERS == 2 and BITS < 16 else 1
+    BUFFERS: gl.constexpr = 2 // OWN
+    found, full, empty, scales = (), (), (), ()
+    for own in gl.static_range(OWN):
+        some = gl.allocate_shared_memory(gl.float32, [BUFFERS, TILE, SLOTS], gl.SwizzledSharedLayout(1, 1, 1, [0, 1]))
+        found = found + (some,)
+        full = full + (gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout()),)
+        # What is weighed together is handed back together.
+        if own == 0 or WEIGHERS == 2:
+            empty = empty + (gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout()),)
+        else:
+            empty = empty + (empty[0],)
+        for buffer in gl.static_range(BUFFERS):
+            mbarrier.init(full[own].index(buffer), count=1)
+            if own == 0 or WEIGHERS == 2:
+                mbarrier.init(empty[own].index(buffer), count=1)
     ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for buffer in gl.static_range(2):
-        mbarrier.init(full.index(buffer), count=1)
-        mbarrier.init(empty.index(buffer), count=1)
     mbarrier.init(ready, count=2)
+    # Of a tile's values: one over the scale, and the shift; finite ones before there is a tile.
+    ZEROS: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [WARPS, 1], [1, 0])
+    for _kind in gl.static_range(2):
+        some = gl.allocate_shared_memory(gl.float32, [4, TILE], LINES)
+        scales = scales + (some,)
+        if BITS < 16:
+            all_of_them = seen_as(some, 1, 4, TILE, gl.SwizzledSharedLayout(1, 1, 1, [1, 0])).index(0)
+            all_of_them.store(gl.zeros([4, TILE], gl.float32, ZEROS))
     if SPAN > 0:
         # The program's tiles: neighbours, of those with visible tokens.
         leading = gl.load(at_span + 1)
@@ -207,14 +224,15 @@ def attend(
             )
             mbarrier.init(beside[2], count=1)
         rings, places, besides = (), (), ()
-        for which in gl.static_range(2):
-            ring = gl.allocate_shared_memory(stored, [KEY_STAGES, TILE, key_units], swizzled(key_units))
-            rings = rings + (ring,)
+        for own in gl.static_range(OWN):
             place = seen_as(
-                found.index(which), SLOTS // WIDTH_OF_PLACE, TILE, WIDTH_OF_PLACE,
+                found[own], BUFFERS * SLOTS // WIDTH_OF_PLACE, TILE, WIDTH_OF_PLACE,
                 gl.SwizzledSharedLayout(1, 1, 1, [0, 1]),
             )  # fmt: skip
             places = places + (place,)
+        for _which in gl.static_range(2):
+            ring = gl.allocate_shared_memory(stored, [KEY_STAGES, TILE, key_units], swizzled(key_units))
+            rings = rings + (ring,)
             if MODE == "windows":
                 held = ()
                 for piece in gl.static_range(2):
@@ -240,11 +258,11 @@ def attend(
             HEADS: gl.constexpr = (KV, QUERIES, QUERY_SLOTS, TOGETHER)
             gl.warp_specialize([
                 (score_rebuilt, (
-                    places[0], scales, full.index(0), empty.index(0), ready, rings[0], factors, besides[0], to_scores,
+                    places, scales, full, empty, ready, rings[0], factors, besides[0], to_scores,
                     0, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK, WHOLE > 0,
                 )),
                 (score_rebuilt, (
-                    places[1], scales, full.index(1), empty.index(1), ready, rings[1], factors, besides[1], to_scores,
+                    places, scales, full, empty, ready, rings[1], factors, besides[1], to_scores,
                     1, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK, WHOLE > 0,
                 )),
                 (_make_and_weigh, (
@@ -254,11 +272,11 @@ def attend(
         else:
             gl.warp_specialize([
                 (score_rebuilt, (
-                    places[0], scales, full.index(0), empty.index(0), ready, rings[0], factors, besides[0], to_scores,
+                    places, scales, full, empty, ready, rings[0], factors, besides[0], to_scores,
                     0, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK, WHOLE > 0,
                 )),
                 (score_rebuilt, (
-                    places[1], scales, full.index(1), empty.index(1), ready, rings[1], factors, besides[1], to_scores,
+                    places, scales, full, empty, ready, rings[1], factors, besides[1], to_scores,
                     1, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK, WHOLE > 0,
                 )),
                 (_weigh, (memories[0], out, to_values, 0, WEIGHERS, OF_VALUES, WHOLE)),

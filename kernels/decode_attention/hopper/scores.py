@@ -8,9 +8,11 @@ from palu.kernels.decode_attention.hopper.common import (
     TILE,
     WARPS,
     allow_launch_after,
+    buffer_in,
     copy_rows,
     hand_over,
     load_seen,
+    phase_of,
     synchronize,
 )
 from palu.kernels.decode_attention.hopper.operands import key_operand
@@ -55,6 +57,12 @@ def copy_tile(to, latents, tiles, index, latents_t, units):
     until = gl.where(index < end, length, 0)
     copy_rows(to, latents, (first + index * step) * TILE, latents_t, until, 0, units, TILE, to.shape[1])
     async_copy.commit_group()
+
+
+@gluon.jit
+def places_of(found, WHICH: gl.constexpr):
+    """Shared memory [places, tile, columns] for scores, and the first place of a group's."""
+    return (found[0], WHICH * (found[0].shape[0] // 2)) if len(found) == 1 else (found[WHICH], 0)
 
 
 @gluon.jit
@@ -147,6 +155,8 @@ def make_first_window(
     fence_async_shared()
     synchronize()
     mbarrier.arrive(beside[2], count=1)
+    # Else every round of the loop that follows begins with this.
+    synchronize()
 
 
 @gluon.jit
@@ -206,12 +216,12 @@ def score_rebuilt(
 ):  # fmt: skip
     """Scores of every other tile of keys that are rebuilt head after head, from tile WHICH (0 or 1) on.
 
-    found: shared memory [places of a tile's scores, tile, columns]; factors: [KV * units, UNIT, RANK], rows of every kv
-    head, a pair's side by side or, turned, as `place_in_factor` has them, or a window's columns, in mixed mode with
-    what `make_slow` makes behind them; beside: what the mode needs besides: queries [KV * units, LEAST, UNIT] with the
-    key biases and the key norm's weights where there are any, or what `make_window` takes, or queries
-    [KV, SLOTS, UNIT] and what `make_slow` takes. SPAN: tokens of a window, or 0. WHOLE: values are weighed as whole
-    numbers.
+    found: shared memory for scores [places, tile, columns], as `places_of` takes it; factors: [KV * units, UNIT, RANK],
+    rows of every kv head, a pair's side by side or, turned, as `place_in_factor` has them, or a window's columns, in
+    mixed mode with what `make_slow` makes behind them; beside: what the mode needs besides: queries
+    [KV * units, LEAST, UNIT] with the key biases and the key norm's weights where there are any, or what `make_window`
+    takes, or queries [KV, SLOTS, UNIT] and what `make_slow` takes. full, empty: as in `buffer_in`. SPAN: tokens of a
+    window, or 0. WHOLE: values are weighed as whole numbers.
     """
     (
         tiles, latents, stored, table, mask, up, query, bias, norm, units, rank, latents_t, table_t, row_mask, mask_t,
@@ -219,7 +229,7 @@ def score_rebuilt(
     ) = arguments  # fmt: skip
     STAGES: gl.constexpr = ring.shape[0]
     TURNED: gl.constexpr = MODE == "rotated" or MODE == "mixed"
-    SLOTS: gl.constexpr = found.shape[2] if TURNED else LEAST
+    SLOTS: gl.constexpr = found[0].shape[2] if TURNED else LEAST
     WINDOW: gl.constexpr = SPAN // TILE if SPAN > 0 else 1 << 30
     # Of windows, rows of the basis weigh products besides.
     ROWS_SPAN: gl.constexpr = SPAN if MODE == "windows" else 0
@@ -288,28 +298,30 @@ def score_rebuilt(
                 # Not before: it waits for this tile's cosines.
                 next_parameters = load_parameters(stored, tiles, index + 2, rows, BITS, ASYMMETRIC)
             logarithm = logarithm_of(parameters, seen, rows, BITS, ASYMMETRIC)
-            free = (empty, (done & 1) ^ 1)
+            free = (buffer_in(empty, WHICH, done, False), phase_of(done, False) ^ 1)
+            places = places_of(found, WHICH)
             words = _words_of(turns, wide)
             if TURNED:
                 scores, operand = score_turned(
-                    found, free, operand, factors, beside[0], biases, normed, words,
+                    places, free, operand, factors, beside[0], biases, normed, words,
                     gl.zeros([TILE, SLOTS], gl.float32, narrow), seen, scale, logarithm, narrow, KV, TOGETHER,
                     QUERY_SLOTS, WIDTH, MODE, DTYPE,
                 )  # fmt: skip
             else:
-                score_weighed(found, free, operand, factors, words, seen, scale, logarithm, KV, MODE, TURNS)
+                score_weighed(places, free, operand, factors, words, seen, scale, logarithm, KV, MODE, TURNS)
             if MODE != "windows":
                 after = zeros_of(next_parameters, rows, BITS, ASYMMETRIC) if TURNED else nothing
                 next_turns = _turns_of(table, basis, tiles, index + 2, table_t, after, PAIRS, ROWS_SPAN)
             if MODE == "mixed":
                 # The first window's matrix is there.
                 mbarrier.wait(beside[2], 0)
-                score_slow(found, free, operand, factors, shares, scores, seen, scale, logarithm)
+                score_slow(places, free, operand, factors, shares, scores, seen, scale, logarithm)
                 shares = load_basis(basis, (index + 2 - window) * TILE % SPAN, UNIT // SLOTS, SLOTS)
-            hand_on_parameters(scales, place_of_scales(WHICH, done), parameters, seen, rows, BITS, ASYMMETRIC, WHOLE)
+            place = place_of_scales(WHICH, done)
+            hand_on_parameters(scales, place, parameters, seen, rows, BITS, ASYMMETRIC, WHOLE)
             turns, parameters = next_turns, next_parameters
             synchronize()
-            mbarrier.arrive(full, count=1)
+            mbarrier.arrive(buffer_in(full, WHICH, done, False), count=1)
     async_copy.wait_group(0)
     # The values of the last tile take less than a launch.
     allow_launch_after()

@@ -3,7 +3,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from palu.kernels.decode_attention.hopper.common import TILE, WARPS, bits_of, exp2
+from palu.kernels.decode_attention.hopper.common import TILE, WARPS, bits_of, buffer_in, exp2
 from palu.kernels.decode_attention.hopper.operands import kv_head_of
 
 # Weights are 2 ** HEADROOM where they are relative to the largest score so far, and never more than 2 ** MOST.
@@ -68,34 +68,37 @@ def head_of(
 
 
 @gluon.jit
-def _scores_of(found, buffer, first, STEP: gl.constexpr, USED: gl.constexpr):
+def _scores_of(found, first, STEP: gl.constexpr, USED: gl.constexpr):
     """Scores of a step's tokens in the slots in use, shared memory [slots, tokens]."""
-    scores = found.index(buffer).slice(first, STEP, dim=0)
-    if found.shape[2] > USED:
+    scores = found.slice(first, STEP, dim=0)
+    if found.shape[1] > USED:
         scores = scores.slice(0, USED, dim=1)
     return scores.permute((1, 0))
 
 
 @gluon.jit
-def _stored(weights, part: gl.constexpr, rounded):
+def _stored(weights, rounded):
     """Store a step's weights [slots in use, tokens], zero in the other slots."""
-    SLOTS: gl.constexpr = weights.shape[1]
+    SLOTS: gl.constexpr = weights.shape[0]
     USED: gl.constexpr = rounded.shape[0]
     STEP: gl.constexpr = rounded.shape[1]
     if USED < SLOTS:
         both = gl.join(rounded, gl.zeros_like(rounded))
         rounded = both.permute([2, 0, 1]).reshape([SLOTS, STEP])
-    weights.index(part).store(rounded)
+    weights.store(rounded)
 
 
 @gluon.jit
-def load_scores(found, first, number, there, STEP: gl.constexpr, TILES: gl.constexpr):
-    """Scores [slots in use, STEP] of `number` of TILES tiles, from buffer `first` on, step by step."""
+def load_scores(
+    found, WHICH: gl.constexpr, done, number, there, STEP: gl.constexpr, TILES: gl.constexpr, EITHER: gl.constexpr
+):  # fmt: skip
+    """Scores [slots in use, STEP] of `number` of TILES tiles, from buffer WHICH on as in `buffer_in`, step by step."""
     USED: gl.constexpr = there.shape[0]
     scores = ()
     for tile in gl.static_range(TILES):
         for step in gl.static_range(TILE // STEP):
-            score = _scores_of(found, first + tile, step * STEP, STEP, USED).load(weights_layout(USED, STEP))
+            place = buffer_in(found, WHICH + tile, done, EITHER)
+            score = _scores_of(place, step * STEP, STEP, USED).load(weights_layout(USED, STEP))
             scores = scores + (gl.where((there & (tile < number))[:, None], score, float("-inf")),)
     return scores
 
@@ -104,9 +107,9 @@ def load_scores(found, first, number, there, STEP: gl.constexpr, TILES: gl.const
 def parameters_of(scales, place, part: gl.constexpr, STEP: gl.constexpr, layout: gl.constexpr):
     """One over the scales, and the shifts, of step `part` of tiles' values; place: `place_of_scales`."""
     STEPS: gl.constexpr = TILE // STEP
-    at = place + 2 * (part // STEPS)
-    inverse = scales.index(at).slice(part % STEPS * STEP, STEP).load(layout)
-    return inverse, scales.index(at + 1).slice(part % STEPS * STEP, STEP).load(layout)
+    at = place + part // STEPS
+    inverse = scales[0].index(at).slice(part % STEPS * STEP, STEP).load(layout)
+    return inverse, scales[1].index(at).slice(part % STEPS * STEP, STEP).load(layout)
 
 
 @gluon.jit
@@ -136,7 +139,7 @@ def softmax(
     times the codes' shifts, and the sums of values, all relative to the new ones. Of codes, scores have the logarithm
     of the values' scales added, so the weights are times the scales.
     """
-    STEP: gl.constexpr = weights.shape[2]
+    STEP: gl.constexpr = weights[0].shape[1]
     USED: gl.constexpr = reference.shape[0]
     of_tokens: gl.constexpr = gl.SliceLayout(0, weights_layout(USED, STEP))
     if gl.max(excess.load(_everywhere(WARPS.value)), 0) > 0:
@@ -150,8 +153,8 @@ def softmax(
         reference = higher
     for part in gl.static_range(len(scores)):
         weight = exp2(scores[part] - reference[:, None])
-        rounded = weight.to(weights.dtype)
-        _stored(weights, part, rounded)
+        rounded = weight.to(weights[0].dtype)
+        _stored(weights[part], rounded)
         if BITS < 16:
             inverse, shift = parameters_of(scales, place, part, STEP, of_tokens)
             total += weight * inverse[None, :]

@@ -76,7 +76,7 @@ def _hand_on_head(
     if len(norm) == 2:
         factor = _with_inverse_root(factor, squares, head % TOGETHER, norm[1], WIDTH, QUERY_SLOTS)
     mbarrier.wait(free[0], free[1])
-    hand_on(found.index(head // TOGETHER), scores * factor, seen, scale, logarithm)
+    hand_on(found[0].index(found[1] + head // TOGETHER), scores * factor, seen, scale, logarithm)
     return factor
 
 
@@ -123,7 +123,8 @@ def score_turned(
 ):  # fmt: skip
     """Scores of keys that are rebuilt and turned, unit after unit, while the next one's product is under way.
 
-    In mixed mode they are returned, to go to `score_slow`, with the operand. biases: shared memory of `store_biases`,
+    In mixed mode they are returned, to go to `score_slow`, with the operand. found: shared memory of places of scores,
+    and the tile's first one. biases: shared memory of `store_biases`,
     in a tuple, or (). norm: weights of a key norm and what is added to the mean square, or (). scores: zeros.
     """
     UNITS: gl.constexpr = factors.shape[0] - (1 if MODE == "mixed" else 0)
@@ -193,7 +194,7 @@ def score_slow(found, free, operand, factors, shares, scores, seen, scale, logar
     product, operand = warpgroup_mma_wait(0, deps=[_begun(operand, factors, unit, (), gl.float32), operand])
     scores += slow_scores(product, shares, scores.shape[1])
     mbarrier.wait(free[0], free[1])
-    hand_on(found.index(0), scores, seen, scale, logarithm)
+    hand_on(found[0].index(found[1]), scores, seen, scale, logarithm)
 
 
 @gluon.jit
@@ -229,9 +230,9 @@ def score_weighed(
             other, operand = warpgroup_mma_wait(0, deps=[other, operand])
             score = gl.sum(_weigh(other, words[1], sums, HEADS, DTYPE), 2)
         mbarrier.wait(free[0], free[1])
-        hand_on(found.index(first // 2), score, seen, scale, logarithm)
+        hand_on(found[0].index(found[1] + first // 2), score, seen, scale, logarithm)
     if TOTAL % 2 == 1:
         product, operand = warpgroup_mma_wait(0, deps=[_begun(operand, factors, TOTAL - 1, (), gl.float32), operand])
         score = gl.sum(_weigh(product, words[0], 0.0, HEADS, DTYPE), 2)
         mbarrier.wait(free[0], free[1])
-        hand_on(found.index(TOTAL // 2), gl.join(score, score).reshape([TILE, 2]), seen, scale, logarithm)
+        hand_on(found[0].index(found[1] + TOTAL // 2), gl.join(score, score).reshape([TILE, 2]), seen, scale, logarithm)

@@ -10,7 +10,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from palu.kernels.decode_attention.hopper.common import TILE, WARPS, bits_of, copy_rows, synchronize
+from palu.kernels.decode_attention.hopper.common import (
+    TILE,
+    WARPS,
+    bits_of,
+    buffer_in,
+    copy_rows,
+    phase_of,
+    synchronize,
+)
 from palu.kernels.decode_attention.hopper.operands import by_latent, codes_of_numbers, value_operand, value_units
 from palu.kernels.decode_attention.hopper.parameters import place_of_scales
 from palu.kernels.decode_attention.hopper.softmax import (
@@ -146,13 +154,13 @@ def weigh_values(
     WHICH: of SHARED_BY groups of warps each has every other tile, and a part of the sums of its own. `start_copies` has
     begun.
     Codes of two tiles at a time, if they are its own. rings: shared memory [stages, tokens of a step, units] of every
-    chunk; weights: [steps of these tiles, slots, tokens of a step]; excess: int32 [warps], for scores above the
+    chunk; weights: of each step of these tiles [slots, tokens of a step]; excess: int32 [warps], for scores above the
     references; out: the group's first head in the part's totals and peaks.
     """
     found, scales, full, empty, tiles, latents, sums, totals, peaks, rank, latents_t = arguments
-    STEPS: gl.constexpr = weights.shape[0]
-    SLOTS: gl.constexpr = weights.shape[1]
-    STEP: gl.constexpr = weights.shape[2]
+    STEPS: gl.constexpr = len(weights)
+    SLOTS: gl.constexpr = weights[0].shape[0]
+    STEP: gl.constexpr = weights[0].shape[1]
     TILES: gl.constexpr = STEPS * STEP // TILE
     # One tile is in either of two buffers.
     EITHER: gl.constexpr = TILES == 1 and SHARED_BY == 1
@@ -177,27 +185,25 @@ def weigh_values(
     for index in range(begin, end, TILES * SHARED_BY):
         done = (index - begin) // (TILES * SHARED_BY)
         number = gl.minimum(end - index, TILES)
-        buffer, round = WHICH, done
-        if EITHER:
-            buffer, round = done % 2, done // 2
-        mbarrier.wait(full.index(buffer), round & 1)
+        phase = phase_of(done, EITHER)
+        mbarrier.wait(buffer_in(full, WHICH, done, EITHER), phase)
         if number == 2:
-            mbarrier.wait(full.index(1), round & 1)
+            mbarrier.wait(buffer_in(full, 1, done, EITHER), phase)
+        scores = load_scores(found, WHICH, done, number, there, STEP, TILES, EITHER)
+        store_excess(excess, scores, reference)
         async_copy.wait_group(STAGES - 2)
         if BITS == 16:
             fence_async_shared()
-        scores = load_scores(found, buffer, number, there, STEP, TILES)
-        store_excess(excess, scores, reference)
         # The first step is there, products of the last tile are done in all warps, its weights may be written over.
         synchronize()
         # All have read the scores.
-        for tile in gl.static_range(TILES):
-            mbarrier.arrive(empty.index(buffer + tile), count=1)
+        for tile in gl.static_range(TILES if len(empty) == 1 else 1):
+            mbarrier.arrive(buffer_in(empty, WHICH + tile, done, EITHER), count=1)
         if BITS < 16:
             # Numbers are made of the first codes beside the softmax.
             operand = value_operand(value_units(rings[0].index(done * STEPS % STAGES)), result, BITS)
         reference, total, shifted, summed = softmax(
-            scores, excess, scales, place_of_scales(buffer, round), weights, reference, total, shifted, summed, BITS
+            scores, excess, scales, place_of_scales(WHICH, done), weights, reference, total, shifted, summed, BITS
         )
         for part in gl.static_range(STEPS):
             step = done * STEPS + part
@@ -214,9 +220,9 @@ def weigh_values(
                 copy_step(rings, ahead % STAGES, latents, tiles, begin, ahead, latents_t, units, SHARED_BY)
                 if part > 0:
                     operand = value_operand(value_units(rings[0].index(step % STAGES)), result, BITS)
-                summed = _weigh_codes(rings, step % STAGES, operand, weights.index(part), summed, BITS)
+                summed = _weigh_codes(rings, step % STAGES, operand, weights[part], summed, BITS)
             else:
-                summed = _weigh_numbers(rings, step % STAGES, weights.index(part), summed)
+                summed = _weigh_numbers(rings, step % STAGES, weights[part], summed)
                 copy_step(rings, ahead % STAGES, latents, tiles, begin, ahead, latents_t, units, SHARED_BY)
         if BITS == 16:
             summed = _there(summed)

@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from palu.kernels.decode_attention.hopper.common import WARPS, exp2, synchronize
+from palu.kernels.decode_attention.hopper.common import WARPS, buffer_in, exp2, phase_of, synchronize
 from palu.kernels.decode_attention.hopper.operands import bytes_operand, side_by_side, value_units
 from palu.kernels.decode_attention.hopper.parameters import place_of_scales
 from palu.kernels.decode_attention.hopper.softmax import head_of, highest, load_scores, parameters_of, weights_layout
@@ -61,15 +61,15 @@ def two_bytes(whole):
 
 @gluon.jit
 def _softmax(
-    scores, peak, scales, place, weights, first, reference, total, shifted
+    scores, peak, scales, place, weights, turn, reference, total, shifted
 ):  # fmt: skip
-    """Stores weights, from buffer `first` on, relative to the tiles' peaks.
+    """Stores weights, to the buffers whose turn it is, relative to the tiles' peaks.
 
     Returns the reference, the weights' sum and that times the shifts, both relative to the reference. Scores
     have the logarithm of the values' scales added, so the weights are times the scales.
     """
     USED: gl.constexpr = peak.shape[0]
-    STEP: gl.constexpr = weights.shape[2]
+    STEP: gl.constexpr = weights[0].shape[2]
     of_tokens: gl.constexpr = gl.SliceLayout(0, weights_layout(USED, STEP))
     higher = gl.maximum(reference, peak)
     before, now = exp2(reference - higher)[:, None], exp2(peak - higher)[:, None]
@@ -78,7 +78,7 @@ def _softmax(
     for part in gl.static_range(len(scores)):
         weight = exp2(scores[part] - peak[:, None])
         whole = (weight * LARGEST + 0.5).to(gl.int32)
-        weights.index(first + part).store(side_by_side(two_bytes(whole)))
+        weights[part].index(turn).store(side_by_side(two_bytes(whole)))
         inverse, shift = parameters_of(scales, place, part, STEP, of_tokens)
         total += weight * inverse[None, :] * now
         shifted += whole.to(gl.float32) * shift[None, :] * (now * (1.0 / LARGEST))
@@ -127,17 +127,16 @@ def weigh_whole(
 ):  # fmt: skip
     """As `weigh_values`, of codes; two tiles at a time, or of two groups of warps each every other tile.
 
-    weights: int8 [2 * steps, 2 * slots, tokens of a step]; tops: float32 [2, slots], the tiles' largest scores. Both by
-    turns, so that warps wait for each other once per step only, and once for scores.
+    weights: int8, of each step [2, 2 * slots, tokens of a step]; tops: float32 [2, slots], the tiles' largest scores.
+    Both by turns, so that warps wait for each other once per step only, and once for scores.
     """
     found, scales, full, empty, tiles, latents, sums, totals, peaks, rank, latents_t = arguments
     TILES: gl.constexpr = 2 // SHARED_BY
-    PARTS: gl.constexpr = weights.shape[0] // 2
-    STEP: gl.constexpr = weights.shape[2]
-    USED: gl.constexpr = weights.shape[1] // 2
+    PARTS: gl.constexpr = len(weights)
+    STEP: gl.constexpr = weights[0].shape[2]
+    USED: gl.constexpr = weights[0].shape[1] // 2
     CHUNKS: gl.constexpr = len(rings)
     STAGES: gl.constexpr = rings[0].shape[0]
-    FIRST: gl.constexpr = WHICH
     layout: gl.constexpr = weights_layout(USED, STEP)
     result: gl.constexpr = _product(USED)
     slot = gl.arange(0, USED, gl.SliceLayout(1, layout))
@@ -158,19 +157,19 @@ def weigh_whole(
     for index in range(begin, end, 2):
         round = (index - begin) // 2
         number = gl.minimum(end - index, TILES)
-        mbarrier.wait(full.index(FIRST), round & 1)
+        phase = phase_of(round, False)
+        mbarrier.wait(buffer_in(full, WHICH, round, False), phase)
         if number == 2:
-            mbarrier.wait(full.index(FIRST + TILES - 1), round & 1)
-        scores = load_scores(found, FIRST, number, there, STEP, TILES)
+            mbarrier.wait(buffer_in(full, WHICH + TILES - 1, round, False), phase)
+        scores = load_scores(found, WHICH, round, number, there, STEP, TILES, False)
         # All have read the scores.
         synchronize()
-        for tile in gl.static_range(TILES):
-            mbarrier.arrive(empty.index(FIRST + tile), count=1)
+        for tile in gl.static_range(TILES if len(empty) == 1 else 1):
+            mbarrier.arrive(buffer_in(empty, WHICH + tile, round, False), count=1)
         peak = _largest(scores)
         tops.index(round % 2).store(peak)
-        own = round % 2 * PARTS
         reference, total, shifted = _softmax(
-            scores, peak, scales, place_of_scales(FIRST, round), weights, own, reference, total, shifted
+            scores, peak, scales, place_of_scales(WHICH, round), weights, round % 2, reference, total, shifted
         )
         products = (zeros,) * CHUNKS
         for part in gl.static_range(PARTS):
@@ -182,7 +181,7 @@ def weigh_whole(
             synchronize()
             ahead = step + STAGES - 1
             copy_step(rings, ahead % STAGES, latents, tiles, begin, ahead, latents_t, units, SHARED_BY)
-            products = _weigh(rings, step % STAGES, weights.index(own + part), products, part > 0, BITS)
+            products = _weigh(rings, step % STAGES, weights[part].index(round % 2), products, part > 0, BITS)
         top = tops.index(round % 2).load(by_slot)
         higher = gl.maximum(reference_of_sums, top)
         before, now = exp2(reference_of_sums - higher), exp2(top - higher) * (1.0 / LARGEST)
