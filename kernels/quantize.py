@@ -15,7 +15,10 @@ from palu.kernels.packing import pack, packed_width, unpack
 # Scales below this would be subnormal in fp16 and lose their precision.
 SMALLEST_SCALE = 2.0**-14
 # Keeps zero points within fp16 where a group's range is tiny beside its magnitude.
-LARGEST_ZERO_POINT = 30000.0
+LARGEST_ZERO = 30000.0
+# Zero points of so many bits and more are whole numbers, with a half of a scale at most between them and the range's
+# ends; fewer codes cannot spare that. As large as this at most, so that fp16 holds 1024 more.
+WHOLE_ZEROS, LARGEST_WHOLE_ZERO = 4, 1023.0
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,16 @@ class Quantization:
     def middle(self) -> int:
         """The code in the middle of the range; where symmetric, that of zero."""
         return 2 ** (self.bits - 1)
+
+    @property
+    def whole_zeros(self) -> bool:
+        """Whether zero points are whole numbers: codes less zero points are, then, exact in fp16."""
+        return self.bits >= WHOLE_ZEROS
+
+    @property
+    def largest_zero(self) -> float:
+        """What zero points are at most."""
+        return LARGEST_WHOLE_ZERO if self.whole_zeros else LARGEST_ZERO
 
     @property
     def bytes_per_token(self) -> int:
@@ -203,7 +216,7 @@ def reference_encode(latents: Tensor, quantization: Quantization) -> tuple[Tenso
     for first, count, width in quantization.runs():
         groups = latents[..., offset : offset + count * width].float().unflatten(-1, (count, width))
         clip = 1.0 if clips is None else clips[first : first + count, None]
-        code, scale, zero = of_groups(groups, quantization.bits, clip)
+        code, scale, zero = of_groups(groups, quantization, clip)
         codes.append(code.flatten(-2))
         scales.append(scale[..., 0])
         zeros.append(None if zero is None else zero[..., 0])
@@ -220,20 +233,23 @@ def clip_tensor(quantization: Quantization, device: torch.device) -> Tensor:
     return made_apart(device, lambda: torch.tensor(quantization.clip_ratios, device=device))
 
 
-def _encode_asymmetric(groups: Tensor, bits: int, clip: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
-    top = 2**bits - 1
+def _encode_asymmetric(
+    groups: Tensor, quantization: Quantization, clip: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor]:
+    top = 2**quantization.bits - 1
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     magnitude = torch.maximum(low.abs(), high.abs())
     span = (high - low) * clip
-    scale = _half(torch.maximum(span / top, magnitude / LARGEST_ZERO_POINT))
+    scale = _half(torch.maximum(span / top, magnitude / quantization.largest_zero))
     # The lower end of what is left of the range has code 0; a group that is constant is carried by its zero point.
-    zero = ((span - low - high) / 2 / scale.float()).half()
+    zero = (span - low - high) / 2 / scale.float()
+    zero = (zero.round() if quantization.whole_zeros else zero).half()
     codes = (groups / scale.float() + zero.float()).round().clamp(0, top)
     return codes.to(torch.uint8), scale, zero
 
 
-def _encode_symmetric(groups: Tensor, bits: int, clip: Tensor | float) -> tuple[Tensor, Tensor, None]:
-    middle = 2 ** (bits - 1)
+def _encode_symmetric(groups: Tensor, quantization: Quantization, clip: Tensor | float) -> tuple[Tensor, Tensor, None]:
+    middle = quantization.middle
     scale = _half(groups.abs().amax(-1, keepdim=True) * clip / (middle - 0.5))
     codes = (groups / scale.float() + middle).round().clamp(0, 2 * middle - 1)
     return codes.to(torch.uint8), scale, None

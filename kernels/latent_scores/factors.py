@@ -1,7 +1,8 @@
 """What key latents are multiplied with, in the order in which packed codes come out of their words or units."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -50,20 +51,45 @@ def ordered_factor(key: LatentProjection, padded: int, bits: int, dtype: torch.d
     Made once for an order and kept as long as the factor, until that is written to or gets other memory; writing to its
     `.data` goes unnoticed.
     """
+    columns = _columns(padded, bits, order, key.up.device)
+    return _kept(key, order, (padded, bits, dtype), lambda: _in_order(key, padded, columns).to(dtype))
+
+
+def bounded_factor(
+    key: LatentProjection, padded: int, bits: int, dtype: torch.dtype, order: Order, most: float
+) -> tuple[Tensor, Tensor]:
+    """As `ordered_factor`, divided by a power of two, so that no row's numbers add up to more than `most`; the power.
+
+    Returns the factor and the power, float32 [1].
+    """
+    columns = _columns(padded, bits, order, key.up.device)
+
+    def make() -> tuple[Tensor, Tensor]:
+        factor = _in_order(key, padded, columns).float()
+        largest = factor.abs().unflatten(1, (-1, padded)).sum(-1).amax().clamp(min=torch.finfo(torch.float32).tiny)
+        power = torch.exp2(torch.ceil(torch.log2(largest / most)))
+        return (factor / power).to(dtype), power[None]
+
+    return _kept(key, (order, most), (padded, bits, dtype), make)
+
+
+def _in_order(key: LatentProjection, padded: int, columns: Tensor) -> Tensor:
+    groups = key.up.detach().clone().split(list(key.ranks), dim=1)
+    return torch.cat([torch.nn.functional.pad(each, (0, padded - each.shape[1]))[:, columns] for each in groups], dim=1)
+
+
+Made = TypeVar("Made")
+
+
+def _kept(key: LatentProjection, name: Hashable, kind: tuple[object, ...], make: Callable[[], Made]) -> Made:
+    """What was made of the factor under a name, or make it, if it is of another kind or of another factor."""
     kept = _ordered.setdefault(key.up, {})
     # Moving a module leaves its parameters the objects that they were, and their versions.
     memory = (key.up.data_ptr(), key.up.device, key.up.dtype, version_of(key.up))
-    entry = (padded, bits, dtype, tuple(key.ranks), *memory)
-    if kept.get(order, (None,))[0] != entry:
-        columns = _columns(padded, bits, order, key.up.device)
-
-        def make() -> Tensor:
-            groups = key.up.detach().clone().split(list(key.ranks), dim=1)
-            made = [torch.nn.functional.pad(group, (0, padded - group.shape[1]))[:, columns] for group in groups]
-            return torch.cat(made, dim=1).to(dtype)
-
-        kept[order] = (entry, made_apart(key.up.device, make))
-    return kept[order][1]
+    entry = (*kind, tuple(key.ranks), *memory)
+    if kept.get(name, (None,))[0] != entry:
+        kept[name] = (entry, made_apart(key.up.device, make))
+    return kept[name][1]
 
 
 def ordered_query(query: Tensor, padded: int, bits: int) -> Tensor:

@@ -11,8 +11,8 @@ ROUNDING: tl.constexpr = tl.constexpr(12582912.0)
 def quantize_kernel(
     latents, clips, codes, parameters, slots, width_of, offset_of, byte_of, plane_of,
     length, latents_t, codes_b, codes_t, parameters_b, parameters_t, smallest_scale, largest_zero,
-    BITS: tl.constexpr, PIECES: tl.constexpr, SYMMETRIC: tl.constexpr, HAS_CLIPS: tl.constexpr,
-    HAS_SLOTS: tl.constexpr, BLOCK: tl.constexpr,
+    BITS: tl.constexpr, PIECES: tl.constexpr, SYMMETRIC: tl.constexpr, WHOLE_ZEROS: tl.constexpr,
+    HAS_CLIPS: tl.constexpr, HAS_SLOTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """As `palu.kernels.quantize.quantize`. A piece is every PIECES-th latent, so that packing needs no exchange.
 
@@ -52,7 +52,10 @@ def quantize_kernel(
     if SYMMETRIC:
         tl.store(parameters + group, scale)
     else:
-        half = tl.div_rn((span - low - high) * 0.5, step).to(tl.float16)
+        zero = tl.div_rn((span - low - high) * 0.5, step)
+        if WHOLE_ZEROS:
+            zero = (zero + ROUNDING) - ROUNDING
+        half = zero.to(tl.float16)
         zero = half.to(tl.float32)
         tl.store(parameters + 2 * group, scale)
         tl.store(parameters + 2 * group + 1, half)

@@ -7,7 +7,7 @@ from palu.kernels.integers import next_power_of_2
 from palu.kernels.latent_scores.layout import side_of
 from palu.kernels.packing import packed_width
 from palu.kernels.quantization.kernel import quantize_kernel
-from palu.kernels.quantize import LARGEST_ZERO_POINT, SMALLEST_SCALE, Quantization, clip_tensor
+from palu.kernels.quantize import SMALLEST_SCALE, Quantization, clip_tensor
 
 # Groups of such multiples begin at whole bytes of every plane; wider ones than the largest do not fit in registers.
 WIDTH_MULTIPLE, LARGEST_WIDTH = 16, 8192
@@ -49,8 +49,9 @@ def _launch(
         quantize_kernel[(batch * length, len(quantization.widths))](
             rows, clips, codes, parameters, codes if slots is None else slots,
             *side_of(quantization.widths, bits, latents.device),
-            length, rows.stride(0), *codes.stride()[:2], *parameters.stride()[:2], SMALLEST_SCALE, LARGEST_ZERO_POINT,
+            length, rows.stride(0), *codes.stride()[:2], *parameters.stride()[:2],
+            SMALLEST_SCALE, quantization.largest_zero,
             BITS=bits, PIECES=8 if bits == 3 else 8 // bits, SYMMETRIC=quantization.symmetric,
-            HAS_CLIPS=bool(quantization.clip_ratios), HAS_SLOTS=slots is not None,
+            WHOLE_ZEROS=quantization.whole_zeros, HAS_CLIPS=bool(quantization.clip_ratios), HAS_SLOTS=slots is not None,
             BLOCK=next_power_of_2(max(quantization.widths)),
         )  # fmt: skip

@@ -30,7 +30,7 @@ from palu.kernels.decode_attention.hopper.windows import COLUMNS as KERNEL_COLUM
 from palu.kernels.decode_attention.hopper.windows import FAST as KERNEL_FAST
 from palu.kernels.decode_attention.parts import COMBINE_OUT, Parts, combine
 from palu.kernels.integers import cdiv, next_power_of_2
-from palu.kernels.latent_scores.factors import ordered_factor, unit_order
+from palu.kernels.latent_scores.factors import bounded_factor, ordered_factor, unit_order
 from palu.kernels.latent_scores.launch import LOG2_E
 from palu.kernels.latent_scores.layout import (
     DTYPES,
@@ -45,7 +45,7 @@ from palu.kernels.latent_scores.layout import (
 )
 from palu.kernels.latent_scores.tables import lane_table
 from palu.kernels.latents import LatentProjection, Latents, Stretch
-from palu.kernels.quantize import PackedLatents
+from palu.kernels.quantize import LARGEST_WHOLE_ZERO, PackedLatents
 from palu.kernels.rotation import Rotation, Window
 from palu.kernels.tuning import length_class, pick, searches
 
@@ -59,6 +59,8 @@ LEAST_TILES = 8
 FAST = COLUMNS // 2
 # Bits of codes that the kernel can make numbers of.
 CODES = (8, 4)
+# Sums of fp16 at most: turned, they are up to the root of two as large.
+MOST_SUM = 45000.0
 # Registers of a thread that scores and of one that weighs values, by the mode, whether there are codes, and the groups
 # of warps in all.
 REGISTERS = {
@@ -255,13 +257,13 @@ def _launch(plan: Plan, call: Call, window: Window | None, tables: Tables, parts
     registers = REGISTERS[heads.mode, bits < 16, scorers + weighers]
     has_bias, has_norm = call.extras
     dtype = call.dtype
-    rank, up = padded_rank(ranks, bits), query if absorbed else key.up
+    rank, up, unit_of_up = padded_rank(ranks, bits), query if absorbed else key.up, query
     if bits < 16 and not absorbed:
-        up = ordered_factor(key, rank, bits, dtype, unit_order)
+        up, unit_of_up = _factor_of_codes(call, rank)
     scaling *= LOG2_E * (1.0 if rotation is None else rotation.attention_scaling)
     side, value_side = side_of(ranks, 16, device), side_of(value_ranks, 16, device)
     hopper_kernel[(parts, groups, rows)](
-        query, keys, values, up, key.bias if has_bias else query, key_norm.weight if has_norm else query,
+        query, keys, values, up, unit_of_up, key.bias if has_bias else query, key_norm.weight if has_norm else query,
         tables.table, tables.fast_table, query if mask is None else mask,
         key_parameters, value_parameters, *tables[2:], *found,
         side.rank, side.offset, value_side.rank, value_side.offset,
@@ -284,6 +286,15 @@ def _launch(plan: Plan, call: Call, window: Window | None, tables: Tables, parts
         EVEN_KEYS=even_rank(ranks), EVEN_VALUES=even_rank(value_ranks),
         num_warps=4, launch_pdl=True,
     )  # fmt: skip
+
+
+def _factor_of_codes(call: Call, rank: int) -> tuple[Tensor, Tensor]:
+    """The up factor in the order of the codes, and what it is divided by, where that is read."""
+    given = (call.key, rank, call.bits, call.dtype, unit_order)
+    if call.heads.mode == "folded" or any(call.extras):
+        return ordered_factor(*given), call.query
+    # Codes without scales are added up in fp16, and turned.
+    return bounded_factor(*given, MOST_SUM / (LARGEST_WHOLE_ZERO + 2**call.bits))
 
 
 def _combine_early(parts: Parts, value: LatentProjection, query: Tensor, head_dim: int) -> Tensor:

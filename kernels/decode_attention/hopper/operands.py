@@ -20,34 +20,29 @@ def swizzled(columns: int) -> gl.NVMMASharedLayout:
 
 @gluon.constexpr_function
 def _fields(bits: int, scaled: bool) -> tuple[str, str]:
-    """Assembly that makes pairs of fp16 numbers, a field's codes less the middle one, of a pair of units.
+    """Assembly that makes pairs of fp16 numbers, a field's codes less the zero point, of a pair of units.
 
-    A code or-ed into the mantissa of 1024 is 1024 + code. The second code of a byte gives 1024 + 16 code, which takes a
-    multiply-add instead of a shift. Another pair is taken away; scaled: multiplied in, and a third one added instead.
+    A code or-ed into the mantissa of 1024 is 1024 + code, from which 1024 and the zero point are taken away, all of
+    them whole numbers that fp16 holds. The second code of a byte gives 1024 + 16 code, of which a sixteenth is taken
+    with a multiply-add, less 64 and the zero point. scaled: another pair is multiplied in.
     """
     count = 16 // bits
     names = [f"${field}" for field in range(count)]
-    packed = f"${count}"
-    lines = [".reg .b32 high, middle, scale, both;", f"shr.b32 high, {packed}, 8;"]
-    if bits == 8:
-        lines.append("mov.b32 middle, 0x64806480;")
-        for name, source in zip(names, (packed, "high"), strict=True):
-            lines += [f"lop3.b32 {name}, {source}, 0x00ff00ff, 0x64006400, 0xea;", f"sub.f16x2 {name}, {name}, middle;"]
-    else:
-        # 1032; a sixteenth, and minus 72.
-        lines.append("mov.b32 middle, 0x64086408; mov.b32 scale, 0x2c002c00; mov.b32 both, 0xd480d480;")
-        for field, source in enumerate((packed, packed, "high", "high")):
-            name, mask = names[field], "0x00f000f0" if field % 2 else "0x000f000f"
-            lines.append(f"lop3.b32 {name}, {source}, {mask}, 0x64006400, 0xea;")
-            lines.append(
-                f"fma.rn.f16x2 {name}, {name}, scale, both;" if field % 2 else f"sub.f16x2 {name}, {name}, middle;"
-            )
+    packed, base, other = f"${count}", f"${count + 1}", f"${count + 2}"
+    lines = [".reg .b32 high, sixteenth;", f"shr.b32 high, {packed}, 8;", "mov.b32 sixteenth, 0x2c002c00;"]
+    sources = (packed, "high") if bits == 8 else (packed, packed, "high", "high")
+    for field, source in enumerate(sources):
+        name = names[field]
+        second = bits == 4 and field % 2 == 1
+        mask = "0x00ff00ff" if bits == 8 else "0x00f000f0" if second else "0x000f000f"
+        lines.append(f"lop3.b32 {name}, {source}, {mask}, 0x64006400, 0xea;")
+        lines.append(
+            f"fma.rn.f16x2 {name}, {name}, sixteenth, {other};" if second else f"sub.f16x2 {name}, {name}, {base};"
+        )
     if scaled:
-        lines += [f"fma.rn.f16x2 {name}, {name}, ${count + 1}, ${count + 2};" for name in names]
-    else:
-        lines += [f"sub.f16x2 {name}, {name}, ${count + 1};" for name in names]
+        lines += [f"mul.f16x2 {name}, {name}, ${count + 3};" for name in names]
     # Results are written before all is read.
-    return "{ " + " ".join(lines) + " }", ",".join(["=&r"] * count + ["r"] * (2 + scaled))
+    return "{ " + " ".join(lines) + " }", ",".join(["=&r"] * count + ["r"] * (3 + scaled))
 
 
 @gluon.constexpr_function
@@ -101,21 +96,22 @@ def _along(numbers, UNITS: gl.constexpr, operand: gl.constexpr):
 
 
 @gluon.jit
-def key_operand(slot, shift, scale, result: gl.constexpr, BITS: gl.constexpr, TURNED: gl.constexpr):
-    """A tile's key latents [tile, RANK] from shared memory; of codes less their shifts [tile] in `unit_order`.
+def key_operand(
+    slot, shift, scale, result: gl.constexpr, BITS: gl.constexpr, TURNED: gl.constexpr, SCALED: gl.constexpr
+):  # fmt: skip
+    """A tile's key latents [tile, RANK] from shared memory; codes less zero points [tile] in `unit_order`.
 
-    TURNED: codes are times their scales [tile], else without; and latents in the order of `last_first`.
+    shift: as `shift_of`. TURNED: latents in the order of `last_first`. SCALED: codes are times their scales [tile].
     """
     operand: gl.constexpr = gl.DotOperandLayout(0, result, 2)
     loaded = slot.load(operand)
     if BITS < 16:
         UNITS: gl.constexpr = loaded.shape[1]
-        if TURNED:
-            given = [loaded, _along(scale, UNITS, operand), _along(-shift * scale, UNITS, operand)]
-        else:
-            given = [loaded, _along(shift, UNITS, operand)]
+        zero = shift + float(1 << (BITS - 1))
+        base, other = _along(zero + 1024.0, UNITS, operand), _along(-64.0 - zero, UNITS, operand)
+        given = (loaded, base, other, _along(scale, UNITS, operand)) if SCALED else (loaded, base, other)
         fields = gl.inline_asm_elementwise(
-            _fields(BITS, TURNED)[0], _fields(BITS, TURNED)[1], given,
+            _fields(BITS, SCALED)[0], _fields(BITS, SCALED)[1], given,
             dtype=_types(BITS, gl.float16), is_pure=True, pack=2,
         )  # fmt: skip
         if BITS == 8:

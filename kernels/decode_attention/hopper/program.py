@@ -88,7 +88,7 @@ def attend(
     (
         at_keys, at_values, parameters, up, at_query, bias, norm, mask, bases, basis, frequencies, sums, totals, peaks,
         key_rank, up_rank, value_rank, length, keys_t, values_t, row_mask, mask_t, up_stride, query_stride, rows_heads,
-        scaling, epsilon,
+        scaling, epsilon, unit_of_up,
     ) = given  # fmt: skip
     part, parts = gl.program_id(0), gl.num_programs(0)
     stored: gl.constexpr = DTYPE if BITS == 16 else gl.int16
@@ -246,7 +246,7 @@ def attend(
         to_scores = (
             tiles, at_keys, parameters, table, mask, up, at_query, bias, norm,
             key_units_there, up_rank, keys_t, table_t, row_mask, mask_t, up_stride, query_stride, scaling, epsilon,
-            bases, basis, frequencies, lead + begin * TILE,
+            bases, basis, frequencies, lead + begin * TILE, unit_of_up,
         )  # fmt: skip
         synchronize()
         if MODE == "mixed":

@@ -38,7 +38,7 @@ from palu.kernels.decode_attention.hopper.prologue import (
 )
 from palu.kernels.decode_attention.hopper.slow import load_basis, load_slow, make_slow, slow_numbers
 from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT, by_pair, load_turns, units_of
-from palu.kernels.decode_attention.hopper.units import score_slow, score_turned, score_weighed
+from palu.kernels.decode_attention.hopper.units import begin_slow, score_slow, score_turned, score_weighed
 from palu.kernels.decode_attention.hopper.values import start_copies
 from palu.kernels.decode_attention.hopper.windows import (
     COLUMNS,
@@ -67,12 +67,12 @@ def places_of(found, WHICH: gl.constexpr):
 
 @gluon.jit
 def operand_of(
-    slot, parameters, STAGES: gl.constexpr, result: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr,
-    TURNED: gl.constexpr,
+    slot, parameters, unit, STAGES: gl.constexpr, result: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr,
+    TURNED: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     """A tile's key latents in registers, once they are there, and what their scores are multiplied with, [tile].
 
-    TURNED: codes are times their scales, and latents in the order of `last_first`.
+    unit: what the factor of codes was divided by. TURNED, SCALED: as in `key_operand`.
     """
     rows: gl.constexpr = gl.SliceLayout(1, result)
     async_copy.wait_group(STAGES - 1)
@@ -80,8 +80,8 @@ def operand_of(
     one = gl.full([TILE], 1.0, gl.float32, rows)
     scale = scale_of(parameters, 0, ASYMMETRIC) if BITS < 16 else one
     shift = shift_of(parameters, 0, rows, BITS, ASYMMETRIC)
-    operand = key_operand(slot, shift, scale, result, BITS, TURNED)
-    return operand, one if TURNED else scale
+    operand = key_operand(slot, shift, scale, result, BITS, TURNED, SCALED)
+    return operand, one if SCALED or BITS == 16 else scale * unit
 
 
 @gluon.jit
@@ -225,7 +225,7 @@ def score_rebuilt(
     """
     (
         tiles, latents, stored, table, mask, up, query, bias, norm, units, rank, latents_t, table_t, row_mask, mask_t,
-        up_stride, query_stride, scaling, epsilon, bases, basis, frequencies, position,
+        up_stride, query_stride, scaling, epsilon, bases, basis, frequencies, position, unit_of_up,
     ) = arguments  # fmt: skip
     STAGES: gl.constexpr = ring.shape[0]
     TURNED: gl.constexpr = MODE == "rotated" or MODE == "mixed"
@@ -242,10 +242,19 @@ def score_rebuilt(
     rows: gl.constexpr = gl.SliceLayout(1, wide)
     first, step, begin, end, length = tiles
     loaded = ()
+    # Biases and norms count on keys as they are.
+    SCALED: gl.constexpr = MODE == "rotated" and BITS < 16 and len(beside[1]) + len(beside[2]) > 0
+    unit = gl.load(unit_of_up) if TURNED and BITS < 16 and not SCALED else 1.0
     # Nothing is read where there is no tile.
     _start(factors, beside, up, up_stride, gl.where(begin < end, rank, 0), KV, WIDTH, MODE, WHICH)
     for stage in gl.static_range(STAGES):
         copy_tile(ring.index(stage), latents, tiles, begin + WHICH + 2 * stage, latents_t, units)
+    nothing = gl.zeros([TILE], gl.int32, rows)
+    if MODE != "windows":
+        turns = _turns_of(table, basis, tiles, begin + WHICH, table_t, nothing, PAIRS, ROWS_SPAN)
+        parameters = load_parameters(stored, tiles, begin + WHICH, rows, BITS, ASYMMETRIC)
+    if MODE == "mixed":
+        shares = load_basis(basis, WHICH * TILE, UNIT // SLOTS, SLOTS)
     if MODE == "windows":
         own = load_own_queries(query, query_stride, scaling, KV, WIDTH, WHICH)
         loaded = (load_frequencies(frequencies, WIDTH), own)
@@ -261,22 +270,18 @@ def score_rebuilt(
         biases = beside[1]
         if len(beside[2]) > 0:
             normed = (beside[2][0], epsilon)
-    nothing = gl.zeros([TILE], gl.int32, rows)
-    if SPAN == 0:
-        turns = _turns_of(table, basis, tiles, begin + WHICH, table_t, nothing, PAIRS, ROWS_SPAN)
-        parameters = load_parameters(stored, tiles, begin + WHICH, rows, BITS, ASYMMETRIC)
     for window in range(begin, end, WINDOW):
         _prepare(
             factors, beside, ready, loaded, bases, frequencies, query, up, bias, norm, numbers,
             position + (window - begin) * TILE, window > begin, (window + WINDOW < end).to(gl.int32),
             STAGES, WHICH, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH,
         )  # fmt: skip
-        if SPAN > 0:
-            # Not before: there are no registers where a window is made.
+        if MODE == "windows" or (MODE == "mixed" and window > begin):
+            # Not before: there are no registers where a group makes a window.
             turns = _turns_of(table, basis, tiles, window + WHICH, table_t, nothing, PAIRS, ROWS_SPAN)
             parameters = load_parameters(stored, tiles, window + WHICH, rows, BITS, ASYMMETRIC)
-        if MODE == "mixed":
-            shares = load_basis(basis, WHICH * TILE, UNIT // SLOTS, SLOTS)
+            if MODE == "mixed":
+                shares = load_basis(basis, WHICH * TILE, UNIT // SLOTS, SLOTS)
         hand_over(ready, 1 if MODE == "windows" else 0)
         for index in range(window + WHICH, gl.minimum(window + WINDOW, end), 2):
             done = (index - begin) // 2
@@ -288,9 +293,7 @@ def score_rebuilt(
             # Asked for long before they are needed, where there are registers.
             if MODE == "windows":
                 next_turns = _turns_of(table, basis, tiles, index + 2, table_t, nothing, PAIRS, ROWS_SPAN)
-            # Rebuilt keys are rounded to fp16 before they meet the queries, in whose range only scaled ones are sure
-            # to be.
-            operand, scale = operand_of(slot, parameters, STAGES, wide, BITS, ASYMMETRIC, TURNED)
+            operand, scale = operand_of(slot, parameters, unit, STAGES, wide, BITS, ASYMMETRIC, TURNED, SCALED)
             # All have read the latents.
             synchronize()
             copy_tile(slot, latents, tiles, index + 2 * STAGES, latents_t, units)
@@ -309,13 +312,17 @@ def score_rebuilt(
                 )  # fmt: skip
             else:
                 score_weighed(places, free, operand, factors, words, seen, scale, logarithm, KV, MODE, TURNS)
+            if MODE == "mixed":
+                # The first window's matrix is there.
+                mbarrier.wait(beside[2], 0)
+                slow = begin_slow(operand, factors)
+                # A branch: the assembler leaves what follows behind the product.
+                mbarrier.wait(free[0], free[1])
             if MODE != "windows":
                 after = zeros_of(next_parameters, rows, BITS, ASYMMETRIC) if TURNED else nothing
                 next_turns = _turns_of(table, basis, tiles, index + 2, table_t, after, PAIRS, ROWS_SPAN)
             if MODE == "mixed":
-                # The first window's matrix is there.
-                mbarrier.wait(beside[2], 0)
-                score_slow(places, free, operand, factors, shares, scores, seen, scale, logarithm)
+                score_slow(places, slow, operand, shares, scores, seen, scale, logarithm)
                 shares = load_basis(basis, (index + 2 - window) * TILE % SPAN, UNIT // SLOTS, SLOTS)
             place = place_of_scales(WHICH, done)
             hand_on_parameters(scales, place, parameters, seen, rows, BITS, ASYMMETRIC, WHOLE)
