@@ -8,7 +8,8 @@ from palu.kernels.decode_attention.hopper.absorbed import score_absorbed, score_
 from palu.kernels.decode_attention.hopper.common import TILE, WARPS, seen_as, synchronize, visible_tiles
 from palu.kernels.decode_attention.hopper.operands import swizzled
 from palu.kernels.decode_attention.hopper.prologue import bias_columns, load_queries
-from palu.kernels.decode_attention.hopper.scores import make_first_window, score_rebuilt
+from palu.kernels.decode_attention.hopper.scores import score_rebuilt
+from palu.kernels.decode_attention.hopper.slow import make_first_window
 from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT
 from palu.kernels.decode_attention.hopper.values import CHUNK, start_copies, weigh_values
 from palu.kernels.decode_attention.hopper.whole import weigh_whole

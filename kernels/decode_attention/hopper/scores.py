@@ -2,7 +2,7 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
 
 from palu.kernels.decode_attention.hopper.common import (
     TILE,
@@ -28,7 +28,6 @@ from palu.kernels.decode_attention.hopper.parameters import (
 from palu.kernels.decode_attention.hopper.prologue import (
     copy_factors,
     copy_fast,
-    copy_halves,
     fold,
     load_pairs,
     pieces_of,
@@ -36,10 +35,9 @@ from palu.kernels.decode_attention.hopper.prologue import (
     store_norm,
     store_queries,
 )
-from palu.kernels.decode_attention.hopper.slow import load_basis, load_slow, make_slow, slow_numbers
+from palu.kernels.decode_attention.hopper.slow import load_basis, load_slow_of, made_layout, make_slow, slow_numbers
 from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT, by_pair, load_turns, units_of
 from palu.kernels.decode_attention.hopper.units import begin_slow, score_slow, score_turned, score_weighed
-from palu.kernels.decode_attention.hopper.values import start_copies
 from palu.kernels.decode_attention.hopper.windows import (
     COLUMNS,
     FAST,
@@ -120,45 +118,6 @@ def _start(
         copy_factors(factors, up, up_stride, rank, KV, UNITS, WIDTH, WHICH, 2, MODE != "folded")
 
 
-@gluon.constexpr_function
-def _made_layout(rank: int) -> gl.NVMMADistributedLayout:
-    """Of a window's matrix of slow pairs, as it is made."""
-    return gl.NVMMADistributedLayout([3, 0], [WARPS.value, 1], [16, rank, 16])
-
-
-@gluon.jit
-def _load_slow(
-    factors, beside, bases, frequencies, query, query_stride, HEADS: gl.constexpr, WIDTH: gl.constexpr
-):  # fmt: skip
-    """What a window of slow pairs is made of; HEADS: what tells heads of slots."""
-    return load_slow(
-        bases, frequencies, query, query_stride, _made_layout(factors.shape[2]), HEADS[0], HEADS[1], HEADS[2],
-        HEADS[3], LEAST, UNIT, beside[0].shape[1], beside[1].shape[1], WIDTH,
-    )  # fmt: skip
-
-
-@gluon.jit
-def make_first_window(
-    factors, beside, rings, to_make, arguments, HEADS: gl.constexpr, WIDTH: gl.constexpr, BITS: gl.constexpr
-):  # fmt: skip
-    """Make the first window's matrix of slow pairs, whose scores are the last of a tile's, and start copying values.
-
-    By the group of warps that weighs, which has nothing to weigh yet.
-    """
-    up, up_stride, rank, query, query_stride, scaling, bases, frequencies, position = to_make
-    loaded = _load_slow(factors, beside, bases, frequencies, query, query_stride, HEADS, WIDTH)
-    copy_halves(beside[1], up, up_stride, rank, beside[1].shape[1], 2 * HEADS[0], WIDTH, True)
-    async_copy.commit_group()
-    start_copies(rings, arguments, 0, 1, BITS)
-    slow = slow_numbers(loaded, scaling, position, HEADS[2], HEADS[3], LEAST, beside[0].shape[1], factors.dtype)
-    make_slow(factors.index(HEADS[0]), beside[1], slow, _made_layout(factors.shape[2]), rings[0].shape[0] - 1)
-    fence_async_shared()
-    synchronize()
-    mbarrier.arrive(beside[2], count=1)
-    # Else every round of the loop that follows begins with this.
-    synchronize()
-
-
 @gluon.jit
 def _prepare(
     factors, beside, ready, loaded, bases, frequencies, query, up, bias, norm, numbers, position, later, more,
@@ -185,11 +144,11 @@ def _prepare(
             mbarrier.wait(ready, 1)
             if WHICH == 0:
                 HEADS: gl.constexpr = (KV, QUERIES, QUERY_SLOTS, TOGETHER)
-                own = _load_slow(factors, beside, bases, frequencies, query, query_stride, HEADS, WIDTH)
+                own = load_slow_of(factors, beside, bases, frequencies, query, query_stride, HEADS, WIDTH)
                 slow = slow_numbers(
                     own, scaling, position, QUERY_SLOTS, TOGETHER, LEAST, beside[0].shape[1], factors.dtype
                 )
-                make_slow(factors.index(KV), beside[1], slow, _made_layout(factors.shape[2]), KEY_STAGES)
+                make_slow(factors.index(KV), beside[1], slow, made_layout(factors.shape[2]), KEY_STAGES)
     else:
         if MODE == "folded":
             q_first, q_second = load_pairs(

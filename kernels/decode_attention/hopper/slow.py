@@ -12,13 +12,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
+    mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from palu.kernels.decode_attention.hopper.common import TILE, WARPS, synchronize
 from palu.kernels.decode_attention.hopper.operands import kv_head_of
-from palu.kernels.decode_attention.hopper.turns import unpacked
+from palu.kernels.decode_attention.hopper.prologue import copy_halves
+from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT, unpacked
+from palu.kernels.decode_attention.hopper.values import start_copies
 from palu.kernels.latent_scores.tiles import turn
 
 
@@ -133,3 +136,42 @@ def slow_scores(product, basis, SLOTS: gl.constexpr):
         total += gl.convert_layout(parts[2 * word], scores, assert_trivial=True) * even[:, None]
         total += gl.convert_layout(parts[2 * word + 1], scores, assert_trivial=True) * odd[:, None]
     return total
+
+
+@gluon.constexpr_function
+def made_layout(rank: int) -> gl.NVMMADistributedLayout:
+    """Of a window's matrix of slow pairs, as it is made."""
+    return gl.NVMMADistributedLayout([3, 0], [WARPS.value, 1], [16, rank, 16])
+
+
+@gluon.jit
+def load_slow_of(
+    factors, beside, bases, frequencies, query, query_stride, HEADS: gl.constexpr, WIDTH: gl.constexpr
+):  # fmt: skip
+    """What a window of slow pairs is made of; HEADS: what tells heads of slots."""
+    return load_slow(
+        bases, frequencies, query, query_stride, made_layout(factors.shape[2]), HEADS[0], HEADS[1], HEADS[2],
+        HEADS[3], LEAST, UNIT, beside[0].shape[1], beside[1].shape[1], WIDTH,
+    )  # fmt: skip
+
+
+@gluon.jit
+def make_first_window(
+    factors, beside, rings, to_make, arguments, HEADS: gl.constexpr, WIDTH: gl.constexpr, BITS: gl.constexpr
+):  # fmt: skip
+    """Make the first window's matrix of slow pairs, whose scores are the last of a tile's, and start copying values.
+
+    By the group of warps that weighs, which has nothing to weigh yet.
+    """
+    up, up_stride, rank, query, query_stride, scaling, bases, frequencies, position = to_make
+    loaded = load_slow_of(factors, beside, bases, frequencies, query, query_stride, HEADS, WIDTH)
+    copy_halves(beside[1], up, up_stride, rank, beside[1].shape[1], 2 * HEADS[0], WIDTH, True)
+    async_copy.commit_group()
+    start_copies(rings, arguments, 0, 1, BITS)
+    slow = slow_numbers(loaded, scaling, position, HEADS[2], HEADS[3], LEAST, beside[0].shape[1], factors.dtype)
+    make_slow(factors.index(HEADS[0]), beside[1], slow, made_layout(factors.shape[2]), rings[0].shape[0] - 1)
+    fence_async_shared()
+    synchronize()
+    mbarrier.arrive(beside[2], count=1)
+    # Else every round of the loop that follows begins with this.
+    synchronize()
