@@ -29,12 +29,14 @@ class Quantization:
     widths: codes that share a scale and a zero point, in order; they add up to the latents' width.
     symmetric: a fixed zero point in the middle of the codes instead of a stored one.
     clip_ratios: fraction of each group's range, about its centre, that the codes span; one per group, or none for 1.
+    fine_zeros: zero points keep their fractions at any number of bits, as those of caches of keys and values do.
     """
 
     bits: int
     widths: tuple[int, ...]
     symmetric: bool = False
     clip_ratios: tuple[float, ...] = ()
+    fine_zeros: bool = False
 
     @property
     def width(self) -> int:
@@ -49,7 +51,7 @@ class Quantization:
     @property
     def whole_zeros(self) -> bool:
         """Whether zero points are whole numbers: codes less zero points are, then, exact in fp16."""
-        return self.bits >= WHOLE_ZEROS
+        return self.bits >= WHOLE_ZEROS and not self.fine_zeros
 
     @property
     def largest_zero(self) -> float:

@@ -41,10 +41,24 @@ def test_the_error_is_at_most_half_a_step(bits, symmetric):
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-6, 10.0, -700.0])
-def test_constant_groups_are_kept_to_half_precision(value):
+@pytest.mark.parametrize("bits", list(PLANES))
+def test_constant_groups_are_kept_to_half_precision(value, bits):
     latents = torch.full((1, 2, 16), value)
-    restored = quantize(latents, Quantization(2, (16,))).dequantized(torch.float32)
+    restored = quantize(latents, Quantization(bits, (16,))).dequantized(torch.float32)
     assert torch.allclose(restored, latents, rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", list(PLANES))
+@pytest.mark.parametrize("fine_zeros", [False, True])
+def test_codes_less_their_zero_points_are_exact_in_half_precision_from_four_bits_on(bits, fine_zeros):
+    # Of some tokens the group's range is tiny beside its magnitude.
+    latents = torch.randn(2, 50, 64) * 10 ** torch.linspace(-3, 1, 50)[:, None] + torch.randn(2, 50, 1)
+    packed = quantize(latents, Quantization(bits, (64,), fine_zeros=fine_zeros))
+    assert torch.equal(packed.zeros, packed.zeros.round()) == (bits >= 4 and not fine_zeros)
+    if packed.quantization.whole_zeros:
+        assert packed.zeros.abs().amax() <= 1024
+        exact = packed.unpacked().double() - packed.zeros.double()
+        assert torch.equal((packed.unpacked().half() - packed.zeros).double(), exact)
 
 
 def test_clipping_shrinks_the_step_and_saturates():

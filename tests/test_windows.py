@@ -9,7 +9,7 @@ from palu.kernels.decode_attention.hopper import plans
 from palu.kernels.decode_attention.hopper.spans import GAPS, spans_of
 from palu.kernels.decode_attention.spec import Shape
 from palu.kernels.latent_scores import tables
-from palu.kernels.latent_scores.factors import ordered_factor, unit_order
+from palu.kernels.latent_scores.factors import bounded_factor, ordered_factor, unit_order
 from palu.kernels.latents import LatentProjection
 from palu.kernels.rotation import Rotation
 from tests.compile_launches import Call, arguments
@@ -67,6 +67,17 @@ def test_what_was_made_of_a_mask_or_a_factor_is_not_taken_for_another_one():
     assert torch.equal(ordered_factor(key, 64, 4, torch.float32, unit_order), 2 * first)
     projection.weight.mul_(2)
     assert torch.equal(ordered_factor(key, 64, 4, torch.float32, unit_order), 4 * first)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e4, 0.0])
+def test_no_row_of_a_bounded_factor_adds_up_to_more_than_asked(size):
+    key = LatentProjection(torch.randn(96, 64 + 32) * size, (64, 32))
+    factor, power = bounded_factor(key, 64, 4, torch.float32, unit_order, 40.0)
+    rows = factor.abs().unflatten(1, (2, 64)).sum(-1)
+    assert rows.amax() <= 40.0
+    assert size == 0 or rows.amax() > 19.9
+    assert torch.equal(factor * power, ordered_factor(key, 64, 4, torch.float32, unit_order))
 
 
 class InOrder:

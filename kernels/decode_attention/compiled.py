@@ -38,9 +38,9 @@ class Norm(NamedTuple):
 def travels(
     key_latents: Latents, value_latents: Latents, key: LatentProjection, value: LatentProjection, key_norm: Any
 ) -> bool:
-    """Whether a call can be written as tensors and numbers: codes have one scale per head group."""
+    """Whether a call can be written as tensors and numbers: codes have one scale per head group, and no fine zeros."""
     plain = all(
-        part.quantization.widths == tuple(side.ranks)
+        part.quantization.widths == tuple(side.ranks) and not part.quantization.fine_zeros
         for latents, side in ((key_latents, key), (value_latents, value))
         for part in stretches(latents)
         if isinstance(part, PackedLatents)

@@ -66,7 +66,7 @@ def bounded_factor(
 
     def make() -> tuple[Tensor, Tensor]:
         factor = _in_order(key, padded, columns).float()
-        largest = factor.abs().unflatten(1, (-1, padded)).sum(-1).amax().clamp(min=torch.finfo(torch.float32).tiny)
+        largest = factor.abs().unflatten(1, (-1, padded)).sum(-1).amax().clamp(min=1e-20)
         power = torch.exp2(torch.ceil(torch.log2(largest / most)))
         return (factor / power).to(dtype), power[None]
 

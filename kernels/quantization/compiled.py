@@ -15,21 +15,20 @@ NAMESPACE = re.sub(r"\W", "_", __name__)
 
 def compiled_encode(latents: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor]:
     """As `palu.kernels.quantize.encode`, in one call of tensors and numbers."""
-    return _encode(
-        latents, quantization.bits, list(quantization.widths), quantization.symmetric, list(quantization.clip_ratios)
-    )
+    kind = quantization
+    return _encode(latents, kind.bits, list(kind.widths), kind.symmetric, list(kind.clip_ratios), kind.fine_zeros)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::encode", mutates_args=())
 def _encode(
-    latents: Tensor, bits: int, widths: Sequence[int], symmetric: bool, clip_ratios: Sequence[float]
+    latents: Tensor, bits: int, widths: Sequence[int], symmetric: bool, clip_ratios: Sequence[float], fine_zeros: bool
 ) -> tuple[Tensor, Tensor]:
-    return encode(latents, Quantization(bits, tuple(widths), symmetric, tuple(clip_ratios)))
+    return encode(latents, Quantization(bits, tuple(widths), symmetric, tuple(clip_ratios), fine_zeros))
 
 
 @_encode.register_fake
 def _(
-    latents: Tensor, bits: int, widths: Sequence[int], symmetric: bool, clip_ratios: Sequence[float]
+    latents: Tensor, bits: int, widths: Sequence[int], symmetric: bool, clip_ratios: Sequence[float], fine_zeros: bool
 ) -> tuple[Tensor, Tensor]:
     batch, length, width = latents.shape
     # A number that differs between calls is a symbol here.

@@ -29,7 +29,7 @@ class ChannelBuffer(BufferGroup):
     """Tokens in blocks, each channel of a block with a scale of its own; those that fill no block yet as they are."""
 
     def __init__(self, bits: int, channels: int) -> None:
-        self.blocks = PackedBuffer(Quantization(bits, (CHANNEL_BLOCK,) * channels))
+        self.blocks = PackedBuffer(Quantization(bits, (CHANNEL_BLOCK,) * channels, fine_zeros=True))
         self.newest = TokenBuffer()
         self.skipped = 0
         super().__init__([self.blocks, self.newest])
@@ -91,7 +91,7 @@ class PlainQuantizedLayer(LatentLayer):
     keeps_positions = False
 
     def __init__(self, bits: int, kv_heads: int, head_size: int, key_axis: KeyAxis, sliding_window: int | None) -> None:
-        by_head = Quantization(bits, (head_size,) * kv_heads)
+        by_head = Quantization(bits, (head_size,) * kv_heads, fine_zeros=True)
         super().__init__(None, sliding_window, quantization=LayerQuantization(by_head, by_head))
         self.head_size = head_size
         if key_axis == "channel":

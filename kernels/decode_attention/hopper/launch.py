@@ -100,7 +100,10 @@ def can_take(
 def _bits(latents: Latents, dtype: torch.dtype) -> int | None:
     """Bits of latents that the kernel can read, None of others."""
     if isinstance(latents, PackedLatents):
-        return latents.quantization.bits if latents.quantization.bits in CODES and _aligned(latents.codes) else None
+        kind = latents.quantization
+        # Symmetric codes' zero points are whole at any number of bits.
+        taken = kind.bits in CODES and (kind.symmetric or kind.whole_zeros) and _aligned(latents.codes)
+        return kind.bits if taken else None
     return 16 if isinstance(latents, Tensor) and latents.dtype == dtype and _aligned(latents) else None
 
 
