@@ -1,6 +1,7 @@
 """What key latents are multiplied with, in the order in which packed codes come out of their words or units."""
 
 import functools
+import math
 from collections.abc import Callable, Hashable
 from typing import TypeVar
 
@@ -56,21 +57,21 @@ def ordered_factor(key: LatentProjection, padded: int, bits: int, dtype: torch.d
 
 
 def bounded_factor(
-    key: LatentProjection, padded: int, bits: int, dtype: torch.dtype, order: Order, most: float
-) -> tuple[Tensor, Tensor]:
+    key: LatentProjection, padded: int, bits: int, dtype: torch.dtype, order: Order, most: float, least: float
+) -> tuple[Tensor, float]:
     """As `ordered_factor`, divided by a power of two, so that no row's numbers add up to more than `most`; the power.
 
-    Returns the factor and the power, float32 [1].
+    least: the power at least. Made before a step is captured in a CUDA graph, which cannot wait for the power.
     """
     columns = _columns(padded, bits, order, key.up.device)
 
-    def make() -> tuple[Tensor, Tensor]:
+    def make() -> tuple[Tensor, float]:
         factor = _in_order(key, padded, columns).float()
-        largest = factor.abs().unflatten(1, (-1, padded)).sum(-1).amax().clamp(min=1e-20)
-        power = torch.exp2(torch.ceil(torch.log2(largest / most)))
-        return (factor / power).to(dtype), power[None]
+        largest = factor.abs().unflatten(1, (-1, padded)).sum(-1).amax().clamp(min=1e-20).item()
+        power = max(least, 2.0 ** math.ceil(math.log2(largest / most)))
+        return (factor / power).to(dtype), power
 
-    return _kept(key, (order, most), (padded, bits, dtype), make)
+    return _kept(key, (order, most, least), (padded, bits, dtype), make)
 
 
 def _in_order(key: LatentProjection, padded: int, columns: Tensor) -> Tensor:

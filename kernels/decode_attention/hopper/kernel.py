@@ -14,7 +14,7 @@ from palu.kernels.latent_scores.tiles import GAPS
 
 @gluon.jit(do_not_specialize=["length", "table_b", "fast_b", "mask_b", "spans_b", "rows_heads"])
 def hopper_kernel(
-    query, keys, values, up, unit_of_up, bias, norm, table, fast_table, mask, key_parameters, value_parameters, spans,
+    query, keys, values, up, bias, norm, table, fast_table, mask, key_parameters, value_parameters, spans,
     bases, basis, frequencies, sums, totals, peaks,
     key_rank_of, key_offset_of, value_rank_of, value_offset_of,
     length, keys_b, keys_t, values_b, values_t, key_parameters_b, key_parameters_t, value_parameters_b,
@@ -29,21 +29,21 @@ def hopper_kernel(
     KEY_DIVISOR: gl.constexpr, CHUNKS: gl.constexpr, VALUE_DIVISOR: gl.constexpr, RANK_STRIDE: gl.constexpr,
     MASK: gl.constexpr, DTYPE: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr, BITS: gl.constexpr,
     ASYMMETRIC: gl.constexpr, SCORERS: gl.constexpr, WEIGHERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr,
-    VALUE_REGISTERS: gl.constexpr, WHOLE: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_NORM: gl.constexpr,
-    EVEN_KEYS: gl.constexpr, EVEN_VALUES: gl.constexpr,
+    VALUE_REGISTERS: gl.constexpr, WHOLE: gl.constexpr, SCALED: gl.constexpr,
+    HAS_BIAS: gl.constexpr, HAS_NORM: gl.constexpr, EVEN_KEYS: gl.constexpr, EVEN_VALUES: gl.constexpr,
 ):  # fmt: skip
     """Sums of value latents of a group's heads over a part of the tokens, relative to their peaks.
 
     GROUPS: with SHARES programs for each group's heads, those of all groups.
 
     query: [rows, GROUPS * KV * QUERIES, query_stride]; absorbed, KV is one. keys, values: of codes, bytes. up: of codes
-    in the order of `unit_order`, divided by unit_of_up: float32 [1]. bias: of all keys; norm: a key norm's weights,
-    epsilon what it adds to mean squares. table: `lane_table`, fast_table: that of the fast pairs. parameters: of codes,
-    scales of every group, with their zero points behind them if ASYMMETRIC. SPAN: tokens of a window, or 0; where there
-    are windows, rows without gaps, by `spans_of`, are computed in them, with a mode and a plan of their own (SPAN_*),
-    the others as without; bases, basis: of `palu.kernels.rotation.Window`, of folded queries by lane. sums: float32
-    [parts, rows, heads, RANK_STRIDE]; totals, peaks: [parts, rows, heads], as `combine_kernel` takes them: WEIGHERS
-    parts of every program.
+    in the order of `unit_order`. SCALED: codes of keys meet it times their scales, else scores are. bias: of all keys;
+    norm: a key norm's weights, epsilon what it adds to mean squares. table: `lane_table`, fast_table: that of the fast
+    pairs. parameters: of codes, scales of every group, with their zero points behind them if ASYMMETRIC. SPAN: tokens
+    of a window, or 0; where there are windows, rows without gaps, by `spans_of`, are computed in them, with a mode and
+    a plan of their own (SPAN_*), the others as without; bases, basis: of `palu.kernels.rotation.Window`, of folded
+    queries by lane. sums: float32 [parts, rows, heads, RANK_STRIDE]; totals, peaks: [parts, rows, heads], as
+    `combine_kernel` takes them: WEIGHERS parts of every program.
     """
     wait_for_launch_before()
     # Programs of a group's shares have the same latents.
@@ -77,7 +77,6 @@ def hopper_kernel(
         at_keys, at_values, parameters, at_up, at_query, bias + share * (KV * WIDTH), norm, mask,
         bases, basis, frequencies, sums, totals, peaks, key_rank, up_rank, value_rank, length, keys_t, values_t,
         row * mask_b, mask_t, up_stride, query_stride, rows_heads, scaling, epsilon,
-        unit_of_up,
     )  # fmt: skip
     at_table, at_span = table + gl.multiple_of(at_row * table_b, 8), spans + row * spans_b
     if SPAN == 0 or gl.load(at_span) == GAPS:
@@ -85,7 +84,7 @@ def hopper_kernel(
             given, first_head, 0, at_span, at_table, table_t, MODE, 0, KEY_STAGES, STEP, VALUE_STAGES, 1,
             KV, QUERIES, QUERY_SLOTS, SLOTS, WIDTH, WIDE,
             RANK, CHUNKS, RANK_STRIDE, MASK, DTYPE, TOGETHER, COLUMNS, BITS, ASYMMETRIC, SCORERS, WEIGHERS,
-            SCORE_REGISTERS, VALUE_REGISTERS, WHOLE, HAS_BIAS, HAS_NORM,
+            SCORE_REGISTERS, VALUE_REGISTERS, WHOLE, SCALED, HAS_BIAS, HAS_NORM,
         )  # fmt: skip
     else:
         attend(
@@ -93,5 +92,5 @@ def hopper_kernel(
             SPAN_MODE, SPAN, SPAN_KEY_STAGES, SPAN_STEP, SPAN_VALUE_STAGES, HELD,
             KV, QUERIES, QUERY_SLOTS, SLOTS, WIDTH, WIDE,
             RANK, CHUNKS, RANK_STRIDE, MASK, DTYPE, TOGETHER, COLUMNS, BITS, ASYMMETRIC, SCORERS, WEIGHERS,
-            SCORE_REGISTERS, VALUE_REGISTERS, WHOLE, HAS_BIAS, HAS_NORM,
+            SCORE_REGISTERS, VALUE_REGISTERS, WHOLE, SCALED, HAS_BIAS, HAS_NORM,
         )  # fmt: skip

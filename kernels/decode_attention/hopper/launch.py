@@ -61,6 +61,8 @@ FAST = COLUMNS // 2
 CODES = (8, 4)
 # Sums of fp16 at most: turned, they are up to the root of two as large.
 MOST_SUM = 45000.0
+# What a factor may be divided by, and queries be multiplied with, without leaving their range of fp16.
+LEAST_POWER, MOST_POWER = 2.0**-6, 2.0**6
 # Registers of a thread that scores and of one that weighs values, by the mode, whether there are codes, and the groups
 # of warps in all.
 REGISTERS = {
@@ -260,13 +262,14 @@ def _launch(plan: Plan, call: Call, window: Window | None, tables: Tables, parts
     registers = REGISTERS[heads.mode, bits < 16, scorers + weighers]
     has_bias, has_norm = call.extras
     dtype = call.dtype
-    rank, up, unit_of_up = padded_rank(ranks, bits), query if absorbed else key.up, query
+    rank, up, scaled = padded_rank(ranks, bits), query if absorbed else key.up, False
     if bits < 16 and not absorbed:
-        up, unit_of_up = _factor_of_codes(call, rank)
+        up, power, scaled = _factor_of_codes(call, rank)
+        scaling *= power
     scaling *= LOG2_E * (1.0 if rotation is None else rotation.attention_scaling)
     side, value_side = side_of(ranks, 16, device), side_of(value_ranks, 16, device)
     hopper_kernel[(parts, groups, rows)](
-        query, keys, values, up, unit_of_up, key.bias if has_bias else query, key_norm.weight if has_norm else query,
+        query, keys, values, up, key.bias if has_bias else query, key_norm.weight if has_norm else query,
         tables.table, tables.fast_table, query if mask is None else mask,
         key_parameters, value_parameters, *tables[2:], *found,
         side.rank, side.offset, value_side.rank, value_side.offset,
@@ -285,19 +288,24 @@ def _launch(plan: Plan, call: Call, window: Window | None, tables: Tables, parts
         DTYPE=DTYPES[dtype], TOGETHER=heads.together, COLUMNS=heads.columns, BITS=bits,
         ASYMMETRIC=asymmetric, SCORERS=scorers, WEIGHERS=weighers,
         SCORE_REGISTERS=registers[0], VALUE_REGISTERS=registers[1],
-        WHOLE=whole, HAS_BIAS=has_bias, HAS_NORM=has_norm,
+        WHOLE=whole, SCALED=scaled, HAS_BIAS=has_bias, HAS_NORM=has_norm,
         EVEN_KEYS=even_rank(ranks), EVEN_VALUES=even_rank(value_ranks),
         num_warps=4, launch_pdl=True,
     )  # fmt: skip
 
 
-def _factor_of_codes(call: Call, rank: int) -> tuple[Tensor, Tensor]:
-    """The up factor in the order of the codes, and what it is divided by, where that is read."""
+def _factor_of_codes(call: Call, rank: int) -> tuple[Tensor, float, bool]:
+    """The up factor in the order of the codes, what it is divided by, and whether codes have to meet it scaled."""
     given = (call.key, rank, call.bits, call.dtype, unit_order)
-    if call.heads.mode == "folded" or any(call.extras):
-        return ordered_factor(*given), call.query
-    # Codes without scales are added up in fp16, and turned.
-    return bounded_factor(*given, MOST_SUM / (LARGEST_WHOLE_ZERO + 2**call.bits))
+    if call.heads.mode == "folded":
+        return ordered_factor(*given), 1.0, False
+    # Biases and norms count on keys as they are.
+    if not any(call.extras):
+        # Codes without scales are added up in fp16, and turned.
+        factor, power = bounded_factor(*given, MOST_SUM / (LARGEST_WHOLE_ZERO + 2**call.bits), LEAST_POWER)
+        if power <= MOST_POWER:
+            return factor, power, False
+    return ordered_factor(*given), 1.0, True
 
 
 def _combine_early(parts: Parts, value: LatentProjection, query: Tensor, head_dim: int) -> Tensor:

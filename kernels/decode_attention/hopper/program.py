@@ -79,7 +79,8 @@ def attend(
     WIDTH: gl.constexpr, WIDE: gl.constexpr, RANK: gl.constexpr, CHUNKS: gl.constexpr, RANK_STRIDE: gl.constexpr,
     MASK: gl.constexpr, DTYPE: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr, BITS: gl.constexpr,
     ASYMMETRIC: gl.constexpr, SCORERS: gl.constexpr, WEIGHERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr,
-    VALUE_REGISTERS: gl.constexpr, WHOLE: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_NORM: gl.constexpr,
+    VALUE_REGISTERS: gl.constexpr, WHOLE: gl.constexpr, SCALED: gl.constexpr,
+    HAS_BIAS: gl.constexpr, HAS_NORM: gl.constexpr,
 ):  # fmt: skip
     """The part of a row's sums that a program of `hopper_kernel` has, of one group's heads.
 
@@ -89,7 +90,7 @@ def attend(
     (
         at_keys, at_values, parameters, up, at_query, bias, norm, mask, bases, basis, frequencies, sums, totals, peaks,
         key_rank, up_rank, value_rank, length, keys_t, values_t, row_mask, mask_t, up_stride, query_stride, rows_heads,
-        scaling, epsilon, unit_of_up,
+        scaling, epsilon,
     ) = given  # fmt: skip
     part, parts = gl.program_id(0), gl.num_programs(0)
     stored: gl.constexpr = DTYPE if BITS == 16 else gl.int16
@@ -247,7 +248,7 @@ def attend(
         to_scores = (
             tiles, at_keys, parameters, table, mask, up, at_query, bias, norm,
             key_units_there, up_rank, keys_t, table_t, row_mask, mask_t, up_stride, query_stride, scaling, epsilon,
-            bases, basis, frequencies, lead + begin * TILE, unit_of_up,
+            bases, basis, frequencies, lead + begin * TILE,
         )  # fmt: skip
         synchronize()
         if MODE == "mixed":
@@ -261,10 +262,12 @@ def attend(
                 (score_rebuilt, (
                     places, scales, full, empty, ready, rings[0], factors, besides[0], to_scores,
                     0, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK, WHOLE > 0,
+                    SCALED,
                 )),
                 (score_rebuilt, (
                     places, scales, full, empty, ready, rings[1], factors, besides[1], to_scores,
                     1, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK, WHOLE > 0,
+                    SCALED,
                 )),
                 (_make_and_weigh, (
                     factors, beside, to_make, memories[0], out, to_values, HEADS, WIDTH, OF_VALUES, WHOLE,
@@ -275,10 +278,12 @@ def attend(
                 (score_rebuilt, (
                     places, scales, full, empty, ready, rings[0], factors, besides[0], to_scores,
                     0, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK, WHOLE > 0,
+                    SCALED,
                 )),
                 (score_rebuilt, (
                     places, scales, full, empty, ready, rings[1], factors, besides[1], to_scores,
                     1, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK, WHOLE > 0,
+                    SCALED,
                 )),
                 (_weigh, (memories[0], out, to_values, 0, WEIGHERS, OF_VALUES, WHOLE)),
             ], [4, 4], [SCORE_REGISTERS, VALUE_REGISTERS])  # fmt: skip

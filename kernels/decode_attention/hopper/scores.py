@@ -37,7 +37,7 @@ from palu.kernels.decode_attention.hopper.prologue import (
 )
 from palu.kernels.decode_attention.hopper.slow import load_basis, load_slow_of, made_layout, make_slow, slow_numbers
 from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT, by_pair, load_turns, units_of
-from palu.kernels.decode_attention.hopper.units import begin_slow, score_slow, score_turned, score_weighed
+from palu.kernels.decode_attention.hopper.units import score_slow, score_turned, score_weighed
 from palu.kernels.decode_attention.hopper.windows import (
     COLUMNS,
     FAST,
@@ -65,12 +65,12 @@ def places_of(found, WHICH: gl.constexpr):
 
 @gluon.jit
 def operand_of(
-    slot, parameters, unit, STAGES: gl.constexpr, result: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr,
+    slot, parameters, STAGES: gl.constexpr, result: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr,
     TURNED: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     """A tile's key latents in registers, once they are there, and what their scores are multiplied with, [tile].
 
-    unit: what the factor of codes was divided by. TURNED, SCALED: as in `key_operand`.
+    TURNED, SCALED: as in `key_operand`.
     """
     rows: gl.constexpr = gl.SliceLayout(1, result)
     async_copy.wait_group(STAGES - 1)
@@ -79,7 +79,7 @@ def operand_of(
     scale = scale_of(parameters, 0, ASYMMETRIC) if BITS < 16 else one
     shift = shift_of(parameters, 0, rows, BITS, ASYMMETRIC)
     operand = key_operand(slot, shift, scale, result, BITS, TURNED, SCALED)
-    return operand, one if SCALED or BITS == 16 else scale * unit
+    return operand, one if SCALED else scale
 
 
 @gluon.jit
@@ -171,7 +171,7 @@ def score_rebuilt(
     found, scales, full, empty, ready, ring, factors, beside, arguments,
     WHICH: gl.constexpr, MODE: gl.constexpr, KV: gl.constexpr, TOGETHER: gl.constexpr, QUERIES: gl.constexpr,
     QUERY_SLOTS: gl.constexpr, WIDTH: gl.constexpr, SPAN: gl.constexpr, DTYPE: gl.constexpr, BITS: gl.constexpr,
-    ASYMMETRIC: gl.constexpr, MASK: gl.constexpr, WHOLE: gl.constexpr,
+    ASYMMETRIC: gl.constexpr, MASK: gl.constexpr, WHOLE: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     """Scores of every other tile of keys that are rebuilt head after head, from tile WHICH (0 or 1) on.
 
@@ -180,11 +180,11 @@ def score_rebuilt(
     mixed mode with what `make_slow` makes behind them; beside: what the mode needs besides: queries
     [KV * units, LEAST, UNIT] with the key biases and the key norm's weights where there are any, or what `make_window`
     takes, or queries [KV, SLOTS, UNIT] and what `make_slow` takes. full, empty: as in `buffer_in`. SPAN: tokens of a
-    window, or 0. WHOLE: values are weighed as whole numbers.
+    window, or 0. WHOLE: values are weighed as whole numbers. SCALED: as in `key_operand`.
     """
     (
         tiles, latents, stored, table, mask, up, query, bias, norm, units, rank, latents_t, table_t, row_mask, mask_t,
-        up_stride, query_stride, scaling, epsilon, bases, basis, frequencies, position, unit_of_up,
+        up_stride, query_stride, scaling, epsilon, bases, basis, frequencies, position,
     ) = arguments  # fmt: skip
     STAGES: gl.constexpr = ring.shape[0]
     TURNED: gl.constexpr = MODE == "rotated" or MODE == "mixed"
@@ -201,9 +201,6 @@ def score_rebuilt(
     rows: gl.constexpr = gl.SliceLayout(1, wide)
     first, step, begin, end, length = tiles
     loaded = ()
-    # Biases and norms count on keys as they are.
-    SCALED: gl.constexpr = MODE == "rotated" and BITS < 16 and len(beside[1]) + len(beside[2]) > 0
-    unit = gl.load(unit_of_up) if TURNED and BITS < 16 and not SCALED else 1.0
     # Nothing is read where there is no tile.
     _start(factors, beside, up, up_stride, gl.where(begin < end, rank, 0), KV, WIDTH, MODE, WHICH)
     for stage in gl.static_range(STAGES):
@@ -252,7 +249,7 @@ def score_rebuilt(
             # Asked for long before they are needed, where there are registers.
             if MODE == "windows":
                 next_turns = _turns_of(table, basis, tiles, index + 2, table_t, nothing, PAIRS, ROWS_SPAN)
-            operand, scale = operand_of(slot, parameters, unit, STAGES, wide, BITS, ASYMMETRIC, TURNED, SCALED)
+            operand, scale = operand_of(slot, parameters, STAGES, wide, BITS, ASYMMETRIC, TURNED, SCALED)
             # All have read the latents.
             synchronize()
             copy_tile(slot, latents, tiles, index + 2 * STAGES, latents_t, units)
@@ -271,17 +268,13 @@ def score_rebuilt(
                 )  # fmt: skip
             else:
                 score_weighed(places, free, operand, factors, words, seen, scale, logarithm, KV, MODE, TURNS)
-            if MODE == "mixed":
-                # The first window's matrix is there.
-                mbarrier.wait(beside[2], 0)
-                slow = begin_slow(operand, factors)
-                # A branch: the assembler leaves what follows behind the product.
-                mbarrier.wait(free[0], free[1])
             if MODE != "windows":
                 after = zeros_of(next_parameters, rows, BITS, ASYMMETRIC) if TURNED else nothing
                 next_turns = _turns_of(table, basis, tiles, index + 2, table_t, after, PAIRS, ROWS_SPAN)
             if MODE == "mixed":
-                score_slow(places, slow, operand, shares, scores, seen, scale, logarithm)
+                # The first window's matrix is there.
+                mbarrier.wait(beside[2], 0)
+                score_slow(places, free, operand, factors, shares, scores, seen, scale, logarithm)
                 shares = load_basis(basis, (index + 2 - window) * TILE % SPAN, UNIT // SLOTS, SLOTS)
             place = place_of_scales(WHICH, done)
             hand_on_parameters(scales, place, parameters, seen, rows, BITS, ASYMMETRIC, WHOLE)

@@ -188,16 +188,12 @@ def score_turned(
 
 
 @gluon.jit
-def begin_slow(operand, factors):
-    """The product of a tile's latents with the matrix of slow pairs, which is the last unit, under way."""
-    return _begun(operand, factors, factors.shape[0] - 1, (), gl.float32)
-
-
-@gluon.jit
-def score_slow(found, begun, operand, shares, scores, seen, scale, logarithm):
-    """Scores of `score_turned`, with those of slow pairs, whose product `begin_slow` began."""
-    product, operand = warpgroup_mma_wait(0, deps=[begun, operand])
+def score_slow(found, free, operand, factors, shares, scores, seen, scale, logarithm):
+    """Scores of `score_turned`, with those of slow pairs, whose matrix is the last unit."""
+    unit: gl.constexpr = factors.shape[0] - 1
+    product, operand = warpgroup_mma_wait(0, deps=[_begun(operand, factors, unit, (), gl.float32), operand])
     scores += slow_scores(product, shares, scores.shape[1])
+    mbarrier.wait(free[0], free[1])
     hand_on(found[0].index(found[1]), scores, seen, scale, logarithm)
 
 
