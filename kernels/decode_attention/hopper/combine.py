@@ -10,7 +10,7 @@ from palu.kernels.decode_attention.hopper.common import bits_of, place_of, wait_
 from palu.kernels.decode_attention.kernel import LOWEST
 
 # Warps of a program.
-WARPS: gl.constexpr = gl.constexpr(8)
+WARPS: gl.constexpr = gl.constexpr(16)
 
 
 @gluon.constexpr_function

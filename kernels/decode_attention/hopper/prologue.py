@@ -154,7 +154,8 @@ def load_queries(
 
     PAIRED: first numbers of pairs from FIRST on, then second ones; else, absorbed, as the latents come.
     """
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [WARPS, 1], [1, 0])
+    # Eight neighbours, which are neighbours in the order of `in_columns` as well.
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     wanted = gl.arange(0, SLOTS, gl.SliceLayout(1, layout)) - first_slot
     column = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
     if PAIRED:

@@ -148,7 +148,7 @@ def _prepare(
                 slow = slow_numbers(
                     own, scaling, position, QUERY_SLOTS, TOGETHER, LEAST, beside[0].shape[1], factors.dtype
                 )
-                make_slow(factors.index(KV), beside[1], slow, made_layout(factors.shape[2]), KEY_STAGES)
+                make_slow(factors.index(KV), beside[1], position >> 30, slow, made_layout(factors.shape[2]), KEY_STAGES)
     else:
         if MODE == "folded":
             q_first, q_second = load_pairs(

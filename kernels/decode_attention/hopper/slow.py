@@ -73,11 +73,11 @@ def slow_numbers(
 
 
 @gluon.jit
-def make_slow(to, factor, numbers, result: gl.constexpr, PENDING: gl.constexpr):
+def make_slow(to, factor, zero, numbers, result: gl.constexpr, PENDING: gl.constexpr):
     """W of all columns and slots, to shared memory [columns * SLOTS, RANK], of `slow_numbers`.
 
     factor: [KV * 2, pairs, RANK], both numbers of every kv head's slow pairs, on its way if not there; PENDING: groups
-    of copies begun after it.
+    of copies begun after it. zero: in a loop, one that is not known before it, where else addresses would be computed.
     """
     with_first, with_second, kv_head = numbers
     ROWS: gl.constexpr = to.shape[0]
@@ -89,8 +89,8 @@ def make_slow(to, factor, numbers, result: gl.constexpr, PENDING: gl.constexpr):
     for head in gl.static_range(factor.shape[0] // 2):
         own = (kv_head == head)[:, None]
         own_first, own_second = gl.where(own, with_first, 0.0), gl.where(own, with_second, 0.0)
-        begun = warpgroup_mma(own_first, factor.index(2 * head), made, is_async=True)
-        begun = warpgroup_mma(own_second, factor.index(2 * head + 1), begun, is_async=True)
+        begun = warpgroup_mma(own_first, factor.index(zero + 2 * head), made, is_async=True)
+        begun = warpgroup_mma(own_second, factor.index(zero + 2 * head + 1), begun, is_async=True)
         made, own_first, own_second = warpgroup_mma_wait(0, deps=[begun, own_first, own_second])
     to.store(made.to(to.dtype))
 
@@ -169,7 +169,7 @@ def make_first_window(
     async_copy.commit_group()
     start_copies(rings, arguments, 0, 1, BITS)
     slow = slow_numbers(loaded, scaling, position, HEADS[2], HEADS[3], LEAST, beside[0].shape[1], factors.dtype)
-    make_slow(factors.index(HEADS[0]), beside[1], slow, made_layout(factors.shape[2]), rings[0].shape[0] - 1)
+    make_slow(factors.index(HEADS[0]), beside[1], 0, slow, made_layout(factors.shape[2]), rings[0].shape[0] - 1)
     fence_async_shared()
     synchronize()
     mbarrier.arrive(beside[2], count=1)
