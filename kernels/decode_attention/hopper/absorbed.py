@@ -18,14 +18,14 @@ from palu.kernels.decode_attention.hopper.common import (
     phase_of,
     synchronize,
 )
-from palu.kernels.decode_attention.hopper.operands import key_bytes, latent_of_byte, middle_of
+from palu.kernels.decode_attention.hopper.operands import key_bytes, latent_of_byte, taken_away
 from palu.kernels.decode_attention.hopper.parameters import (
     hand_on_parameters,
     load_parameters,
     logarithm_of,
     place_of_scales,
     scale_of,
-    shift_of,
+    zero_of,
 )
 from palu.kernels.decode_attention.hopper.scores import copy_tile, operand_of
 from palu.kernels.decode_attention.hopper.units import hand_on
@@ -95,7 +95,7 @@ def score_absorbed_codes(
         copy_tile(slot, latents, tiles, index + SHARED_BY * STAGES, latents_t, width)
         mbarrier.wait(buffer_in(empty, WHICH, done, EITHER), phase_of(done, EITHER) ^ 1)
         scale = scale_of(parameters, 0, ASYMMETRIC)
-        shift = shift_of(parameters, 0, rows, BITS, ASYMMETRIC) + middle_of(BITS)
+        shift = zero_of(parameters, 0, rows, BITS, ASYMMETRIC) - taken_away(BITS)
         shift = gl.convert_layout(shift, gl.SliceLayout(1, nothing.type.layout), assert_trivial=True)
         logarithm = logarithm_of(parameters, seen, rows, BITS, ASYMMETRIC)
         place = place_of_scales(done % 2, done // 2) if EITHER else place_of_scales(WHICH, done)

@@ -85,7 +85,9 @@ def can_take(
     aligned = key.up is None or (_aligned(key.up) and key.up.dtype == query.dtype)
     if not (len(bits) == 1 and None not in bits and aligned and len(key.ranks) == len(value.ranks)):
         return False
-    if key_latents.shape[1] == 0:
+    # Places of scales and of cosines are numbers of 32 bits.
+    table = 1 if key.up is None else next_power_of_2(query.shape[3])
+    if not 0 < key_latents.shape[1] * max(table, _stride(key_latents), _stride(value_latents)) < 1 << 31:
         return False
     (number,) = bits
     if any(rank * number % 128 for rank in (*key.ranks, *value.ranks)):
@@ -107,6 +109,11 @@ def _bits(latents: Latents, dtype: torch.dtype) -> int | None:
         taken = kind.bits in CODES and (kind.symmetric or kind.whole_zeros) and _aligned(latents.codes)
         return kind.bits if taken else None
     return 16 if isinstance(latents, Tensor) and latents.dtype == dtype and _aligned(latents) else None
+
+
+def _stride(latents: Latents) -> int:
+    """From a token's scales to the next one's."""
+    return latents.scales.stride(1) if isinstance(latents, PackedLatents) else 0
 
 
 def _aligned(numbers: Tensor) -> bool:

@@ -97,17 +97,16 @@ def _along(numbers, UNITS: gl.constexpr, operand: gl.constexpr):
 
 @gluon.jit
 def key_operand(
-    slot, shift, scale, result: gl.constexpr, BITS: gl.constexpr, TURNED: gl.constexpr, SCALED: gl.constexpr
+    slot, zero, scale, result: gl.constexpr, BITS: gl.constexpr, TURNED: gl.constexpr, SCALED: gl.constexpr
 ):  # fmt: skip
     """A tile's key latents [tile, RANK] from shared memory; codes less zero points [tile] in `unit_order`.
 
-    shift: as `shift_of`. TURNED: latents in the order of `last_first`. SCALED: codes are times their scales [tile].
+    TURNED: latents in the order of `last_first`. SCALED: codes are times their scales [tile].
     """
     operand: gl.constexpr = gl.DotOperandLayout(0, result, 2)
     loaded = slot.load(operand)
     if BITS < 16:
         UNITS: gl.constexpr = loaded.shape[1]
-        zero = shift + float(1 << (BITS - 1))
         base, other = _along(zero + 1024.0, UNITS, operand), _along(-64.0 - zero, UNITS, operand)
         given = (loaded, base, other, _along(scale, UNITS, operand)) if SCALED else (loaded, base, other)
         fields = gl.inline_asm_elementwise(
@@ -175,10 +174,9 @@ def value_operand(packed, result: gl.constexpr, BITS: gl.constexpr):
 
 
 @gluon.jit
-def shift_of_numbers(token, BITS: gl.constexpr):
-    """What numbers of `value_operand` have more than codes less the middle one, by token."""
-    MIDDLE: gl.constexpr = 1 << (BITS - 1)
-    return gl.where((token ^ (token >> 3)) & 1 == 0, 1.0 * MIDDLE, 1.0 - MIDDLE)
+def taken_of_numbers(token, BITS: gl.constexpr):
+    """What numbers of `value_operand` have less than codes, by token."""
+    return gl.where((token ^ (token >> 3)) & 1 == 0, 0.0, float((1 << BITS) - 1))
 
 
 @gluon.jit
@@ -209,9 +207,9 @@ def _bytes(bits: int) -> tuple[str, str]:
 
 
 @gluon.constexpr_function
-def middle_of(bits: int) -> float:
-    """What `bytes_operand` leaves in codes of what shifts have without it."""
-    return 0.0 if bits == 8 else float(1 << (bits - 1))
+def taken_away(bits: int) -> float:
+    """What `bytes_operand` and `key_bytes` take away from codes."""
+    return 128.0 if bits == 8 else 0.0
 
 
 @gluon.jit

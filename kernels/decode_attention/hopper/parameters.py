@@ -4,7 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from palu.kernels.decode_attention.hopper.common import TILE, log2, reciprocal
-from palu.kernels.decode_attention.hopper.operands import middle_of, shift_of_numbers
+from palu.kernels.decode_attention.hopper.operands import taken_away, taken_of_numbers
 
 
 @gluon.jit
@@ -15,7 +15,7 @@ def load_parameters(stored, tiles, index, layout: gl.constexpr, BITS: gl.constex
         keys, values, keys_t, values_t = stored
         first, step, _, _, length = tiles
         token = (first + index * step) * TILE + gl.arange(0, TILE, layout)
-        at_key, at_value = keys + token.to(gl.int64) * keys_t, values + token.to(gl.int64) * values_t
+        at_key, at_value = keys + token * keys_t, values + token * values_t
         if ASYMMETRIC:
             at_key = at_key.to(gl.pointer_type(gl.int32), bitcast=True)
             at_value = at_value.to(gl.pointer_type(gl.int32), bitcast=True)
@@ -53,13 +53,13 @@ def zeros_of(parameters, layout: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: g
 
 
 @gluon.jit
-def shift_of(parameters, side: gl.constexpr, layout: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr):
-    """A tile's zero points less the middle code, float32 [tile], of keys (0) or values (1); zero where symmetric."""
+def zero_of(parameters, side: gl.constexpr, layout: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr):
+    """A tile's zero points, float32 [tile], of keys (0) or values (1); the middle code where symmetric."""
     if BITS < 16 and ASYMMETRIC:
-        shift = _half(parameters[side] >> 16) - float(1 << (BITS - 1))
+        zero = _half(parameters[side] >> 16)
     else:
-        shift = gl.zeros([TILE], gl.float32, layout)
-    return shift
+        zero = gl.full([TILE], float(1 << (BITS - 1)), gl.float32, layout)
+    return zero
 
 
 @gluon.jit
@@ -94,9 +94,6 @@ def hand_on_parameters(
     """
     if BITS < 16:
         scales[0].index(place).store(reciprocal(_visible_scale(parameters, seen, ASYMMETRIC)))
-        shift = shift_of(parameters, 1, layout, BITS, ASYMMETRIC)
-        if WHOLE:
-            shift += middle_of(BITS)
-        else:
-            shift += shift_of_numbers(gl.arange(0, TILE, layout), BITS)
+        shift = zero_of(parameters, 1, layout, BITS, ASYMMETRIC)
+        shift -= taken_away(BITS) if WHOLE else taken_of_numbers(gl.arange(0, TILE, layout), BITS)
         scales[1].index(place).store(gl.where(seen > float("-inf"), shift, 0.0))

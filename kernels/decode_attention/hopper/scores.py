@@ -22,7 +22,7 @@ from palu.kernels.decode_attention.hopper.parameters import (
     logarithm_of,
     place_of_scales,
     scale_of,
-    shift_of,
+    zero_of,
     zeros_of,
 )
 from palu.kernels.decode_attention.hopper.prologue import (
@@ -77,8 +77,8 @@ def operand_of(
     synchronize()
     one = gl.full([TILE], 1.0, gl.float32, rows)
     scale = scale_of(parameters, 0, ASYMMETRIC) if BITS < 16 else one
-    shift = shift_of(parameters, 0, rows, BITS, ASYMMETRIC)
-    operand = key_operand(slot, shift, scale, result, BITS, TURNED, SCALED)
+    zero = zero_of(parameters, 0, rows, BITS, ASYMMETRIC)
+    operand = key_operand(slot, zero, scale, result, BITS, TURNED, SCALED)
     return operand, one if SCALED else scale
 
 

@@ -104,10 +104,11 @@ def _of_scores(slots: int) -> gl.NVMMADistributedLayout:
 def load_basis(basis, first, COLUMNS: gl.constexpr, SLOTS: gl.constexpr):
     """P of a tile's tokens, a tuple of words [tile] of two columns each, from token `first` of the window on."""
     token = first + gl.arange(0, TILE, gl.SliceLayout(1, _of_scores(SLOTS)))
-    words = basis.to(gl.pointer_type(gl.int32), bitcast=True)
+    both = basis.to(gl.pointer_type(gl.int64), bitcast=True)
     result = ()
-    for word in gl.static_range(COLUMNS // 2):
-        result = result + (gl.load(words + token * (COLUMNS // 2) + word),)
+    for two in gl.static_range(COLUMNS // 4):
+        words = gl.load(both + token * (COLUMNS // 4) + two)
+        result = result + (words.to(gl.int32), (words >> 32).to(gl.int32))
     return result
 
 

@@ -43,7 +43,7 @@ def load_turns(table, first, table_t, length, after, PAIRS: gl.constexpr):
     # Behind the last token any numbers do.
     token = gl.minimum(first + gl.arange(0, TILE, gl.SliceLayout(1, layout)), length - 1)
     place = gl.arange(0, PAIRS, gl.SliceLayout(0, layout))
-    at = table + gl.cast(token, gl.int64)[:, None] * table_t
+    at = table + token[:, None] * table_t
     return gl.load(at.to(gl.pointer_type(gl.int32), bitcast=True) + place[None, :])
 
 
