@@ -12,10 +12,16 @@ MOST: gl.constexpr = gl.constexpr(15.0)
 
 
 @gluon.constexpr_function
+def _neighbours(slots: int, tokens: int) -> int:
+    """Neighbouring tokens' weights that a thread has."""
+    return min(8, max(1, slots // WARPS.value * tokens // 32))
+
+
+@gluon.constexpr_function
 def weights_layout(slots: int, tokens: int) -> gl.DistributedLinearLayout:
     """Weights [slots, tokens]: a warp has a quarter of the slots, a lane up to eight neighbouring tokens of some."""
     own = slots // WARPS.value
-    each = min(8, max(1, own * tokens // 32))
+    each = _neighbours(slots, tokens)
     lanes = [[0, each << bit] for bit in range(bits_of(tokens // each))][:5]
     held = [[0, 1 << bit] for bit in range(bits_of(each))]
     inside = [[1 << bit, 0] for bit in range(bits_of(own))]
@@ -99,7 +105,9 @@ def load_scores(
         for step in gl.static_range(TILE // STEP):
             place = buffer_in(found, WHICH + tile, done, EITHER)
             score = _scores_of(place, step * STEP, STEP, USED).load(weights_layout(USED, STEP))
-            scores = scores + (gl.where((there & (tile < number))[:, None], score, float("-inf")),)
+            # There is a first tile.
+            visible = there & (tile < number) if tile > 0 else there
+            scores = scores + (gl.where(visible[:, None], score, float("-inf")),)
     return scores
 
 
@@ -124,7 +132,13 @@ def highest(scores):
 @gluon.jit
 def store_excess(excess, scores, reference):
     """Whether some of a warp's scores are far above their references, to shared memory [warps]."""
-    above = (highest(scores) - reference[:, None] > MOST).to(gl.int32)
+    USED: gl.constexpr = scores[0].shape[0]
+    STEP: gl.constexpr = scores[0].shape[1]
+    EACH: gl.constexpr = _neighbours(USED, STEP)
+    # Each thread's largest first.
+    most = gl.max(highest(scores).reshape([USED, STEP // EACH, EACH]), 2)
+    reference = gl.convert_layout(reference, gl.SliceLayout(1, most.type.layout), assert_trivial=True)
+    above = (most - reference[:, None] > MOST).to(gl.int32)
     # One instruction finds the largest integer of a warp.
     excess.store(gl.max(above.reshape([WARPS, above.shape[0] // WARPS * above.shape[1]]), 1))
 
