@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from palu.kernels.decode_attention.hopper.combine import WARPS as KERNEL_WARPS
 from palu.kernels.decode_attention.hopper.combine import hopper_combine_kernel
 from palu.kernels.decode_attention.hopper.kernel import hopper_kernel
 from palu.kernels.decode_attention.hopper.plans import (
@@ -49,10 +48,11 @@ from palu.kernels.quantize import LARGEST_WHOLE_ZERO, PackedLatents
 from palu.kernels.rotation import Rotation, Window
 from palu.kernels.tuning import length_class, pick, searches
 
-COMBINE_WARPS = KERNEL_WARPS.value
 WINDOW_FAST, WINDOW_COLUMNS = KERNEL_FAST.value, KERNEL_COLUMNS.value
 # Latents of a head, at least and at most, and parts at least that a program adds up.
 LEAST_LATENTS, MOST_LATENTS, LEAST_PARTS = 128, 512, 16
+# Warps that add them up, at least and at most, and numbers of a thread: code that runs once had better be short.
+COMBINE_WARPS, COMBINE_NUMBERS = (8, 32), 32
 # Tiles of a program from which on windows are worth their making.
 LEAST_TILES = 8
 # Pairs of keys with several queries that are rebuilt where the others are interpolated.
@@ -324,14 +324,16 @@ def _combine_early(parts: Parts, value: LatentProjection, query: Tensor, head_di
         return combine(parts, value, query, head_dim)
     side = side_of(ranks, 16, query.device)
     output = query.new_empty(rows, num_heads, head_dim)
+    most_parts = max(LEAST_PARTS, next_power_of_2(count))
+    latents = max(LEAST_LATENTS, next_power_of_2(max(ranks)))
+    warps = min(max(COMBINE_WARPS[0], most_parts * latents // (32 * COMBINE_NUMBERS)), COMBINE_WARPS[1])
     hopper_combine_kernel[(rows * num_heads, cdiv(head_dim, COMBINE_OUT))](
         *parts, value.up, value.up if value.bias is None else value.bias, output, side.rank, side.offset,
         count, rows * num_heads, value.up.stride(0),
         HEADS=num_heads, HEADS_PER_GROUP=num_heads // len(ranks),
         QUERIES=num_heads // (value.up.shape[0] * len(ranks) // head_dim), HEAD_DIM=head_dim,
-        RANK_STRIDE=max(ranks), PARTS=max(LEAST_PARTS, next_power_of_2(count)),
-        LATENTS=max(LEAST_LATENTS, next_power_of_2(max(ranks))), OUTPUTS=COMBINE_OUT,
+        RANK_STRIDE=max(ranks), PARTS=most_parts, LATENTS=latents, OUTPUTS=COMBINE_OUT,
         HAS_BIAS=value.bias is not None, DIVISOR=divisor(ranks), EVEN=even_rank(ranks),
-        num_warps=COMBINE_WARPS, launch_pdl=True,
+        num_warps=warps, launch_pdl=True,
     )  # fmt: skip
     return output.view(rows, -1)
