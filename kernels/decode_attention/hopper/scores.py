@@ -272,10 +272,11 @@ def score_rebuilt(
                 after = zeros_of(next_parameters, rows, BITS, ASYMMETRIC) if TURNED else nothing
                 next_turns = _turns_of(table, basis, tiles, index + 2, table_t, after, PAIRS, ROWS_SPAN)
             if MODE == "mixed":
+                next_shares = load_basis(basis, (index + 2 - window) * TILE % SPAN, UNIT // SLOTS, SLOTS)
                 # The first window's matrix is there.
                 mbarrier.wait(beside[2], 0)
                 score_slow(places, free, operand, factors, shares, scores, seen, scale, logarithm)
-                shares = load_basis(basis, (index + 2 - window) * TILE % SPAN, UNIT // SLOTS, SLOTS)
+                shares = next_shares
             place = place_of_scales(WHICH, done)
             hand_on_parameters(scales, place, parameters, seen, rows, BITS, ASYMMETRIC, WHOLE)
             turns, parameters = next_turns, next_parameters
