@@ -70,6 +70,14 @@ def test_what_was_made_of_a_mask_or_a_factor_is_not_taken_for_another_one():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_the_power_of_a_factor_that_is_not_finite_is_infinite(number):
+    up = torch.randn(96, 64)
+    up[3, 5] = number
+    assert bounded_factor(LatentProjection(up, (64,)), 64, 4, torch.float32, unit_order, 40.0, 1.0)[1] == float("inf")
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("size", [1e-4, 1.0, 1e4, 0.0])
 def test_no_row_of_a_bounded_factor_adds_up_to_more_than_asked(size):
     key = LatentProjection(torch.randn(96, 64 + 32) * size, (64, 32))

@@ -61,14 +61,15 @@ def bounded_factor(
 ) -> tuple[Tensor, float]:
     """As `ordered_factor`, divided by a power of two, so that no row's numbers add up to more than `most`; the power.
 
-    least: the power at least. Made before a step is captured in a CUDA graph, which cannot wait for the power.
+    least: the power at least; of a factor that is not finite it is infinite. Made before a step is captured in a CUDA
+    graph, which cannot wait for the power.
     """
     columns = _columns(padded, bits, order, key.up.device)
 
     def make() -> tuple[Tensor, float]:
         factor = _in_order(key, padded, columns).float()
         largest = factor.abs().unflatten(1, (-1, padded)).sum(-1).amax().clamp(min=1e-20).item()
-        power = max(least, 2.0 ** math.ceil(math.log2(largest / most)))
+        power = max(least, 2.0 ** math.ceil(math.log2(largest / most))) if math.isfinite(largest) else math.inf
         return (factor / power).to(dtype), power
 
     return _kept(key, (order, most, least), (padded, bits, dtype), make)
