@@ -55,6 +55,22 @@ def test_two_programs_share_a_groups_heads_where_each_has_a_tile(heads, dtype, e
 @needs_hopper
 @torch.no_grad()
 @pytest.mark.usefixtures("empty_memory_is_nan")
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("size", [1e-3, 30.0, 1000.0])
+@pytest.mark.parametrize("length", [300, 4000])
+def test_large_and_small_up_factors_stay_in_range(size, length, bits, monkeypatch):
+    shape = Shape(1, 32, 8, 128, 1, length, (128, 64), (384, 256))
+    query, *latents, key, value, rotation, mask = random_call(shape, torch.float16, False, gapless=True)
+    # Scores stay as large as they are.
+    key, query = LatentProjection(key.up * size, key.ranks), query / size
+    packed, held = quantized(latents, bits, key, value)
+    monkeypatch.setattr(hopper, "parts_of", lambda *args: 3)
+    checked((query, *packed, key, value, rotation), shape, mask, mask, "float16", monkeypatch, held)
+
+
+@needs_hopper
+@torch.no_grad()
+@pytest.mark.usefixtures("empty_memory_is_nan")
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("heads", [(32, 8, 128), (8, 8, 128), (6, 2, 96)], ids=lambda heads: "-".join(map(str, heads)))
 @pytest.mark.parametrize("length", [300, 4000])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from palu.kernels.decode_attention.hopper.combine import hopper_combine_kernel
+from palu.kernels.decode_attention.hopper.factor import factor_of_codes
 from palu.kernels.decode_attention.hopper.kernel import hopper_kernel
 from palu.kernels.decode_attention.hopper.plans import (
     CHUNK,
@@ -15,6 +16,7 @@ from palu.kernels.decode_attention.hopper.plans import (
     TILE,
     Heads,
     Plan,
+    combining_of,
     heads_of,
     mode_of,
     padded_rank,
@@ -29,7 +31,6 @@ from palu.kernels.decode_attention.hopper.windows import COLUMNS as KERNEL_COLUM
 from palu.kernels.decode_attention.hopper.windows import FAST as KERNEL_FAST
 from palu.kernels.decode_attention.parts import COMBINE_OUT, Parts, combine
 from palu.kernels.integers import cdiv, next_power_of_2
-from palu.kernels.latent_scores.factors import bounded_factor, ordered_factor, unit_order
 from palu.kernels.latent_scores.launch import LOG2_E
 from palu.kernels.latent_scores.layout import (
     DTYPES,
@@ -44,25 +45,19 @@ from palu.kernels.latent_scores.layout import (
 )
 from palu.kernels.latent_scores.tables import lane_table
 from palu.kernels.latents import LatentProjection, Latents, Stretch
-from palu.kernels.quantize import LARGEST_WHOLE_ZERO, PackedLatents
+from palu.kernels.quantize import PackedLatents
 from palu.kernels.rotation import Rotation, Window
 from palu.kernels.tuning import length_class, pick, searches
 
 WINDOW_FAST, WINDOW_COLUMNS = KERNEL_FAST.value, KERNEL_COLUMNS.value
-# Latents of a head, at least and at most, and parts at least that a program adds up.
-LEAST_LATENTS, MOST_LATENTS, LEAST_PARTS = 128, 512, 16
-# Warps that add them up, at least and at most, and numbers of a thread: code that runs once had better be short.
-COMBINE_WARPS, COMBINE_NUMBERS = (8, 32), 32
+# Latents of a head at most whose parts a program adds up.
+MOST_LATENTS = 512
 # Tiles of a program from which on windows are worth their making.
 LEAST_TILES = 8
 # Pairs of keys with several queries that are rebuilt where the others are interpolated.
 FAST = COLUMNS // 2
 # Bits of codes that the kernel can make numbers of.
 CODES = (8, 4)
-# Sums of fp16 at most: turned, they are up to the root of two as large.
-MOST_SUM = 45000.0
-# What a factor may be divided by, and queries be multiplied with, without leaving their range of fp16.
-LEAST_POWER, MOST_POWER = 2.0**-6, 2.0**6
 # Registers of a thread that scores and of one that weighs values, by the mode, whether there are codes, and the groups
 # of warps in all.
 REGISTERS = {
@@ -271,7 +266,7 @@ def _launch(plan: Plan, call: Call, window: Window | None, tables: Tables, parts
     dtype = call.dtype
     rank, up, scaled = padded_rank(ranks, bits), query if absorbed else key.up, False
     if bits < 16 and not absorbed:
-        up, power, scaled = _factor_of_codes(call, rank)
+        up, power, scaled = factor_of_codes(call.key, rank, bits, dtype, heads.mode == "folded", any(call.extras))
         scaling *= power
     scaling *= LOG2_E * (1.0 if rotation is None else rotation.attention_scaling)
     side, value_side = side_of(ranks, 16, device), side_of(value_ranks, 16, device)
@@ -301,20 +296,6 @@ def _launch(plan: Plan, call: Call, window: Window | None, tables: Tables, parts
     )  # fmt: skip
 
 
-def _factor_of_codes(call: Call, rank: int) -> tuple[Tensor, float, bool]:
-    """The up factor in the order of the codes, what it is divided by, and whether codes have to meet it scaled."""
-    given = (call.key, rank, call.bits, call.dtype, unit_order)
-    if call.heads.mode == "folded":
-        return ordered_factor(*given), 1.0, False
-    # Biases and norms count on keys as they are.
-    if not any(call.extras):
-        # Codes without scales are added up in fp16, and turned.
-        factor, power = bounded_factor(*given, MOST_SUM / (LARGEST_WHOLE_ZERO + 2**call.bits), LEAST_POWER)
-        if power <= MOST_POWER:
-            return factor, power, False
-    return ordered_factor(*given), 1.0, True
-
-
 def _combine_early(parts: Parts, value: LatentProjection, query: Tensor, head_dim: int) -> Tensor:
     """As `parts.combine`, of parts that a launch makes which allows this one to begin before it ends."""
     rows, num_heads, _ = query.shape
@@ -324,9 +305,7 @@ def _combine_early(parts: Parts, value: LatentProjection, query: Tensor, head_di
         return combine(parts, value, query, head_dim)
     side = side_of(ranks, 16, query.device)
     output = query.new_empty(rows, num_heads, head_dim)
-    most_parts = max(LEAST_PARTS, next_power_of_2(count))
-    latents = max(LEAST_LATENTS, next_power_of_2(max(ranks)))
-    warps = min(max(COMBINE_WARPS[0], most_parts * latents // (32 * COMBINE_NUMBERS)), COMBINE_WARPS[1])
+    most_parts, latents, warps = combining_of(count, max(ranks))
     hopper_combine_kernel[(rows * num_heads, cdiv(head_dim, COMBINE_OUT))](
         *parts, value.up, value.up if value.bias is None else value.bias, output, side.rank, side.offset,
         count, rows * num_heads, value.up.stride(0),

@@ -1,0 +1,31 @@
+"""The up factor that codes of keys meet, and in what range its products stay."""
+
+import torch
+from torch import Tensor
+
+from palu.kernels.latent_scores.factors import bounded_factor, ordered_factor, unit_order
+from palu.kernels.latents import LatentProjection
+from palu.kernels.quantize import LARGEST_WHOLE_ZERO
+
+# Sums of fp16 at most: turned, they are up to the root of two as large.
+MOST_SUM = 45000.0
+# What a factor may be divided by, and queries be multiplied with, without leaving their range of fp16.
+LEAST_POWER, MOST_POWER = 2.0**-6, 2.0**6
+
+
+def factor_of_codes(
+    key: LatentProjection, rank: int, bits: int, dtype: torch.dtype, folded: bool, extras: bool
+) -> tuple[Tensor, float, bool]:
+    """The up factor in the order of the codes, what it is divided by, and whether codes have to meet it scaled.
+
+    folded: queries are folded into it; extras: keys have biases or a norm, which count on keys as they are.
+    """
+    given = (key, rank, bits, dtype, unit_order)
+    if folded:
+        return ordered_factor(*given), 1.0, False
+    if not extras:
+        # Codes without scales are added up in fp16, and turned.
+        factor, power = bounded_factor(*given, MOST_SUM / (LARGEST_WHOLE_ZERO + 2**bits), LEAST_POWER)
+        if power <= MOST_POWER:
+            return factor, power, False
+    return ordered_factor(*given), 1.0, True
