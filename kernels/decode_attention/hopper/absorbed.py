@@ -98,7 +98,7 @@ def score_absorbed_codes(
         shift = zero_of(parameters, 0, rows, BITS, ASYMMETRIC) - taken_away(BITS)
         shift = gl.convert_layout(shift, gl.SliceLayout(1, nothing.type.layout), assert_trivial=True)
         logarithm = logarithm_of(parameters, seen, rows, BITS, ASYMMETRIC)
-        place = place_of_scales(done % 2, done // 2) if EITHER else place_of_scales(WHICH, done)
+        place = place_of_scales(WHICH, done, EITHER)
         hand_on_parameters(scales, place, parameters, seen, rows, BITS, ASYMMETRIC, True)
         score = whole_of(warpgroup_mma_wait(0, deps=[begun])) * unit[None, :] - shift[:, None] * total[None, :]
         to = buffer_in(found, WHICH, done, EITHER)
@@ -141,7 +141,7 @@ def score_absorbed(
         copy_tile(slot, latents, tiles, index + STAGES, latents_t, units)
         mbarrier.wait(buffer_in(empty, 0, done, True), phase_of(done, True) ^ 1)
         logarithm = logarithm_of(parameters, seen, rows, BITS, ASYMMETRIC)
-        place = place_of_scales(done % 2, done // 2)
+        place = place_of_scales(0, done, True)
         hand_on_parameters(scales, place, parameters, seen, rows, BITS, ASYMMETRIC, False)
         score, operand = warpgroup_mma_wait(0, deps=[begun, operand])
         hand_on(buffer_in(found, 0, done, True), score, seen, scale, logarithm)

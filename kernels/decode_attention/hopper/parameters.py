@@ -3,7 +3,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from palu.kernels.decode_attention.hopper.common import TILE, log2, reciprocal
+from palu.kernels.decode_attention.hopper.common import TILE, log2, phase_of, reciprocal
 from palu.kernels.decode_attention.hopper.operands import taken_away, taken_of_numbers
 
 
@@ -78,9 +78,9 @@ def logarithm_of(parameters, seen, layout: gl.constexpr, BITS: gl.constexpr, ASY
 
 
 @gluon.jit
-def place_of_scales(buffer, round):
-    """Where the scales are of tiles that have a buffer of scores, which is free again before they are."""
-    return 2 * (round & 1) + buffer
+def place_of_scales(WHICH: gl.constexpr, done, EITHER: gl.constexpr):
+    """Where the scales are of tiles that have a buffer of scores (`buffer_in`), which is free again before they are."""
+    return 2 * phase_of(done, EITHER) + (done % 2 if EITHER else WHICH)
 
 
 @gluon.jit

@@ -36,28 +36,17 @@ def _score_absorbed(
 
 @gluon.jit
 def _weigh(
-    memory, out, arguments, WHICH: gl.constexpr, SHARED_BY: gl.constexpr, KIND: gl.constexpr, WHOLE: gl.constexpr
+    window, memory, out, arguments, WHICH: gl.constexpr, SHARED_BY: gl.constexpr, WIDTH: gl.constexpr,
+    KIND: gl.constexpr, WHOLE: gl.constexpr,
 ):  # fmt: skip
-    """Weigh values; KIND: what both take last, in their order; WHOLE: slots of weights that are whole numbers, or 0."""
-    start_copies(memory[0], arguments, WHICH, SHARED_BY, KIND[6])
-    _weigh_started(memory, out, arguments, WHICH, SHARED_BY, KIND, WHOLE)
+    """Weigh values; KIND: what both take last, in their order; WHOLE: slots of weights that are whole numbers, or 0.
 
-
-@gluon.jit
-def _make_and_weigh(
-    factors, beside, to_make, memory, out, arguments, HEADS: gl.constexpr, WIDTH: gl.constexpr, KIND: gl.constexpr,
-    WHOLE: gl.constexpr,
-):  # fmt: skip
-    """Make the first window's matrix of slow pairs, then weigh as `_weigh`."""
-    make_first_window(factors, beside, memory[0], to_make, arguments, HEADS, WIDTH, KIND[6])
-    _weigh_started(memory, out, arguments, 0, 1, KIND, WHOLE)
-
-
-@gluon.jit
-def _weigh_started(
-    memory, out, arguments, WHICH: gl.constexpr, SHARED_BY: gl.constexpr, KIND: gl.constexpr, WHOLE: gl.constexpr
-):  # fmt: skip
-    """As `_weigh`, the first copies begun."""
+    window: what `make_first_window` takes first, where this group of warps makes it, or ().
+    """
+    if len(window) > 0:
+        make_first_window(window[0], window[1], memory[0], window[2], arguments, KIND, WIDTH, KIND[6])
+    else:
+        start_copies(memory[0], arguments, WHICH, SHARED_BY, KIND[6])
     rings, weights, tops = memory
     if WHOLE > 0:
         weigh_whole(
@@ -184,20 +173,20 @@ def attend(
         if WEIGHERS == 1:
             gl.warp_specialize([
                 (_score_absorbed, (buffers, rings[0], queries, units, to_scores, 0, SCORERS, OF_KEYS, WHOLE)),
-                (_weigh, (memories[0], out, to_values, 0, WEIGHERS, OF_VALUES, WHOLE)),
+                (_weigh, ((), memories[0], out, to_values, 0, WEIGHERS, WIDTH, OF_VALUES, WHOLE)),
             ], [4], [VALUE_REGISTERS])  # fmt: skip
         elif SCORERS == 1:
             gl.warp_specialize([
                 (_score_absorbed, (buffers, rings[0], queries, units, to_scores, 0, SCORERS, OF_KEYS, WHOLE)),
-                (_weigh, (memories[0], out, to_values, 0, WEIGHERS, OF_VALUES, WHOLE)),
-                (_weigh, (memories[1], out + rows_heads, to_values, 1, WEIGHERS, OF_VALUES, WHOLE)),
+                (_weigh, ((), memories[0], out, to_values, 0, WEIGHERS, WIDTH, OF_VALUES, WHOLE)),
+                (_weigh, ((), memories[1], out + rows_heads, to_values, 1, WEIGHERS, WIDTH, OF_VALUES, WHOLE)),
             ], [4, 4], [VALUE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
         else:
             gl.warp_specialize([
                 (_score_absorbed, (buffers, rings[0], queries, units, to_scores, 0, SCORERS, OF_KEYS, WHOLE)),
                 (_score_absorbed, (buffers, rings[1], queries, units, to_scores, 1, SCORERS, OF_KEYS, WHOLE)),
-                (_weigh, (memories[0], out, to_values, 0, WEIGHERS, OF_VALUES, WHOLE)),
-                (_weigh, (memories[1], out + rows_heads, to_values, 1, WEIGHERS, OF_VALUES, WHOLE)),
+                (_weigh, ((), memories[0], out, to_values, 0, WEIGHERS, WIDTH, OF_VALUES, WHOLE)),
+                (_weigh, ((), memories[1], out + rows_heads, to_values, 1, WEIGHERS, WIDTH, OF_VALUES, WHOLE)),
             ], [4, 4, 4], [SCORE_REGISTERS, VALUE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
     else:
         # Windows take half of the columns of a head, of two heads at a time.
@@ -251,39 +240,22 @@ def attend(
             bases, basis, frequencies, lead + begin * TILE,
         )  # fmt: skip
         synchronize()
+        window = ()
         if MODE == "mixed":
             # Nothing is read where there is no tile.
             to_make = (
                 up, up_stride, gl.where(begin < end, up_rank, 0), at_query, query_stride, scaling, bases, frequencies,
                 lead + begin * TILE,
             )  # fmt: skip
-            HEADS: gl.constexpr = (KV, QUERIES, QUERY_SLOTS, TOGETHER)
-            gl.warp_specialize([
-                (score_rebuilt, (
-                    places, scales, full, empty, ready, rings[0], factors, besides[0], to_scores,
-                    0, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK, WHOLE > 0,
-                    SCALED,
-                )),
-                (score_rebuilt, (
-                    places, scales, full, empty, ready, rings[1], factors, besides[1], to_scores,
-                    1, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK, WHOLE > 0,
-                    SCALED,
-                )),
-                (_make_and_weigh, (
-                    factors, beside, to_make, memories[0], out, to_values, HEADS, WIDTH, OF_VALUES, WHOLE,
-                )),
-            ], [4, 4], [SCORE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
-        else:
-            gl.warp_specialize([
-                (score_rebuilt, (
-                    places, scales, full, empty, ready, rings[0], factors, besides[0], to_scores,
-                    0, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK, WHOLE > 0,
-                    SCALED,
-                )),
-                (score_rebuilt, (
-                    places, scales, full, empty, ready, rings[1], factors, besides[1], to_scores,
-                    1, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK, WHOLE > 0,
-                    SCALED,
-                )),
-                (_weigh, (memories[0], out, to_values, 0, WEIGHERS, OF_VALUES, WHOLE)),
-            ], [4, 4], [SCORE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
+            window = (factors, beside, to_make)
+        gl.warp_specialize([
+            (score_rebuilt, (
+                places, scales, full, empty, ready, rings[0], factors, besides[0], to_scores, 0,
+                MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK, WHOLE > 0, SCALED,
+            )),
+            (score_rebuilt, (
+                places, scales, full, empty, ready, rings[1], factors, besides[1], to_scores, 1,
+                MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK, WHOLE > 0, SCALED,
+            )),
+            (_weigh, (window, memories[0], out, to_values, 0, WEIGHERS, WIDTH, OF_VALUES, WHOLE)),
+        ], [4, 4], [SCORE_REGISTERS, VALUE_REGISTERS])  # fmt: skip

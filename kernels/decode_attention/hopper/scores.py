@@ -277,7 +277,7 @@ def score_rebuilt(
                 mbarrier.wait(beside[2], 0)
                 score_slow(places, free, operand, factors, shares, scores, seen, scale, logarithm)
                 shares = next_shares
-            place = place_of_scales(WHICH, done)
+            place = place_of_scales(WHICH, done, False)
             hand_on_parameters(scales, place, parameters, seen, rows, BITS, ASYMMETRIC, WHOLE)
             turns, parameters = next_turns, next_parameters
             synchronize()

@@ -149,7 +149,7 @@ def made_layout(rank: int) -> gl.NVMMADistributedLayout:
 def load_slow_of(
     factors, beside, bases, frequencies, query, query_stride, HEADS: gl.constexpr, WIDTH: gl.constexpr
 ):  # fmt: skip
-    """What a window of slow pairs is made of; HEADS: what tells heads of slots."""
+    """What a window of slow pairs is made of; HEADS: what tells heads of slots: KV, QUERIES, QUERY_SLOTS, TOGETHER."""
     return load_slow(
         bases, frequencies, query, query_stride, made_layout(factors.shape[2]), HEADS[0], HEADS[1], HEADS[2],
         HEADS[3], LEAST, UNIT, beside[0].shape[1], beside[1].shape[1], WIDTH,

@@ -2,8 +2,9 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from palu.kernels.decode_attention.hopper.common import TILE, WARPS, bits_of, buffer_in, exp2
+from palu.kernels.decode_attention.hopper.common import TILE, WARPS, bits_of, buffer_in, exp2, phase_of
 from palu.kernels.decode_attention.hopper.operands import kv_head_of
 
 # Weights are 2 ** HEADROOM where they are relative to the largest score so far, and never more than 2 ** MOST.
@@ -96,9 +97,17 @@ def _stored(weights, rounded):
 
 @gluon.jit
 def load_scores(
-    found, WHICH: gl.constexpr, done, number, there, STEP: gl.constexpr, TILES: gl.constexpr, EITHER: gl.constexpr
+    full, found, WHICH: gl.constexpr, done, number, there, STEP: gl.constexpr, TILES: gl.constexpr,
+    EITHER: gl.constexpr,
 ):  # fmt: skip
-    """Scores [slots in use, STEP] of `number` of TILES tiles, from buffer WHICH on as in `buffer_in`, step by step."""
+    """Scores [slots in use, STEP] of `number` of TILES tiles, from buffer WHICH on as in `buffer_in`, step by step.
+
+    Waits until they are there.
+    """
+    phase = phase_of(done, EITHER)
+    mbarrier.wait(buffer_in(full, WHICH, done, EITHER), phase)
+    if number == 2:
+        mbarrier.wait(buffer_in(full, 1, done, EITHER), phase)
     USED: gl.constexpr = there.shape[0]
     scores = ()
     for tile in gl.static_range(TILES):
@@ -109,6 +118,14 @@ def load_scores(
             visible = there & (tile < number) if tile > 0 else there
             scores = scores + (gl.where(visible[:, None], score, float("-inf")),)
     return scores
+
+
+@gluon.jit
+def hand_back(empty, WHICH: gl.constexpr, done, TILES: gl.constexpr, EITHER: gl.constexpr):
+    """The buffers of `load_scores` may be written over: all warps have read them."""
+    # Those of two groups have one barrier.
+    for tile in gl.static_range(TILES if len(empty) == 1 else 1):
+        mbarrier.arrive(buffer_in(empty, WHICH + tile, done, EITHER), count=1)
 
 
 @gluon.jit

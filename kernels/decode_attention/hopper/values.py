@@ -5,7 +5,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
-    mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -14,14 +13,13 @@ from palu.kernels.decode_attention.hopper.common import (
     TILE,
     WARPS,
     bits_of,
-    buffer_in,
     copy_rows,
-    phase_of,
     synchronize,
 )
 from palu.kernels.decode_attention.hopper.operands import by_latent, codes_of_numbers, value_operand, value_units
 from palu.kernels.decode_attention.hopper.parameters import place_of_scales
 from palu.kernels.decode_attention.hopper.softmax import (
+    hand_back,
     head_of,
     load_scores,
     of_all_slots,
@@ -185,25 +183,28 @@ def weigh_values(
     for index in range(begin, end, TILES * SHARED_BY):
         done = (index - begin) // (TILES * SHARED_BY)
         number = gl.minimum(end - index, TILES)
-        phase = phase_of(done, EITHER)
-        mbarrier.wait(buffer_in(full, WHICH, done, EITHER), phase)
-        if number == 2:
-            mbarrier.wait(buffer_in(full, 1, done, EITHER), phase)
-        scores = load_scores(found, WHICH, done, number, there, STEP, TILES, EITHER)
+        scores = load_scores(full, found, WHICH, done, number, there, STEP, TILES, EITHER)
         store_excess(excess, scores, reference)
         async_copy.wait_group(STAGES - 2)
         if BITS == 16:
             fence_async_shared()
         # The first step is there, products of the last tile are done in all warps, its weights may be written over.
         synchronize()
-        # All have read the scores.
-        for tile in gl.static_range(TILES if len(empty) == 1 else 1):
-            mbarrier.arrive(buffer_in(empty, WHICH + tile, done, EITHER), count=1)
+        hand_back(empty, WHICH, done, TILES, EITHER)
         if BITS < 16:
             # Numbers are made of the first codes beside the softmax.
             operand = value_operand(value_units(rings[0].index(done * STEPS % STAGES)), result, BITS)
         reference, total, shifted, summed = softmax(
-            scores, excess, scales, place_of_scales(WHICH, done), weights, reference, total, shifted, summed, BITS
+            scores,
+            excess,
+            scales,
+            place_of_scales(WHICH, done, EITHER),
+            weights,
+            reference,
+            total,
+            shifted,
+            summed,
+            BITS,
         )
         for part in gl.static_range(STEPS):
             step = done * STEPS + part

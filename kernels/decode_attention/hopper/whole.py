@@ -9,15 +9,21 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
-    mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from palu.kernels.decode_attention.hopper.common import WARPS, buffer_in, exp2, phase_of, synchronize
+from palu.kernels.decode_attention.hopper.common import WARPS, exp2, synchronize
 from palu.kernels.decode_attention.hopper.operands import bytes_operand, side_by_side, value_units
 from palu.kernels.decode_attention.hopper.parameters import place_of_scales
-from palu.kernels.decode_attention.hopper.softmax import head_of, highest, load_scores, parameters_of, weights_layout
+from palu.kernels.decode_attention.hopper.softmax import (
+    hand_back,
+    head_of,
+    highest,
+    load_scores,
+    parameters_of,
+    weights_layout,
+)
 from palu.kernels.decode_attention.hopper.values import CHUNK, copy_step, latents_layout, store_sums
 from palu.kernels.decode_attention.kernel import LOWEST
 
@@ -157,19 +163,13 @@ def weigh_whole(
     for index in range(begin, end, 2):
         round = (index - begin) // 2
         number = gl.minimum(end - index, TILES)
-        phase = phase_of(round, False)
-        mbarrier.wait(buffer_in(full, WHICH, round, False), phase)
-        if number == 2:
-            mbarrier.wait(buffer_in(full, WHICH + TILES - 1, round, False), phase)
-        scores = load_scores(found, WHICH, round, number, there, STEP, TILES, False)
-        # All have read the scores.
+        scores = load_scores(full, found, WHICH, round, number, there, STEP, TILES, False)
         synchronize()
-        for tile in gl.static_range(TILES if len(empty) == 1 else 1):
-            mbarrier.arrive(buffer_in(empty, WHICH + tile, round, False), count=1)
+        hand_back(empty, WHICH, round, TILES, False)
         peak = _largest(scores)
         tops.index(round % 2).store(peak)
         reference, total, shifted = _softmax(
-            scores, peak, scales, place_of_scales(WHICH, round), weights, round % 2, reference, total, shifted
+            scores, peak, scales, place_of_scales(WHICH, round, False), weights, round % 2, reference, total, shifted
         )
         products = (zeros,) * CHUNKS
         for part in gl.static_range(PARTS):
