@@ -9,18 +9,21 @@ from triton.experimental.gluon import language as gl
 from palu.kernels.decode_attention.hopper.common import bits_of, place_of, wait_for_launch_before
 from palu.kernels.decode_attention.kernel import LOWEST
 
+# Warps of a program.
+WARPS: gl.constexpr = gl.constexpr(8)
+
 
 @gluon.constexpr_function
-def _sums_layout(parts: int, latents: int, warps: int) -> gl.DistributedLinearLayout:
+def _sums_layout(parts: int, latents: int) -> gl.DistributedLinearLayout:
     """Parts and latents: four neighbouring latents of a range of parts a thread, a warp's latents of all parts."""
-    lanes = bits_of(latents // warps // 4)
+    lanes = bits_of(latents // WARPS.value // 4)
     inside = [[0, 1], [0, 2]]
     across = [[0, 4 << bit] for bit in range(lanes)]
     later = 5 - lanes
     held = [[1 << bit, 0] for bit in range(bits_of(parts) - later)]
     across += [[parts >> (later - bit), 0] for bit in range(later)]
-    of_warps = [[0, latents // warps << bit] for bit in range(bits_of(warps))]
-    return gl.DistributedLinearLayout([*inside, *held], across, of_warps, [], [parts, latents])
+    warps = [[0, latents // WARPS.value << bit] for bit in range(bits_of(WARPS.value))]
+    return gl.DistributedLinearLayout([*inside, *held], across, warps, [], [parts, latents])
 
 
 @gluon.jit(do_not_specialize=["parts", "rows_heads"])
@@ -34,7 +37,6 @@ def hopper_combine_kernel(
 
     PARTS, LATENTS: powers of two, at least as many as there are.
     """
-    WARPS: gl.constexpr = gl.num_warps()
     row_head, piece = gl.program_id(0), gl.program_id(1)
     head = row_head % HEADS
     group = head // HEADS_PER_GROUP
@@ -46,7 +48,7 @@ def hopper_combine_kernel(
     ok = (out < HEAD_DIM)[:, None] & (latent < rank)[None, :]
     factor = gl.load(up + offset + (row * up_stride)[:, None] + latent[None, :], mask=ok, other=0.0)
     wait_for_launch_before()
-    by_part: gl.constexpr = _sums_layout(PARTS, LATENTS, WARPS)
+    by_part: gl.constexpr = _sums_layout(PARTS, LATENTS)
     # Behind the last part its numbers are read again, to be multiplied by zero.
     part = gl.minimum(gl.arange(0, PARTS, gl.SliceLayout(1, by_part)), parts - 1)
     latent = gl.arange(0, LATENTS, gl.SliceLayout(0, by_part))

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from palu.kernels.decode_attention.hopper.combine import WARPS as KERNEL_WARPS
 from palu.kernels.decode_attention.hopper.combine import hopper_combine_kernel
 from palu.kernels.decode_attention.hopper.factor import factor_of_codes
 from palu.kernels.decode_attention.hopper.kernel import hopper_kernel
@@ -16,7 +17,6 @@ from palu.kernels.decode_attention.hopper.plans import (
     TILE,
     Heads,
     Plan,
-    combining_of,
     heads_of,
     mode_of,
     padded_rank,
@@ -50,8 +50,9 @@ from palu.kernels.rotation import Rotation, Window
 from palu.kernels.tuning import length_class, pick, searches
 
 WINDOW_FAST, WINDOW_COLUMNS = KERNEL_FAST.value, KERNEL_COLUMNS.value
-# Latents of a head at most whose parts a program adds up.
-MOST_LATENTS = 512
+COMBINE_WARPS = KERNEL_WARPS.value
+# Latents of a head, at least and at most, and parts at least that a program adds up.
+LEAST_LATENTS, MOST_LATENTS, LEAST_PARTS = 128, 512, 16
 # Tiles of a program from which on windows are worth their making.
 LEAST_TILES = 8
 # Pairs of keys with several queries that are rebuilt where the others are interpolated.
@@ -305,14 +306,14 @@ def _combine_early(parts: Parts, value: LatentProjection, query: Tensor, head_di
         return combine(parts, value, query, head_dim)
     side = side_of(ranks, 16, query.device)
     output = query.new_empty(rows, num_heads, head_dim)
-    most_parts, latents, warps = combining_of(count, max(ranks))
     hopper_combine_kernel[(rows * num_heads, cdiv(head_dim, COMBINE_OUT))](
         *parts, value.up, value.up if value.bias is None else value.bias, output, side.rank, side.offset,
         count, rows * num_heads, value.up.stride(0),
         HEADS=num_heads, HEADS_PER_GROUP=num_heads // len(ranks),
         QUERIES=num_heads // (value.up.shape[0] * len(ranks) // head_dim), HEAD_DIM=head_dim,
-        RANK_STRIDE=max(ranks), PARTS=most_parts, LATENTS=latents, OUTPUTS=COMBINE_OUT,
+        RANK_STRIDE=max(ranks), PARTS=max(LEAST_PARTS, next_power_of_2(count)),
+        LATENTS=max(LEAST_LATENTS, next_power_of_2(max(ranks))), OUTPUTS=COMBINE_OUT,
         HAS_BIAS=value.bias is not None, DIVISOR=divisor(ranks), EVEN=even_rank(ranks),
-        num_warps=warps, launch_pdl=True,
+        num_warps=COMBINE_WARPS, launch_pdl=True,
     )  # fmt: skip
     return output.view(rows, -1)

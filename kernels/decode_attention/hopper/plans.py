@@ -36,8 +36,6 @@ LEAST_WIDTH = 256
 RESERVED = 1024
 # Parts that are added up at once.
 MOST_PARTS = 2 * COMBINE_PARTS
-# Parts and latents at least that a program adds up, its warps at least and at most, and numbers of a thread.
-LEAST_PARTS, LEAST_LATENTS, COMBINE_WARPS, COMBINE_NUMBERS = 16, 128, (8, 32), 32
 # What a program costs beside its tiles, in tiles.
 START = 3
 
@@ -209,12 +207,6 @@ def _registers(plan: Plan, heads: Heads, chunks: int, bits: int, whole: int) -> 
     if whole:
         return _whole_registers(whole, chunks, plan.step)
     return chunks * heads.slots + min(chunks, 2) * plan.step // 2
-
-
-def combining_of(parts: int, rank: int) -> tuple[int, int, int]:
-    """Parts and latents that a program adds up, powers of two, and its warps: what runs once had better be short."""
-    parts, latents = max(LEAST_PARTS, next_power_of_2(parts)), max(LEAST_LATENTS, next_power_of_2(rank))
-    return parts, latents, min(max(COMBINE_WARPS[0], parts * latents // (32 * COMBINE_NUMBERS)), COMBINE_WARPS[1])
 
 
 @functools.lru_cache(maxsize=4096)
