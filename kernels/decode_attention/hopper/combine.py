@@ -9,8 +9,9 @@ from triton.experimental.gluon import language as gl
 from palu.kernels.decode_attention.hopper.common import bits_of, place_of, wait_for_launch_before
 from palu.kernels.decode_attention.kernel import LOWEST
 
-# Warps of a program.
+# Warps of a program, and numbers that it computes: all programs of a head read all parts.
 WARPS: gl.constexpr = gl.constexpr(8)
+OUTPUTS: gl.constexpr = gl.constexpr(64)
 
 
 @gluon.constexpr_function
@@ -30,7 +31,7 @@ def _sums_layout(parts: int, latents: int) -> gl.DistributedLinearLayout:
 def hopper_combine_kernel(
     sums, totals, peaks, up, bias, output, rank_of, offset_of, parts, rows_heads, up_stride,
     HEADS: gl.constexpr, HEADS_PER_GROUP: gl.constexpr, QUERIES: gl.constexpr, HEAD_DIM: gl.constexpr,
-    RANK_STRIDE: gl.constexpr, PARTS: gl.constexpr, LATENTS: gl.constexpr, OUTPUTS: gl.constexpr,
+    RANK_STRIDE: gl.constexpr, PARTS: gl.constexpr, LATENTS: gl.constexpr,
     HAS_BIAS: gl.constexpr, DIVISOR: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
     """OUTPUTS of a head: the up factor times its mean latents. Arguments as those of `combine_kernel`.

@@ -45,6 +45,11 @@ def hopper_kernel(
     `combine_kernel` takes them: WEIGHERS parts of every program.
     """
     wait_for_launch_before()
+    # First of all: everything waits for them.
+    lead, leading, end_tile = 0, 0, 0
+    if SPAN > 0:
+        at_span = spans + gl.program_id(2) * spans_b
+        lead, leading, end_tile = gl.load(at_span), gl.load(at_span + 1), gl.load(at_span + 2)
     # Programs of a group's shares have the same latents.
     share, row = gl.program_id(1), gl.program_id(2)
     group = share // SHARES
@@ -77,17 +82,17 @@ def hopper_kernel(
         bases, basis, frequencies, sums, totals, peaks, key_rank, up_rank, value_rank, length, keys_t, values_t,
         row * mask_b, mask_t, up_stride, query_stride, rows_heads, scaling, epsilon,
     )  # fmt: skip
-    at_table, at_span = table + gl.multiple_of(at_row * table_b, 8), spans + row * spans_b
-    if SPAN == 0 or gl.load(at_span) == GAPS:
+    at_table = table + gl.multiple_of(at_row * table_b, 8)
+    if SPAN == 0 or lead == GAPS:
         attend(
-            given, first_head, 0, at_span, at_table, table_t, MODE, 0, KEY_STAGES, STEP, VALUE_STAGES, 1,
+            given, first_head, 0, 0, 0, at_table, table_t, MODE, 0, KEY_STAGES, STEP, VALUE_STAGES, 1,
             KV, QUERIES, QUERY_SLOTS, SLOTS, WIDTH, WIDE,
             RANK, CHUNKS, RANK_STRIDE, MASK, DTYPE, TOGETHER, COLUMNS, BITS, ASYMMETRIC, SCORERS, WEIGHERS,
             SCORE_REGISTERS, VALUE_REGISTERS, WHOLE, SCALED, HAS_BIAS, HAS_NORM,
         )  # fmt: skip
     else:
         attend(
-            given, first_head, gl.load(at_span), at_span, fast_table + gl.multiple_of(at_row * fast_b, 8), fast_t,
+            given, first_head, lead, leading, end_tile, fast_table + gl.multiple_of(at_row * fast_b, 8), fast_t,
             SPAN_MODE, SPAN, SPAN_KEY_STAGES, SPAN_STEP, SPAN_VALUE_STAGES, HELD,
             KV, QUERIES, QUERY_SLOTS, SLOTS, WIDTH, WIDE,
             RANK, CHUNKS, RANK_STRIDE, MASK, DTYPE, TOGETHER, COLUMNS, BITS, ASYMMETRIC, SCORERS, WEIGHERS,

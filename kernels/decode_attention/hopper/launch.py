@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from palu.kernels.decode_attention.hopper.combine import OUTPUTS as KERNEL_OUTPUTS
 from palu.kernels.decode_attention.hopper.combine import WARPS as KERNEL_WARPS
 from palu.kernels.decode_attention.hopper.combine import hopper_combine_kernel
 from palu.kernels.decode_attention.hopper.factor import factor_of_codes
@@ -29,7 +30,7 @@ from palu.kernels.decode_attention.hopper.plans import (
 from palu.kernels.decode_attention.hopper.spans import spans_of
 from palu.kernels.decode_attention.hopper.windows import COLUMNS as KERNEL_COLUMNS
 from palu.kernels.decode_attention.hopper.windows import FAST as KERNEL_FAST
-from palu.kernels.decode_attention.parts import COMBINE_OUT, Parts, combine
+from palu.kernels.decode_attention.parts import Parts, combine
 from palu.kernels.integers import cdiv, next_power_of_2
 from palu.kernels.latent_scores.launch import LOG2_E
 from palu.kernels.latent_scores.layout import (
@@ -50,7 +51,7 @@ from palu.kernels.rotation import Rotation, Window
 from palu.kernels.tuning import length_class, pick, searches
 
 WINDOW_FAST, WINDOW_COLUMNS = KERNEL_FAST.value, KERNEL_COLUMNS.value
-COMBINE_WARPS = KERNEL_WARPS.value
+COMBINE_WARPS, COMBINE_OUT = KERNEL_WARPS.value, KERNEL_OUTPUTS.value
 # Latents of a head, at least and at most, and parts at least that a program adds up.
 LEAST_LATENTS, MOST_LATENTS, LEAST_PARTS = 128, 512, 16
 # Tiles of a program from which on windows are worth their making.
@@ -312,7 +313,7 @@ def _combine_early(parts: Parts, value: LatentProjection, query: Tensor, head_di
         HEADS=num_heads, HEADS_PER_GROUP=num_heads // len(ranks),
         QUERIES=num_heads // (value.up.shape[0] * len(ranks) // head_dim), HEAD_DIM=head_dim,
         RANK_STRIDE=max(ranks), PARTS=max(LEAST_PARTS, next_power_of_2(count)),
-        LATENTS=max(LEAST_LATENTS, next_power_of_2(max(ranks))), OUTPUTS=COMBINE_OUT,
+        LATENTS=max(LEAST_LATENTS, next_power_of_2(max(ranks))),
         HAS_BIAS=value.bias is not None, DIVISOR=divisor(ranks), EVEN=even_rank(ranks),
         num_warps=COMBINE_WARPS, launch_pdl=True,
     )  # fmt: skip

@@ -62,7 +62,7 @@ def _weigh(
 
 @gluon.jit
 def attend(
-    given, first_head, lead, at_span, table, table_t,
+    given, first_head, lead, leading, end_tile, table, table_t,
     MODE: gl.constexpr, SPAN: gl.constexpr, KEY_STAGES: gl.constexpr, STEP: gl.constexpr, VALUE_STAGES: gl.constexpr,
     HELD: gl.constexpr, KV: gl.constexpr, QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, SLOTS: gl.constexpr,
     WIDTH: gl.constexpr, WIDE: gl.constexpr, RANK: gl.constexpr, CHUNKS: gl.constexpr, RANK_STRIDE: gl.constexpr,
@@ -73,8 +73,8 @@ def attend(
 ):  # fmt: skip
     """The part of a row's sums that a program of `hopper_kernel` has, of one group's heads.
 
-    given: what does not depend on the mode, at the row and the group. lead: the position of token 0, at_span: the row
-    of `spans_of`, both of windows. HELD: heads whose slow pairs of factors are in shared memory at a time.
+    given: what does not depend on the mode, at the row and the group. lead, leading, end_tile: of windows, the
+    row of `spans_of`. HELD: heads whose slow pairs of factors are in shared memory at a time.
     """
     (
         at_keys, at_values, parameters, up, at_query, bias, norm, mask, bases, basis, frequencies, sums, totals, peaks,
@@ -135,8 +135,7 @@ def attend(
             all_of_them.store(gl.zeros([4, TILE], gl.float32, ZEROS))
     if SPAN > 0:
         # The program's tiles: neighbours, of those with visible tokens.
-        leading = gl.load(at_span + 1)
-        many = gl.load(at_span + 2) - leading
+        many = end_tile - leading
         begin, end = leading + many * part // parts, leading + many * (part + 1) // parts
         tiles = (0, 1, begin, end, length)
     else:

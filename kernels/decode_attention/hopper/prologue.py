@@ -208,19 +208,16 @@ def store_norm(weights, norm, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def store_queries(
-    queries, query, head_step, scaling,
-    KV: gl.constexpr, TOGETHER: gl.constexpr, QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, WIDTH: gl.constexpr,
-    WHICH: gl.constexpr, EVERY: gl.constexpr,
+def load_turned_queries(
+    query, head_step, UNITS: gl.constexpr, SLOTS: gl.constexpr, KV: gl.constexpr, TOGETHER: gl.constexpr,
+    QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, WIDTH: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
-    """Queries of kv heads WHICH, WHICH + EVERY, .. to shared memory [KV * units, slots, UNIT].
+    """Queries [SLOTS, UNIT] of UNITS units of every other kv head.
 
     Of TOGETHER heads in columns of their own; where there are more slots, those of others lie behind.
     """
-    UNITS: gl.constexpr = queries.shape[0] // KV
-    SLOTS: gl.constexpr = queries.shape[1]
     loaded = ()
-    for head in gl.static_range(WHICH, KV, EVERY):
+    for head in gl.static_range(WHICH, KV, 2):
         for unit in gl.static_range(UNITS):
             numbers = load_queries(
                 query + head * QUERIES * head_step, head_step, WIDTH,
@@ -228,7 +225,14 @@ def store_queries(
                 unit * (UNIT // 2), True, 16,
             )  # fmt: skip
             loaded = loaded + (numbers,)
-    for head in gl.static_range(WHICH, KV, EVERY):
+    return loaded
+
+
+@gluon.jit
+def store_turned_queries(queries, loaded, scaling, KV: gl.constexpr, WHICH: gl.constexpr):
+    """Queries of `load_turned_queries` to shared memory [KV * units, slots, UNIT]."""
+    UNITS: gl.constexpr = queries.shape[0] // KV
+    for head in gl.static_range(WHICH, KV, 2):
         for unit in gl.static_range(UNITS):
-            numbers = in_columns(loaded[head // EVERY * UNITS + unit] * scaling)
+            numbers = in_columns(loaded[head // 2 * UNITS + unit] * scaling)
             queries.index(head * UNITS + unit).store(numbers.to(queries.dtype))

@@ -30,10 +30,11 @@ from palu.kernels.decode_attention.hopper.prologue import (
     copy_fast,
     fold,
     load_pairs,
+    load_turned_queries,
     pieces_of,
     store_biases,
     store_norm,
-    store_queries,
+    store_turned_queries,
 )
 from palu.kernels.decode_attention.hopper.slow import load_basis, load_slow_of, made_layout, make_slow, slow_numbers
 from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT, by_pair, load_turns, units_of
@@ -120,7 +121,7 @@ def _start(
 
 @gluon.jit
 def _prepare(
-    factors, beside, ready, loaded, bases, frequencies, query, up, bias, norm, numbers, position, later, more,
+    factors, beside, ready, loaded, bases, frequencies, query, up, numbers, position, later, more,
     KEY_STAGES: gl.constexpr, WHICH: gl.constexpr, MODE: gl.constexpr, KV: gl.constexpr, TOGETHER: gl.constexpr,
     QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
@@ -154,12 +155,6 @@ def _prepare(
             q_first, q_second = load_pairs(
                 query, query_stride, scaling, KV, factors.shape[0] // KV * UNIT, factors.shape[2], WIDTH, WHICH
             )
-        else:
-            store_queries(beside[0], query, query_stride, scaling, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, WHICH, 2)
-            if len(beside[1]) > 0 and WHICH == 1:
-                store_biases(beside[1][0], bias, factors.shape[0], KV, WIDTH)
-            if len(beside[2]) > 0 and WHICH == 0:
-                store_norm(beside[2][0], norm, WIDTH)
         async_copy.wait_group(KEY_STAGES)
         synchronize()
         if MODE == "folded":
@@ -201,6 +196,12 @@ def score_rebuilt(
     rows: gl.constexpr = gl.SliceLayout(1, wide)
     first, step, begin, end, length = tiles
     loaded = ()
+    if TURNED:
+        # Asked for first: they are stored before anything is computed.
+        own = load_turned_queries(
+            query, query_stride, beside[0].shape[0] // KV, beside[0].shape[1], KV, TOGETHER, QUERIES, QUERY_SLOTS,
+            WIDTH, WHICH,
+        )  # fmt: skip
     # Nothing is read where there is no tile.
     _start(factors, beside, up, up_stride, gl.where(begin < end, rank, 0), KV, WIDTH, MODE, WHICH)
     for stage in gl.static_range(STAGES):
@@ -218,17 +219,21 @@ def score_rebuilt(
         async_copy.wait_group(STAGES)
         synchronize()
         fold(pieces_of(factors, KV, WHICH, True), q_first, q_second)
-    if MODE == "mixed":
-        store_queries(beside[0], query, query_stride, scaling, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, WHICH, 2)
+    if TURNED:
+        store_turned_queries(beside[0], own, scaling, KV, WHICH)
     numbers = (up_stride, rank, query_stride, scaling)
     biases, normed = (), ()
     if MODE == "rotated":
         biases = beside[1]
+        if len(biases) > 0 and WHICH == 1:
+            store_biases(biases[0], bias, factors.shape[0], KV, WIDTH)
         if len(beside[2]) > 0:
             normed = (beside[2][0], epsilon)
+            if WHICH == 0:
+                store_norm(beside[2][0], norm, WIDTH)
     for window in range(begin, end, WINDOW):
         _prepare(
-            factors, beside, ready, loaded, bases, frequencies, query, up, bias, norm, numbers,
+            factors, beside, ready, loaded, bases, frequencies, query, up, numbers,
             position + (window - begin) * TILE, window > begin, (window + WINDOW < end).to(gl.int32),
             STAGES, WHICH, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH,
         )  # fmt: skip

@@ -47,6 +47,8 @@ def load_slow(
     second = gl.load(at + WIDTH // 2, mask=ok, other=0.0)
     at_bases = bases + (row // SLOTS * PAIRS)[:, None] + pair[None, :]
     along_cos, along_sin = gl.load(at_bases), gl.load(at_bases + ROWS // SLOTS * PAIRS)
+    # A pair a lane: cosines and sines are then exchanged.
+    dim = PAIRS + gl.arange(0, PAIRS, gl.BlockedLayout([1], [32], [WARPS], [0]))
     frequency = gl.load(frequencies + dim, mask=dim < WIDTH // 2, other=0.0)
     return first, second, along_cos, along_sin, frequency
 
@@ -64,6 +66,8 @@ def slow_numbers(
     row = gl.arange(0, first.shape[0], gl.SliceLayout(1, first.type.layout))
     kv_head, _ = kv_head_of(row % SLOTS, QUERY_SLOTS, TOGETHER, PLACE)
     cos, sin = turn(position.to(gl.float32) * frequency)
+    by_pair: gl.constexpr = gl.SliceLayout(0, first.type.layout)
+    cos, sin = gl.convert_layout(cos, by_pair), gl.convert_layout(sin, by_pair)
     first, second = first.to(gl.float32) * scaling, second.to(gl.float32) * scaling
     first, second = first * cos[None, :] + second * sin[None, :], second * cos[None, :] - first * sin[None, :]
     along_cos, along_sin = along_cos.to(gl.float32), along_sin.to(gl.float32)
