@@ -175,12 +175,8 @@ def bias_columns(units: int) -> int:
 
 
 @gluon.jit
-def store_biases(biases, bias, UNITS: gl.constexpr, KV: gl.constexpr, WIDTH: gl.constexpr):
-    """Key biases to shared memory [UNIT, columns], in the order of the factors' rows.
-
-    Two columns of each unit: rounded, and what is left of them; zeros behind them.
-    """
-    COLUMNS: gl.constexpr = biases.shape[1]
+def load_biases(bias, COLUMNS: gl.constexpr, UNITS: gl.constexpr, KV: gl.constexpr, WIDTH: gl.constexpr):
+    """Key biases [UNIT, COLUMNS], in the order of the factors' rows, two columns of each unit; zeros behind them."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [WARPS, 1], [1, 0])
     row = gl.arange(0, UNIT, gl.SliceLayout(1, layout))[:, None]
     column = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))[None, :]
@@ -188,23 +184,37 @@ def store_biases(biases, bias, UNITS: gl.constexpr, KV: gl.constexpr, WIDTH: gl.
     pair, half = place_in_factor(row)
     pair += unit % (UNITS // KV) * (UNIT // 2)
     at = bias + unit // (UNITS // KV) * WIDTH + pair + half * (WIDTH // 2)
-    numbers = gl.load(at, mask=(pair < WIDTH // 2) & (unit < UNITS), other=0.0).to(gl.float32)
+    return gl.load(at, mask=(pair < WIDTH // 2) & (unit < UNITS), other=0.0)
+
+
+@gluon.jit
+def store_biases(biases, loaded):
+    """Key biases of `load_biases` to shared memory [UNIT, columns]: rounded, and what is left of them, by turns."""
+    column = gl.arange(0, loaded.shape[1], gl.SliceLayout(0, loaded.type.layout))[None, :]
+    numbers = loaded.to(gl.float32)
     rounded = numbers.to(biases.dtype)
     rest = (numbers - rounded.to(gl.float32)).to(biases.dtype)
     biases.store(gl.where(column % 2 == 0, rounded, rest))
 
 
 @gluon.jit
-def store_norm(weights, norm, WIDTH: gl.constexpr):
-    """A key norm's weights to shared memory [units of a head, UNIT], in the order of the factors' rows."""
+def load_norm(norm, UNITS: gl.constexpr, WIDTH: gl.constexpr):
+    """A key norm's weights, [UNIT] of each unit of a head, in the order of the factors' rows."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     row = gl.arange(0, UNIT, layout)
-    UNITS: gl.constexpr = weights.shape[0]
+    loaded = ()
     for unit in gl.static_range(UNITS):
         pair, half = place_in_factor(row)
         pair += unit * (UNIT // 2)
-        numbers = gl.load(norm + pair + half * (WIDTH // 2), mask=pair < WIDTH // 2, other=0.0)
-        weights.index(unit).store(numbers.to(gl.float32))
+        loaded = loaded + (gl.load(norm + pair + half * (WIDTH // 2), mask=pair < WIDTH // 2, other=0.0),)
+    return loaded
+
+
+@gluon.jit
+def store_norm(weights, loaded):
+    """A key norm's weights of `load_norm` to shared memory [units of a head, UNIT]."""
+    for unit in gl.static_range(len(loaded)):
+        weights.index(unit).store(loaded[unit].to(gl.float32))
 
 
 @gluon.jit

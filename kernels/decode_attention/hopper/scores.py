@@ -29,6 +29,8 @@ from palu.kernels.decode_attention.hopper.prologue import (
     copy_factors,
     copy_fast,
     fold,
+    load_biases,
+    load_norm,
     load_pairs,
     load_turned_queries,
     pieces_of,
@@ -202,6 +204,13 @@ def score_rebuilt(
             query, query_stride, beside[0].shape[0] // KV, beside[0].shape[1], KV, TOGETHER, QUERIES, QUERY_SLOTS,
             WIDTH, WHICH,
         )  # fmt: skip
+    # Each is one group's to store.
+    own_biases, own_norm = (), ()
+    if MODE == "rotated":
+        if len(beside[1]) > 0 and WHICH == 1:
+            own_biases = (load_biases(bias, beside[1][0].shape[1], factors.shape[0], KV, WIDTH),)
+        if len(beside[2]) > 0 and WHICH == 0:
+            own_norm = load_norm(norm, beside[2][0].shape[0], WIDTH)
     # Nothing is read where there is no tile.
     _start(factors, beside, up, up_stride, gl.where(begin < end, rank, 0), KV, WIDTH, MODE, WHICH)
     for stage in gl.static_range(STAGES):
@@ -225,12 +234,11 @@ def score_rebuilt(
     biases, normed = (), ()
     if MODE == "rotated":
         biases = beside[1]
-        if len(biases) > 0 and WHICH == 1:
-            store_biases(biases[0], bias, factors.shape[0], KV, WIDTH)
+        if len(own_biases) > 0:
+            store_biases(biases[0], own_biases[0])
         if len(beside[2]) > 0:
             normed = (beside[2][0], epsilon)
-            if WHICH == 0:
-                store_norm(beside[2][0], norm, WIDTH)
+            store_norm(beside[2][0], own_norm)
     for window in range(begin, end, WINDOW):
         _prepare(
             factors, beside, ready, loaded, bases, frequencies, query, up, numbers,
