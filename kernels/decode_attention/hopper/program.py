@@ -36,16 +36,22 @@ def _score_absorbed(
 
 @gluon.jit
 def _weigh(
-    window, memory, out, arguments, WHICH: gl.constexpr, SHARED_BY: gl.constexpr, WIDTH: gl.constexpr,
+    window, ready, memory, out, arguments, WHICH: gl.constexpr, SHARED_BY: gl.constexpr, WIDTH: gl.constexpr,
     KIND: gl.constexpr, WHOLE: gl.constexpr,
 ):  # fmt: skip
     """Weigh values; KIND: what both take last, in their order; WHOLE: slots of weights that are whole numbers, or 0.
 
-    window: what `make_first_window` takes first, where this group of warps makes it, or ().
+    window: what `make_first_window` takes first, where this group of warps makes it, or (). ready: a barrier that both
+    groups that score arrive at once, if there is a tile, when what tiles are multiplied with is there, or ().
     """
     if len(window) > 0:
         make_first_window(window[0], window[1], memory[0], window[2], arguments, KIND, WIDTH, KIND[6])
     else:
+        if len(ready) > 0:
+            # Values are needed later than factors, which are on their way.
+            tiles = arguments[4]
+            if tiles[2] < tiles[3]:
+                mbarrier.wait(ready[0], 0)
         start_copies(memory[0], arguments, WHICH, SHARED_BY, KIND[6])
     rings, weights, tops = memory
     if WHOLE > 0:
@@ -172,20 +178,20 @@ def attend(
         if WEIGHERS == 1:
             gl.warp_specialize([
                 (_score_absorbed, (buffers, rings[0], queries, units, to_scores, 0, SCORERS, OF_KEYS, WHOLE)),
-                (_weigh, ((), memories[0], out, to_values, 0, WEIGHERS, WIDTH, OF_VALUES, WHOLE)),
+                (_weigh, ((), (), memories[0], out, to_values, 0, WEIGHERS, WIDTH, OF_VALUES, WHOLE)),
             ], [4], [VALUE_REGISTERS])  # fmt: skip
         elif SCORERS == 1:
             gl.warp_specialize([
                 (_score_absorbed, (buffers, rings[0], queries, units, to_scores, 0, SCORERS, OF_KEYS, WHOLE)),
-                (_weigh, ((), memories[0], out, to_values, 0, WEIGHERS, WIDTH, OF_VALUES, WHOLE)),
-                (_weigh, ((), memories[1], out + rows_heads, to_values, 1, WEIGHERS, WIDTH, OF_VALUES, WHOLE)),
+                (_weigh, ((), (), memories[0], out, to_values, 0, WEIGHERS, WIDTH, OF_VALUES, WHOLE)),
+                (_weigh, ((), (), memories[1], out + rows_heads, to_values, 1, WEIGHERS, WIDTH, OF_VALUES, WHOLE)),
             ], [4, 4], [VALUE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
         else:
             gl.warp_specialize([
                 (_score_absorbed, (buffers, rings[0], queries, units, to_scores, 0, SCORERS, OF_KEYS, WHOLE)),
                 (_score_absorbed, (buffers, rings[1], queries, units, to_scores, 1, SCORERS, OF_KEYS, WHOLE)),
-                (_weigh, ((), memories[0], out, to_values, 0, WEIGHERS, WIDTH, OF_VALUES, WHOLE)),
-                (_weigh, ((), memories[1], out + rows_heads, to_values, 1, WEIGHERS, WIDTH, OF_VALUES, WHOLE)),
+                (_weigh, ((), (), memories[0], out, to_values, 0, WEIGHERS, WIDTH, OF_VALUES, WHOLE)),
+                (_weigh, ((), (), memories[1], out + rows_heads, to_values, 1, WEIGHERS, WIDTH, OF_VALUES, WHOLE)),
             ], [4, 4, 4], [SCORE_REGISTERS, VALUE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
     else:
         # Windows take half of the columns of a head, of two heads at a time.
@@ -256,5 +262,8 @@ def attend(
                 places, scales, full, empty, ready, rings[1], factors, besides[1], to_scores, 1,
                 MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK, WHOLE > 0, SCALED,
             )),
-            (_weigh, (window, memories[0], out, to_values, 0, WEIGHERS, WIDTH, OF_VALUES, WHOLE)),
+            (_weigh, (
+                window, (ready,) if MODE == "rotated" or MODE == "folded" else (), memories[0], out, to_values, 0,
+                WEIGHERS, WIDTH, OF_VALUES, WHOLE,
+            )),
         ], [4, 4], [SCORE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
