@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from palu.calibrate.clip import search_clip_ratios
 from palu.calibrate.fisher import fisher_information
-from palu.calibrate.moments import stream_grams
+from palu.calibrate.metrics import site_metric
+from palu.calibrate.moments import LayerMoments, stream_moments
 from palu.calibrate.sites import check_weights, site_shapes, site_weight
 from palu.calibrate.store import StatisticsStore
 from palu.calibrate.text import load_text
@@ -249,19 +250,22 @@ def _stream_factors(
     """(down, up) of every projection, its groups side by side, as each layer's statistics come in."""
     decompose = get_decomposition(config.decompose_method)
     num_layers = model.config.num_hidden_layers
-    grams: Iterable[Tensor | None] = [None] * num_layers
+    moments: Iterable[LayerMoments | None] = [None] * num_layers
     if windows is not None:
-        grams = stream_grams(model, windows, progress)
+        moments = stream_moments(model, windows, progress)
         if cache_dir:
-            store = StatisticsStore(cache_dir, "gram", model, windows)
-            grams = store.stream(grams, num_layers, model.device)
-    for layer, gram in enumerate(grams):
+            store = StatisticsStore(cache_dir, "moments", model, windows)
+            kept = store.stream((each._asdict() for each in moments), num_layers, model.device)
+            moments = (LayerMoments(**each) for each in kept)
+    for layer, of_layer in enumerate(moments):
+        gram = None if of_layer is None else of_layer.gram
         for side in SIDES:
             groups = [shape for shape in shapes if shape.site.layer == layer and shape.site.side == side]
             parts = []
             for shape in groups:
                 weight = site_weight(model, shape)
-                parts.append(decompose(weight, SiteStats(gram)).truncate(plan.ranks[shape.site]))
+                metric = site_metric(model, shape, of_layer) if side in decompose.weighed else None
+                parts.append(decompose(weight, SiteStats(gram, metric)).truncate(plan.ranks[shape.site]))
                 if logger.isEnabledFor(logging.DEBUG):
                     lost = relative_error(weight, parts[-1], gram)
                     logger.debug("%s: rank %d loses %.2e of the output energy", shape.site, len(parts[-1].down), lost)

@@ -1,0 +1,28 @@
+"""Whitened SVD of what attention makes of keys and values, instead of these themselves.
+
+Scores of a rotated key, averaged over distances, see of each rotation pair only how large queries are there; outputs
+see values through the output projection. So the output's error is weighed by `SiteStats.metric` M:
+
+    least tr(M E C E^T),  E = W - up @ down:  SVD(M^(1/2) W L) = U S V^T,  up = M^(-1/2) U sqrt(S).
+"""
+
+from torch import Tensor
+
+from palu.core.linalg import energy_factors
+from palu.core.types import SIDES, Factors, Side, SiteStats, Statistic
+
+
+class Attention:
+    """Weighs errors on some sides, which are whitened; on the others as `Whiten`.
+
+    weighed: the sides whose metric is used, by `palu.calibrate.metrics`.
+    """
+
+    def __init__(self, *weighed: Side) -> None:
+        self.weighed = frozenset(weighed or SIDES)
+        self.needs = frozenset({Statistic.GRAM} | ({Statistic.QUERY} if "key" in self.weighed else set()))
+
+    def __call__(self, weight: Tensor, stats: SiteStats) -> Factors:
+        """Factors of `weight` [group_dim, in_features] for `stats.gram` and `stats.metric`."""
+        weight, gram = weight.double(), stats.gram.double()
+        return energy_factors(weight, weight @ gram @ weight.T, stats.metric)
