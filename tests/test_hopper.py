@@ -117,6 +117,15 @@ def test_codes_that_the_kernel_cannot_take_are_left_to_the_others(dtype):
         assert hopper.can_take(query, *quantized(latents, bits, key, value)[0], key, value, None) == taken
 
 
+def test_calls_whose_places_need_more_than_32_bits_are_left_to_the_others():
+    query, keys, values, key, value, _, _ = random_call(HOPPER_SHAPES[0], torch.float16, False)
+    table = 1 << (query.shape[3] - 1).bit_length()
+    for length, taken in (((1 << 31) // table - 1, True), ((1 << 31) // table, False)):
+        # The same token again and again takes no memory.
+        many = [latents[:, :1].expand(-1, length, -1) for latents in (keys, values)]
+        assert hopper.can_take(query, *many, key, value, None) == taken
+
+
 @pytest.mark.parametrize("pairs", [32, 48, 64])
 def test_tables_hold_what_each_of_four_lanes_needs_side_by_side(pairs):
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -6,6 +6,7 @@ import torch
 from palu.kernels.decode_attention.hopper import launch as hopper
 from palu.kernels.decode_attention.spec import HOPPER_SHAPES, Shape
 from palu.kernels.latents import LatentProjection
+from palu.kernels.rotation import Rotation
 from tests.hopper_calls import checked, needs_hopper
 from tests.kernel_calls import RandomNorm, name_of, quantized, random_call
 
@@ -61,11 +62,16 @@ def test_two_programs_share_a_groups_heads_where_each_has_a_tile(heads, dtype, e
 def test_large_and_small_up_factors_stay_in_range(size, length, bits, monkeypatch):
     shape = Shape(1, 32, 8, 128, 1, length, (128, 64), (384, 256))
     query, *latents, key, value, rotation, mask = random_call(shape, torch.float16, False, gapless=True)
+    # Frequencies that let slow pairs be interpolated.
+    rotation = Rotation(rotation.positions, 1e6 ** (-torch.arange(64) / 64))
     # Scores stay as large as they are.
     key, query = LatentProjection(key.up * size, key.ranks), query / size
     packed, held = quantized(latents, bits, key, value)
     monkeypatch.setattr(hopper, "parts_of", lambda *args: 3)
+    windows, launched = [], hopper._launch
+    monkeypatch.setattr(hopper, "_launch", lambda *args: windows.append(args[2] is not None) or launched(*args))
     checked((query, *packed, key, value, rotation), shape, mask, mask, "float16", monkeypatch, held)
+    assert windows == [length == 4000]
 
 
 @needs_hopper

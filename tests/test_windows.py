@@ -160,6 +160,24 @@ def test_windows_of_positions_equal_the_definition(heads, gaps, hidden, bits, mo
 
 @needs_hopper
 @torch.no_grad()
+@pytest.mark.parametrize("heads", [(8, 8, 128, 1e4), (16, 4, 128, 1e6)], ids=["windows", "mixed"])
+def test_windows_of_positions_may_begin_below_zero(heads, monkeypatch):
+    *heads, base = heads
+    shape = Shape(2, *heads, 1, 2600, (128,) * (heads[1] // 4), (384,) * (heads[1] // 4))
+    monkeypatch.setattr(hopper, "parts_of", lambda *args: 2)
+    query, *latents, key, value, _, _ = random_call(shape, torch.float16, False)
+    positions = torch.arange(shape.length)[None] - torch.tensor([[5000], [1500]])
+    rotation = Rotation(positions, (base ** (-torch.arange(0, 128, 2).double() / 128)).float())
+    mask = torch.ones(2, 1, 1, shape.length, dtype=torch.bool)
+    packed, held = quantized(latents, 4, key, value)
+    windows, launched = [], hopper._launch
+    monkeypatch.setattr(hopper, "_launch", lambda *args: windows.append(args[2] is not None) or launched(*args))
+    checked((query, *packed, key, value, rotation), shape, mask, None, "float16", monkeypatch, held)
+    assert windows == [True]
+
+
+@needs_hopper
+@torch.no_grad()
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("heads", [(8, 8), (16, 4), (1, 1)], ids=["windows", "mixed", "one head"])

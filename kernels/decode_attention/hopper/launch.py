@@ -51,7 +51,7 @@ from palu.kernels.rotation import Rotation, Window
 from palu.kernels.tuning import length_class, pick, searches
 
 WINDOW_FAST, WINDOW_COLUMNS = KERNEL_FAST.value, KERNEL_COLUMNS.value
-COMBINE_WARPS, COMBINE_OUT = KERNEL_WARPS.value, KERNEL_OUTPUTS.value
+COMBINE_WARPS, OUTPUTS = KERNEL_WARPS.value, KERNEL_OUTPUTS.value
 # Latents of a head, at least and at most, and parts at least that a program adds up.
 LEAST_LATENTS, MOST_LATENTS, LEAST_PARTS = 128, 512, 16
 # Tiles of a program from which on windows are worth their making.
@@ -307,7 +307,7 @@ def _combine_early(parts: Parts, value: LatentProjection, query: Tensor, head_di
         return combine(parts, value, query, head_dim)
     side = side_of(ranks, 16, query.device)
     output = query.new_empty(rows, num_heads, head_dim)
-    hopper_combine_kernel[(rows * num_heads, cdiv(head_dim, COMBINE_OUT))](
+    hopper_combine_kernel[(rows * num_heads, cdiv(head_dim, OUTPUTS))](
         *parts, value.up, value.up if value.bias is None else value.bias, output, side.rank, side.offset,
         count, rows * num_heads, value.up.stride(0),
         HEADS=num_heads, HEADS_PER_GROUP=num_heads // len(ranks),

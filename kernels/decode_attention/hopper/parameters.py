@@ -54,7 +54,7 @@ def zeros_of(parameters, layout: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: g
 
 @gluon.jit
 def zero_of(parameters, side: gl.constexpr, layout: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr):
-    """A tile's zero points, float32 [tile], of keys (0) or values (1); the middle code where symmetric."""
+    """A tile's zero points, float32 [tile], of keys (0) or values (1); where there are none, the middle code."""
     if BITS < 16 and ASYMMETRIC:
         zero = _half(parameters[side] >> 16)
     else:

@@ -39,14 +39,13 @@ def _copy_pairs(
 @gluon.jit
 def copy_factors(
     factors, up, up_stride, rank, KV: gl.constexpr, UNITS: gl.constexpr, WIDTH: gl.constexpr, WHICH: gl.constexpr,
-    EVERY: gl.constexpr, TURNED: gl.constexpr,
+    TURNED: gl.constexpr,
 ):  # fmt: skip
-    """Start copying rows of the up factor, as `_copy_pairs`.
+    """Start copying rows of the up factor of every other kv head from WHICH on, as `_copy_pairs`.
 
-    factors: shared memory [at least KV * UNITS, UNIT, RANK]. WHICH: from which kv head on, EVERY: how many further the
-    next is.
+    factors: shared memory [at least KV * UNITS, UNIT, RANK].
     """
-    for head in gl.static_range(WHICH, KV, EVERY):
+    for head in gl.static_range(WHICH, KV, 2):
         for unit in gl.static_range(UNITS):
             to = factors.index(head * UNITS + unit)
             _copy_pairs(to, up, up_stride, rank, head, unit * (UNIT // 2), WIDTH, TURNED)
@@ -154,7 +153,7 @@ def load_queries(
 
     PAIRED: first numbers of pairs from FIRST on, then second ones; else, absorbed, as the latents come.
     """
-    # Eight neighbours, which are neighbours in the order of `in_columns` as well.
+    # Eight neighbours, which pairs' numbers are in the order of `in_columns` as well.
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     wanted = gl.arange(0, SLOTS, gl.SliceLayout(1, layout)) - first_slot
     column = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
@@ -218,11 +217,11 @@ def store_norm(weights, loaded):
 
 
 @gluon.jit
-def load_turned_queries(
+def load_beside(
     query, head_step, UNITS: gl.constexpr, SLOTS: gl.constexpr, KV: gl.constexpr, TOGETHER: gl.constexpr,
     QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, WIDTH: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
-    """Queries [SLOTS, UNIT] of UNITS units of every other kv head.
+    """Queries that turned keys meet, [SLOTS, UNIT], of UNITS units of every other kv head.
 
     Of TOGETHER heads in columns of their own; where there are more slots, those of others lie behind.
     """
@@ -239,8 +238,8 @@ def load_turned_queries(
 
 
 @gluon.jit
-def store_turned_queries(queries, loaded, scaling, KV: gl.constexpr, WHICH: gl.constexpr):
-    """Queries of `load_turned_queries` to shared memory [KV * units, slots, UNIT]."""
+def store_beside(queries, loaded, scaling, KV: gl.constexpr, WHICH: gl.constexpr):
+    """Queries of `load_beside` to shared memory [KV * units, slots, UNIT]."""
     UNITS: gl.constexpr = queries.shape[0] // KV
     for head in gl.static_range(WHICH, KV, 2):
         for unit in gl.static_range(UNITS):

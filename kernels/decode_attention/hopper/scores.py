@@ -29,14 +29,14 @@ from palu.kernels.decode_attention.hopper.prologue import (
     copy_factors,
     copy_fast,
     fold,
+    load_beside,
     load_biases,
     load_norm,
     load_pairs,
-    load_turned_queries,
     pieces_of,
+    store_beside,
     store_biases,
     store_norm,
-    store_turned_queries,
 )
 from palu.kernels.decode_attention.hopper.slow import load_basis, load_slow_of, made_layout, make_slow, slow_numbers
 from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT, by_pair, load_turns, units_of
@@ -118,12 +118,12 @@ def _start(
     else:
         # In mixed mode a unit of each head; behind these comes one of slow pairs.
         UNITS: gl.constexpr = 1 if MODE == "mixed" else factors.shape[0] // KV
-        copy_factors(factors, up, up_stride, rank, KV, UNITS, WIDTH, WHICH, 2, MODE != "folded")
+        copy_factors(factors, up, up_stride, rank, KV, UNITS, WIDTH, WHICH, MODE != "folded")
 
 
 @gluon.jit
 def _prepare(
-    factors, beside, ready, loaded, bases, frequencies, query, up, numbers, position, later, more,
+    factors, beside, ready, loaded, bases, frequencies, query, up, numbers, position, window, begin, more,
     KEY_STAGES: gl.constexpr, WHICH: gl.constexpr, MODE: gl.constexpr, KV: gl.constexpr, TOGETHER: gl.constexpr,
     QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
@@ -140,7 +140,7 @@ def _prepare(
         )  # fmt: skip
     elif MODE == "mixed":
         async_copy.wait_group(KEY_STAGES)
-        if later:
+        if window > begin:
             # All warps have done their products with the last window.
             synchronize()
             mbarrier.arrive(ready, count=1)
@@ -151,7 +151,7 @@ def _prepare(
                 slow = slow_numbers(
                     own, scaling, position, QUERY_SLOTS, TOGETHER, LEAST, beside[0].shape[1], factors.dtype
                 )
-                make_slow(factors.index(KV), beside[1], position >> 30, slow, made_layout(factors.shape[2]), KEY_STAGES)
+                make_slow(factors.index(KV), beside[1], window >> 30, slow, made_layout(factors.shape[2]), KEY_STAGES)
     else:
         if MODE == "folded":
             q_first, q_second = load_pairs(
@@ -200,7 +200,7 @@ def score_rebuilt(
     loaded = ()
     if TURNED:
         # Asked for first: they are stored before anything is computed.
-        own = load_turned_queries(
+        own = load_beside(
             query, query_stride, beside[0].shape[0] // KV, beside[0].shape[1], KV, TOGETHER, QUERIES, QUERY_SLOTS,
             WIDTH, WHICH,
         )  # fmt: skip
@@ -229,7 +229,7 @@ def score_rebuilt(
         synchronize()
         fold(pieces_of(factors, KV, WHICH, True), q_first, q_second)
     if TURNED:
-        store_turned_queries(beside[0], own, scaling, KV, WHICH)
+        store_beside(beside[0], own, scaling, KV, WHICH)
     numbers = (up_stride, rank, query_stride, scaling)
     biases, normed = (), ()
     if MODE == "rotated":
@@ -242,7 +242,7 @@ def score_rebuilt(
     for window in range(begin, end, WINDOW):
         _prepare(
             factors, beside, ready, loaded, bases, frequencies, query, up, numbers,
-            position + (window - begin) * TILE, window > begin, (window + WINDOW < end).to(gl.int32),
+            position + (window - begin) * TILE, window, begin, (window + WINDOW < end).to(gl.int32),
             STAGES, WHICH, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH,
         )  # fmt: skip
         if MODE == "windows" or (MODE == "mixed" and window > begin):
