@@ -93,7 +93,7 @@ def check_compression(model_config: Any, config: CompressionConfig, windows: Cal
         lengths = {name: tokens.shape[1] for name, tokens in given.items() if tokens is not None}
         for tokens in (tokens for tokens in given.values() if tokens is not None):
             check_vocabulary(tokens, model_config, "calibration windows")
-    for statistic, name in ((Statistic.GRAM, "calib_seqlen"), (Statistic.FISHER, "fisher_seqlen")):
+    for statistic, name in ((Statistic.MOMENTS, "calib_seqlen"), (Statistic.FISHER, "fisher_seqlen")):
         if statistic in needed and name in lengths:
             check_seqlen(lengths[name], model_config, name)
 
@@ -109,7 +109,7 @@ def calibration_windows(
     needed = statistics_needed(config)
     if not needed and config.quantization.needs_search:
         # Clip ratios are searched on any calibration windows.
-        needed = frozenset({Statistic.GRAM})
+        needed = frozenset({Statistic.MOMENTS})
     if not needed:
         return CalibrationWindows(None, None)
     if tokenizer is None:
@@ -118,7 +118,7 @@ def calibration_windows(
     text = load_text(where, "calibration", config.seed) if text is None else text
     tokens = tokenize(tokenizer, text, where, model_config)
     wanted = {
-        Statistic.GRAM: (config.n_whiten_calib_samples, config.calib_seqlen),
+        Statistic.MOMENTS: (config.n_whiten_calib_samples, config.calib_seqlen),
         Statistic.FISHER: (config.n_fisher_calib_samples, config.fisher_seqlen),
     }
     drawn = {
@@ -126,7 +126,7 @@ def calibration_windows(
         for statistic, (count, seqlen) in wanted.items()
         if statistic in needed
     }
-    return CalibrationWindows(drawn.get(Statistic.GRAM), drawn.get(Statistic.FISHER))
+    return CalibrationWindows(drawn.get(Statistic.MOMENTS), drawn.get(Statistic.FISHER))
 
 
 def compress(

@@ -116,7 +116,7 @@ class StatisticsStore:
     def stream(
         self, computed: Iterable[dict[str, Tensor]], count: int, device: torch.device
     ) -> Iterator[dict[str, Tensor]]:
-        """`count` groups of tensors, a file each: from disk if all are there, else from `computed`, saved as they come."""
+        """`count` groups of tensors, a file each: read if all are there, else from `computed`, saved as they come."""
         names = [f"{index:04d}" for index in range(count)]
         if all([self.holds(name) for name in names]):
             logger.info("statistics read from %s", self.directory)

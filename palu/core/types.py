@@ -14,9 +14,8 @@ SIDES: tuple[Side, Side] = ("key", "value")
 class Statistic(Enum):
     """What a calibration pass can gather."""
 
-    GRAM = "gram"
+    MOMENTS = "moments"
     FISHER = "fisher"
-    QUERY = "query"
 
 
 @dataclass(frozen=True, order=True)

@@ -9,7 +9,7 @@ see values through the output projection. So the output's error is weighed by `S
 from torch import Tensor
 
 from palu.core.linalg import energy_factors
-from palu.core.types import SIDES, Factors, Side, SiteStats, Statistic
+from palu.core.types import Factors, Side, SiteStats, Statistic
 
 
 class Attention:
@@ -18,9 +18,10 @@ class Attention:
     weighed: the sides whose metric is used, by `palu.calibrate.metrics`.
     """
 
+    needs: frozenset[Statistic] = frozenset({Statistic.MOMENTS})
+
     def __init__(self, *weighed: Side) -> None:
-        self.weighed = frozenset(weighed or SIDES)
-        self.needs = frozenset({Statistic.GRAM} | ({Statistic.QUERY} if "key" in self.weighed else set()))
+        self.weighed = frozenset(weighed)
 
     def __call__(self, weight: Tensor, stats: SiteStats) -> Factors:
         """Factors of `weight` [group_dim, in_features] for `stats.gram` and `stats.metric`."""
