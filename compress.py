@@ -61,8 +61,8 @@ def add_rank_flags(flag: Callable[..., Any]) -> None:
     flag(
         "--decompose_method",
         default="whiten",
-        help="svd; whiten: least error of keys and values on the text; query, output, attention: of what attention "
-        "makes of keys, of values, of both (default: %(default)s)",
+        help="svd; whiten: least error of keys and values on the text; query: keys' errors weighed by the queries "
+        "that meet them; output: values' by what o_proj makes of them; attention: both (default: %(default)s)",
     )
     flag(
         "--fuse_values",

@@ -264,10 +264,10 @@ def _stream_factors(
             parts = []
             for shape in groups:
                 weight = site_weight(model, shape)
-                metric = site_metric(model, shape, of_layer) if side in decompose.weighed else None
+                metric = site_metric(model, shape, of_layer, windows.shape[1]) if side in decompose.weighed else None
                 parts.append(decompose(weight, SiteStats(gram, metric)).truncate(plan.ranks[shape.site]))
                 if logger.isEnabledFor(logging.DEBUG):
-                    lost = relative_error(weight, parts[-1], gram)
+                    lost = relative_error(weight, parts[-1], gram, metric)
                     logger.debug("%s: rank %d loses %.2e of the output energy", shape.site, len(parts[-1].down), lost)
             down, up = torch.cat([part.down for part in parts]), torch.cat([part.up for part in parts], dim=1)
             yield (layer, side), (down.to(model.dtype), up.to(model.dtype))

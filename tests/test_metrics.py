@@ -2,58 +2,79 @@
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+import palu
 from palu.calibrate.metrics import site_metric
 from palu.calibrate.moments import stream_moments
+from palu.calibrate.windows import CalibrationWindows
 from palu.config import head_dim
 from palu.core.types import Site, SiteShape
 from tests.helpers import FAMILIES, compressed, random_windows, tiny_model
+
+DISTANCES = 24
 
 
 def metric_of(model, side, group, heads, layer=1):
     moments = list(stream_moments(model, random_windows(model, 3, 40)))[layer]
     shape = SiteShape(Site(layer, side, group), heads * head_dim(model.config))
-    return site_metric(model, shape, moments), moments
+    return site_metric(model, shape, moments, DISTANCES)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_a_key_error_costs_what_it_does_to_scores_on_average_over_angles(family):
-    model = tiny_model(family)
-    size, heads = head_dim(model.config), 2
-    metric, _ = metric_of(model, "key", 1, heads)
-    attention, found = model.model.layers[1].self_attn, []
-    handle = attention.q_proj.register_forward_hook(lambda m, args, output: found.append(output.detach()))
+def queries_of(model, layer=1):
+    """Of the calibration windows, before they are rotated: [tokens, kv heads, query heads, head_dim]."""
+    attention, found = model.model.layers[layer].self_attn, []
+    source = getattr(attention, "q_norm", attention.q_proj)
+    handle = source.register_forward_hook(lambda m, args, output: found.append(output.detach()))
     windows = random_windows(model, 3, 40)
     with torch.no_grad():
         for window in windows:
             model(window[None])
     handle.remove()
-    queries = torch.cat(found).reshape(windows.numel(), model.config.num_key_value_heads, -1, size).double()
-    error = torch.randn(heads, size).double()
-    # Every pair of numbers is turned by every angle of a grid, on which cosines average out exactly.
-    angles = torch.arange(8).double() * (torch.pi / 4)
-    first, second = error.split(size // 2, dim=1)
-    change = 0.0
-    for head in range(heads):
-        own = queries[:, heads + head]
-        for pair in range(size // 2):
-            turned = torch.stack(
-                [
-                    first[head, pair] * angles.cos() - second[head, pair] * angles.sin(),
-                    first[head, pair] * angles.sin() + second[head, pair] * angles.cos(),
-                ]
-            )
-            scores = own[..., [pair, pair + size // 2]] @ turned
-            change += scores.square().mean(-1).sum(-1).mean().item()
+    shape = (windows.numel(), model.config.num_key_value_heads, -1, head_dim(model.config))
+    return torch.cat(found).reshape(shape).double()
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_key_error_costs_what_it_does_to_scores_over_all_distances(family):
+    model = tiny_model(family)
+    size, heads = head_dim(model.config), 2
+    metric, queries = metric_of(model, "key", 1, heads), queries_of(model)[:, 2:4]
+    error, change, pairs = torch.randn(heads, size).double(), 0.0, 0
+    seen = error
+    norm = getattr(model.model.layers[1].self_attn, "k_norm", None)
+    if norm is not None:
+        with torch.no_grad():
+            norm.weight.uniform_(0.5, 2)
+        metric = metric_of(model, "key", 1, heads)
+        queries = queries_of(model)[:, 2:4]
+        ids, found = random_windows(model, 3, 40), []
+        handle = norm.register_forward_pre_hook(lambda m, args: found.append(args[0].detach()))
+        with torch.no_grad():
+            for window in ids:
+                model(window[None])
+        handle.remove()
+        keys = torch.cat(found).reshape(ids.numel(), -1, size)[:, 2:4].double()
+        mean_square = keys.square().mean((0, 2)) + norm.variance_epsilon
+        seen = error * norm.weight.detach().double() / mean_square.sqrt()[:, None]
+    rotary = model.model.rotary_emb
+    for distance in range(DISTANCES):
+        cos, sin = rotary(torch.zeros(1), torch.tensor([[distance]]))
+        turned, _ = apply_rotary_pos_emb(
+            queries.flatten(1, 2)[None], queries[None, :, :, 0], cos.double(), sin.double()
+        )
+        scores = torch.einsum("tkqd,kd->tkq", turned[0].view(queries.shape), seen)
+        change += (DISTANCES - distance) * scores.square().sum((1, 2)).mean().item()
+        pairs += DISTANCES - distance
     flat = error.flatten()
-    assert (flat @ metric @ flat).item() == pytest.approx(change, rel=1e-4)
+    assert (flat @ metric @ flat).item() == pytest.approx(change / pairs, rel=1e-3)
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_a_value_error_costs_what_it_does_to_outputs(family):
     model = tiny_model(family)
     size, heads = head_dim(model.config), 2
-    metric, _ = metric_of(model, "value", 1, heads)
+    metric = metric_of(model, "value", 1, heads)
     weight = model.model.layers[1].self_attn.o_proj.weight.detach().double()
     queries = model.config.num_attention_heads // model.config.num_key_value_heads
     error, cost = torch.randn(heads, size).double(), 0.0
@@ -92,3 +113,24 @@ def test_normalised_keys_are_factored_alike_however_large_they_are():
             for each in (model, larger)
         ]
     assert torch.allclose(*outputs, atol=2e-3)
+
+
+@pytest.mark.parametrize(("method", "weighed"), [("query", {"k"}), ("output", {"v"}), ("attention", {"k", "v"})])
+def test_a_method_weighs_the_sides_that_it_says(method, weighed):
+    model = tiny_model("llama")
+    plain, other = (
+        compressed(model, 0.5, decompose_method=name, fuse_values=False).model.model.layers
+        for name in ("whiten", method)
+    )
+    for side in ("k", "v"):
+        one, two = (getattr(layers[1].self_attn, f"{side}_proj").down.weight for layers in (plain, other))
+        assert torch.allclose(one.abs(), two.abs(), atol=1e-4) == (side not in weighed)
+
+
+def test_statistics_read_from_disk_give_the_same_factors(tmp_path):
+    model = tiny_model("qwen3")
+    windows = CalibrationWindows(random_windows(model), None)
+    config = palu.CompressionConfig(0.5, 2, search_method="uniform", decompose_method="attention", rank_multiple=4)
+    first, again = (palu.compress(model, config=config, windows=windows, cache_dir=tmp_path) for _ in range(2))
+    state = again.model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in first.model.state_dict().items())

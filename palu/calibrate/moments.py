@@ -21,12 +21,14 @@ class LayerMoments(NamedTuple):
     """Means over the calibration tokens of one layer, float32.
 
     gram: `E[x x^T]` of the input that k_proj and v_proj share, [in_features, in_features].
-    query_energy: `E[q^2]` of the queries that meet keys, before they are rotated, added up over each kv head's query
-        heads, [kv_heads, head_dim].
+    mean: `E[x]`, [in_features].
+    query_gram: `E[q q^T]` of the queries that meet keys, before they are rotated, added up over each kv head's query
+        heads, [kv_heads, head_dim, head_dim].
     """
 
     gram: Tensor
-    query_energy: Tensor
+    mean: Tensor
+    query_gram: Tensor
 
 
 def stream_moments(model: PreTrainedModel, windows: Tensor, progress: Progress = silent) -> Iterator[LayerMoments]:
@@ -51,10 +53,10 @@ def stream_moments(model: PreTrainedModel, windows: Tensor, progress: Progress =
     total = len(layers) * len(hidden)
     ticks = iter(progress(range(total), "input moments", total))
     for index, (layer, arguments) in enumerate(zip(layers, layer_arguments, strict=True)):
-        sums = LayerMoments(*_zeros(model, layer))
+        sums = _zeros(model, layer)
         _advance(layer, arguments, hidden, ticks, sums, stop=index == len(layers) - 1)
         if not all(torch.isfinite(each).all() for each in sums):
-            raise PaluError(f"NaN or infinity in the activations of layer {index} (input of k_proj)")
+            raise PaluError(f"NaN or infinity in the activations of layer {index} (input of k_proj or queries)")
         yield LayerMoments(*(each / windows.numel() for each in sums))
     next(ticks, None)
 
@@ -78,27 +80,36 @@ def _advance(
                 hidden[index] = None
 
 
-def _zeros(model: PreTrainedModel, layer: nn.Module) -> tuple[Tensor, Tensor]:
-    weight = layer.self_attn.k_proj.weight
-    shapes = ((weight.shape[1], weight.shape[1]), (model.config.num_key_value_heads, head_dim(model.config)))
-    return tuple(torch.zeros(shape, dtype=torch.float32, device=weight.device) for shape in shapes)
+def _zeros(model: PreTrainedModel, layer: nn.Module) -> LayerMoments:
+    weight, size = layer.self_attn.k_proj.weight, head_dim(model.config)
+    width, kv_heads = weight.shape[1], model.config.num_key_value_heads
+    shapes = ((width, width), (width,), (kv_heads, size, size))
+    return LayerMoments(*(torch.zeros(shape, dtype=torch.float32, device=weight.device) for shape in shapes))
 
 
 @contextmanager
 def _accumulate(attention: nn.Module, sums: LayerMoments, stop: bool) -> Iterator[None]:
     """Add what goes into the attention's keys, and its queries, to the sums while the context is open."""
+    seen = set()
+
+    def done(what: str) -> None:
+        seen.add(what)
+        if stop and len(seen) == 2:
+            seen.clear()
+            raise _Stop
 
     def add_inputs(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         inputs = args[0].reshape(-1, sums.gram.shape[0]).float()
         sums.gram.addmm_(inputs.T, inputs)
-        # Queries come before keys.
-        if stop:
-            raise _Stop
+        sums.mean.add_(inputs.sum(0))
+        done("inputs")
 
     def add_queries(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        kv_heads, size = sums.query_energy.shape
-        squares = output.reshape(-1, kv_heads, output[0].numel() // output.shape[1] // kv_heads // size, size).float()
-        sums.query_energy.add_(squares.square().sum((0, 2)))
+        kv_heads, size, _ = sums.query_gram.shape
+        queries = output.reshape(output.shape[0] * output.shape[1], kv_heads, -1, size).float()
+        queries = queries.transpose(0, 1).flatten(1, 2)
+        sums.query_gram.baddbmm_(queries.transpose(1, 2), queries)
+        done("queries")
 
     # Queries as keys meet them: normalised, where they are.
     queries = getattr(attention, "q_norm", attention.q_proj)

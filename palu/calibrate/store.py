@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
-FORMAT = "palu-statistics-3"
+FORMAT = "palu-statistics-2"
 # Entries of a config that change nothing in what the model computes.
 IRRELEVANT = {"_name_or_path", "architectures", "auto_map", "dtype", "transformers_version", "use_cache"}
 

@@ -22,7 +22,7 @@ def energy_factors(weight: Tensor, energy: Tensor, metric: Tensor | None = None)
     inverse of a possibly singular `L`. The dropped energy is the tail of `S^2` exactly.
 
     With a metric M the error `tr(M E C E^T)` is least: the factors are those of `M^(1/2) W`, whose up factor is then
-    multiplied by `M^(-1/2)`.
+    multiplied by `M^(-1/2)`; M is scaled to a mean eigenvalue of one, which leaves latents about as large as without.
 
     Args:
         weight: [group_dim, in_features], any floating dtype.
@@ -48,16 +48,28 @@ def energy_factors(weight: Tensor, energy: Tensor, metric: Tensor | None = None)
 
 
 def roots(metric: Tensor) -> tuple[Tensor, Tensor]:
-    """The square root of a positive semi-definite matrix and its inverse, float64, with the eigenvalues' floor."""
+    """The root of a positive semi-definite matrix, scaled to a mean eigenvalue of one, and its inverse; float64.
+
+    Eigenvalues are at least `RELATIVE_METRIC_FLOOR` of the largest.
+    """
     values, basis = torch.linalg.eigh(metric.double())
-    root = values.clamp_min(values[-1] * RELATIVE_METRIC_FLOOR).sqrt() if values[-1] > 0 else torch.ones_like(values)
+    if values[-1] > 0:
+        values = values.clamp_min(values[-1] * RELATIVE_METRIC_FLOOR)
+        root = (values / values.mean()).sqrt()
+    else:
+        root = torch.ones_like(values)
     return (basis * root) @ basis.T, (basis / root) @ basis.T
 
 
-def relative_error(weight: Tensor, factors: Factors, gram: Tensor | None) -> float:
-    """Lost share of output energy: `tr(E C E^T) / tr(W C W^T)` with `E = W - up @ down`, `C = I` without a gram."""
+def relative_error(weight: Tensor, factors: Factors, gram: Tensor | None, metric: Tensor | None = None) -> float:
+    """Lost share of output energy: `tr(M E C E^T) / tr(M W C W^T)`, `E = W - up @ down`; `C`, `M` are I if None."""
     weight = weight.double()
     error = weight - factors.up @ factors.down
-    metric = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device) if gram is None else gram.double()
-    total = ((weight @ metric) * weight).sum().item()
-    return ((error @ metric) * error).sum().item() / total if total > 0 else 0.0
+
+    def energy(matrix: Tensor) -> float:
+        right = matrix if gram is None else matrix @ gram.double()
+        left = matrix if metric is None else metric.double() @ matrix
+        return (left * right).sum().item()
+
+    total = energy(weight)
+    return energy(error) / total if total > 0 else 0.0

@@ -1,7 +1,7 @@
-"""Whitened SVD of what attention makes of keys and values, instead of these themselves.
+"""Whitened SVD with errors weighed by what attention makes of them.
 
-Scores of a rotated key, averaged over distances, see of each rotation pair only how large queries are there; outputs
-see values through the output projection. So the output's error is weighed by `SiteStats.metric` M:
+Scores see a key's error from queries that are turned by every distance; outputs see values' through the output
+projection. So errors are weighed by `SiteStats.metric` M:
 
     least tr(M E C E^T),  E = W - up @ down:  SVD(M^(1/2) W L) = U S V^T,  up = M^(-1/2) U sqrt(S).
 """
