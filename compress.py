@@ -58,7 +58,12 @@ def add_rank_flags(flag: Callable[..., Any]) -> None:
     )
     flag("--value_group_size", type=group_size, help="the same for values (default: as --head_group_size)")
     flag("--search_method", default="fisher_uniform", help="uniform, fisher or fisher_uniform (default: %(default)s)")
-    flag("--decompose_method", default="whiten", help="whiten or svd (default: %(default)s)")
+    flag(
+        "--decompose_method",
+        default="whiten",
+        help="svd; whiten: least error of keys and values on the text; query: keys' errors weighed by the queries "
+        "that meet them; output: values' by what o_proj makes of them; attention: both (default: %(default)s)",
+    )
     flag(
         "--fuse_values",
         action=argparse.BooleanOptionalAction,

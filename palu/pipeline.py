@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from palu.calibrate.clip import search_clip_ratios
 from palu.calibrate.fisher import fisher_information
-from palu.calibrate.moments import stream_grams
+from palu.calibrate.metrics import site_metric
+from palu.calibrate.moments import LayerMoments, stream_moments
 from palu.calibrate.sites import check_weights, site_shapes, site_weight
 from palu.calibrate.store import StatisticsStore
 from palu.calibrate.text import load_text
@@ -92,7 +93,7 @@ def check_compression(model_config: Any, config: CompressionConfig, windows: Cal
         lengths = {name: tokens.shape[1] for name, tokens in given.items() if tokens is not None}
         for tokens in (tokens for tokens in given.values() if tokens is not None):
             check_vocabulary(tokens, model_config, "calibration windows")
-    for statistic, name in ((Statistic.GRAM, "calib_seqlen"), (Statistic.FISHER, "fisher_seqlen")):
+    for statistic, name in ((Statistic.MOMENTS, "calib_seqlen"), (Statistic.FISHER, "fisher_seqlen")):
         if statistic in needed and name in lengths:
             check_seqlen(lengths[name], model_config, name)
 
@@ -108,7 +109,7 @@ def calibration_windows(
     needed = statistics_needed(config)
     if not needed and config.quantization.needs_search:
         # Clip ratios are searched on any calibration windows.
-        needed = frozenset({Statistic.GRAM})
+        needed = frozenset({Statistic.MOMENTS})
     if not needed:
         return CalibrationWindows(None, None)
     if tokenizer is None:
@@ -117,7 +118,7 @@ def calibration_windows(
     text = load_text(where, "calibration", config.seed) if text is None else text
     tokens = tokenize(tokenizer, text, where, model_config)
     wanted = {
-        Statistic.GRAM: (config.n_whiten_calib_samples, config.calib_seqlen),
+        Statistic.MOMENTS: (config.n_whiten_calib_samples, config.calib_seqlen),
         Statistic.FISHER: (config.n_fisher_calib_samples, config.fisher_seqlen),
     }
     drawn = {
@@ -125,7 +126,7 @@ def calibration_windows(
         for statistic, (count, seqlen) in wanted.items()
         if statistic in needed
     }
-    return CalibrationWindows(drawn.get(Statistic.GRAM), drawn.get(Statistic.FISHER))
+    return CalibrationWindows(drawn.get(Statistic.MOMENTS), drawn.get(Statistic.FISHER))
 
 
 def compress(
@@ -249,21 +250,24 @@ def _stream_factors(
     """(down, up) of every projection, its groups side by side, as each layer's statistics come in."""
     decompose = get_decomposition(config.decompose_method)
     num_layers = model.config.num_hidden_layers
-    grams: Iterable[Tensor | None] = [None] * num_layers
+    moments: Iterable[LayerMoments | None] = [None] * num_layers
     if windows is not None:
-        grams = stream_grams(model, windows, progress)
+        moments = stream_moments(model, windows, progress)
         if cache_dir:
-            store = StatisticsStore(cache_dir, "gram", model, windows)
-            grams = store.stream(grams, num_layers, model.device)
-    for layer, gram in enumerate(grams):
+            store = StatisticsStore(cache_dir, "moments", model, windows)
+            kept = store.stream((each._asdict() for each in moments), num_layers, model.device)
+            moments = (LayerMoments(**each) for each in kept)
+    for layer, of_layer in enumerate(moments):
+        gram = None if of_layer is None else of_layer.gram
         for side in SIDES:
             groups = [shape for shape in shapes if shape.site.layer == layer and shape.site.side == side]
             parts = []
             for shape in groups:
                 weight = site_weight(model, shape)
-                parts.append(decompose(weight, SiteStats(gram)).truncate(plan.ranks[shape.site]))
+                metric = site_metric(model, shape, of_layer, windows.shape[1]) if side in decompose.weighed else None
+                parts.append(decompose(weight, SiteStats(gram, metric)).truncate(plan.ranks[shape.site]))
                 if logger.isEnabledFor(logging.DEBUG):
-                    lost = relative_error(weight, parts[-1], gram)
+                    lost = relative_error(weight, parts[-1], gram, metric)
                     logger.debug("%s: rank %d loses %.2e of the output energy", shape.site, len(parts[-1].down), lost)
             down, up = torch.cat([part.down for part in parts]), torch.cat([part.up for part in parts], dim=1)
             yield (layer, side), (down.to(model.dtype), up.to(model.dtype))

@@ -46,7 +46,10 @@ BAD_COMPRESS = [
     (["--max_shard_size", "big"], "max_shard_size 'big' must be a whole number with KB, MB or GB"),
     (["--use_cache", "--cache_dir", "short.txt"], "short.txt"),
     (["--search_method", "best"], "search_method 'best' is unknown; use one of uniform, fisher, fisher_uniform"),
-    (["--decompose_method", "qr"], "decompose_method 'qr' is unknown; use one of whiten, svd"),
+    (
+        ["--decompose_method", "qr"],
+        "decompose_method 'qr' is unknown; use one of whiten, query, output, attention, svd",
+    ),
     (["--device", "tpu"], "device 'tpu' is not available; use cpu"),
     (["--dtype", "int8"], "dtype 'int8' is unknown; use auto, float32, bfloat16, float16"),
 ]

@@ -8,7 +8,7 @@ import torch
 
 import palu
 from palu.calibrate.fisher import fisher_information
-from palu.calibrate.moments import stream_grams
+from palu.calibrate.moments import stream_moments
 from palu.calibrate.sites import projection
 from palu.calibrate.store import StatisticsStore, weights_fingerprint
 from palu.calibrate.text import load_text
@@ -32,11 +32,33 @@ def test_streamed_grams_equal_those_of_a_whole_forward(family, attention):
         handle.remove()
         stacked = torch.cat(inputs).reshape(-1, 64).double()
         expected.append(stacked.T @ stacked / len(stacked))
-    got = list(stream_grams(model, windows))
+    got = [moments.gram for moments in stream_moments(model, windows)]
     assert len(got) == len(expected)
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == torch.float32
         assert torch.allclose(a.double(), b, rtol=1e-4, atol=1e-4 * b.abs().max())
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_streamed_query_grams_are_those_of_the_queries_that_meet_keys(family):
+    model = tiny_model(family)
+    windows = random_windows(model, 3, 40)
+    expected = []
+    for layer in model.model.layers:
+        attention, found = layer.self_attn, []
+        # Normalised ones where the family normalises queries (Qwen3).
+        source = attention.q_norm if hasattr(attention, "q_norm") else attention.q_proj
+        handle = source.register_forward_hook(lambda m, args, output, kept=found: kept.append(output.detach()))
+        with torch.no_grad():
+            for window in windows:
+                model(window[None])
+        handle.remove()
+        size, kv_heads = attention.head_dim, model.config.num_key_value_heads
+        queries = torch.cat(found).reshape(windows.numel(), kv_heads, -1, size).double()
+        expected.append(torch.einsum("tkqd,tkqe->kde", queries, queries) / windows.numel())
+    got = [moments.query_gram.double() for moments in stream_moments(model, windows)]
+    for a, b in zip(got, expected, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * b.abs().max())
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -227,11 +249,11 @@ def test_the_cache_is_keyed_by_the_whole_config(tmp_path):
         {"max_window_layers": 2},
         {"num_attention_heads": 4, "num_key_value_heads": 2},
     ]
-    keys = {StatisticsStore(tmp_path, "gram", tiny_model("qwen2", **change), windows).key for change in changes}
+    keys = {StatisticsStore(tmp_path, "moments", tiny_model("qwen2", **change), windows).key for change in changes}
     assert len(keys) == len(changes)
     again = tiny_model("qwen2")
     again.config._name_or_path = "elsewhere"
-    assert StatisticsStore(tmp_path, "gram", again, windows).key in keys
+    assert StatisticsStore(tmp_path, "moments", again, windows).key in keys
 
 
 def test_a_model_in_training_mode_is_compressed_as_in_evaluation_and_left_as_it_was():
@@ -244,7 +266,7 @@ def test_a_model_in_training_mode_is_compressed_as_in_evaluation_and_left_as_it_
 
 def test_streaming_leaves_the_callers_gradient_mode_alone():
     model = tiny_model("llama")
-    for _ in stream_grams(model, random_windows(model, 1, 8)):
+    for _ in stream_moments(model, random_windows(model, 1, 8)):
         assert torch.is_grad_enabled()
 
 
@@ -276,7 +298,7 @@ def test_a_damaged_cache_is_computed_again_with_a_warning(tmp_path, caplog, dama
         elif damage == "overwritten":
             path.write_bytes(path.read_bytes()[:-40] + b"\xff" * 40)
         else:
-            store = StatisticsStore(tmp_path, "gram", model, random_windows(model, 1, 8))
+            store = StatisticsStore(tmp_path, "moments", model, random_windows(model, 1, 8))
             store.write("x", {"tensor": torch.zeros(2)})
             path.write_bytes((store.directory / "x.safetensors").read_bytes())
     with caplog.at_level(logging.WARNING):

@@ -38,6 +38,33 @@ def test_plain_svd_factors_equal_the_svd():
     assert torch.allclose(factors.up @ factors.down, u[:, :7] * s[:7] @ v[:7], atol=1e-8)
 
 
+@pytest.mark.parametrize("method", ["query", "output", "attention"])
+def test_weighed_factors_lose_the_least_that_a_metric_counts(method):
+    weight, inputs = torch.randn(20, 33).double(), torch.randn(90, 33).double()
+    spread = torch.randn(20, 20).double()
+    metric, gram = spread @ spread.T, inputs.T @ inputs
+    factors = get_decomposition(method)(weight, SiteStats(gram, metric))
+    values, basis = torch.linalg.eigh(metric)
+    root = basis * values.sqrt() @ basis.T
+    _, s, _ = torch.linalg.svd(root @ weight @ torch.linalg.cholesky(gram), full_matrices=False)
+    for rank in (1, 7, 19):
+        kept = factors.truncate(rank)
+        lost = (root @ (weight - kept.up @ kept.down) @ inputs.T).square().sum().item()
+        assert lost == pytest.approx(s[rank:].square().sum().item(), rel=1e-6)
+    assert torch.allclose(factors.up @ factors.down, weight, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "values", [[0.0] * 8, [0.0] * 7 + [1.0], [1e-12, 1.0, 1e6, 0.0] * 2], ids=["none", "one", "some"]
+)
+def test_directions_that_cost_nothing_give_no_nan(values):
+    weight = torch.randn(8, 16).double()
+    factors = get_decomposition("attention")(weight, SiteStats(torch.eye(16), torch.diag(torch.tensor(values))))
+    assert torch.isfinite(factors.up).all()
+    assert torch.isfinite(factors.down).all()
+    assert torch.allclose(factors.up @ factors.down, weight, atol=1e-8)
+
+
 @pytest.mark.parametrize("method", list(DECOMPOSITIONS))
 def test_full_rank_is_exact(method):
     weight, inputs = torch.randn(24, 40).double(), torch.randn(100, 40).double()

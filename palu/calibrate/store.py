@@ -56,7 +56,7 @@ class StatisticsStore:
 
     Args:
         directory: the cache's root.
-        kind: `gram` or `fisher`.
+        kind: `moments` or `fisher`.
         model: fingerprinted with its whole config, its weights and its compute dtype.
         windows: the calibration tokens.
     """
@@ -113,14 +113,16 @@ class StatisticsStore:
         finally:
             partial.unlink(missing_ok=True)
 
-    def stream(self, computed: Iterable[Tensor], count: int, device: torch.device) -> Iterator[Tensor]:
-        """`count` tensors, one file each: from disk if all are there, else from `computed`, saved as they come."""
+    def stream(
+        self, computed: Iterable[dict[str, Tensor]], count: int, device: torch.device
+    ) -> Iterator[dict[str, Tensor]]:
+        """`count` groups of tensors, a file each: read if all are there, else from `computed`, saved as they come."""
         names = [f"{index:04d}" for index in range(count)]
         if all([self.holds(name) for name in names]):
             logger.info("statistics read from %s", self.directory)
             for name in names:
-                yield self.read(name)["tensor"].to(device)
+                yield {key: tensor.to(device) for key, tensor in self.read(name).items()}
             return
-        for name, tensor in zip(names, computed, strict=True):
-            self.write(name, {"tensor": tensor})
-            yield tensor
+        for name, tensors in zip(names, computed, strict=True):
+            self.write(name, tensors)
+            yield tensors

@@ -92,12 +92,12 @@ class CalibrationWindows:
         Raises:
             PaluError: if some are missing.
         """
-        given = {Statistic.GRAM: self.moments, Statistic.FISHER: self.fisher}
+        given = {Statistic.MOMENTS: self.moments, Statistic.FISHER: self.fisher}
         missing = [statistic.value for statistic in needed if given[statistic] is None]
         if missing:
             raise PaluError(f"no calibration windows for the {', '.join(missing)} statistic")
         kept = {statistic: windows if statistic in needed else None for statistic, windows in given.items()}
-        return CalibrationWindows(kept[Statistic.GRAM], kept[Statistic.FISHER])
+        return CalibrationWindows(kept[Statistic.MOMENTS], kept[Statistic.FISHER])
 
     def describe(self) -> dict[str, Any]:
         """Sizes and fingerprints, for the record."""

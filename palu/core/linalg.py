@@ -8,9 +8,12 @@ from palu.core.types import Factors
 # Directions whose energy is below this fraction of the largest are scaled as if they had it: the scale cancels in
 # up @ down, so it may be anything, and a bounded one never divides by zero.
 RELATIVE_ENERGY_FLOOR = 1e-10
+# Output directions that cost less than this fraction of the dearest count as if they cost it: else a factor would have
+# to be divided by next to nothing.
+RELATIVE_METRIC_FLOOR = 1e-6
 
 
-def energy_factors(weight: Tensor, energy: Tensor) -> Factors:
+def energy_factors(weight: Tensor, energy: Tensor, metric: Tensor | None = None) -> Factors:
     """Optimal factors of `weight` for the output energy `energy = weight @ C @ weight.T`.
 
     The whitened SVD of Palu (arXiv 2407.21118, section 3.2; SVD-LLM) is `W L = U S V^T` with `C = L L^T`,
@@ -18,15 +21,23 @@ def energy_factors(weight: Tensor, energy: Tensor) -> Factors:
     factors come from an eigen-decomposition of [group_dim, group_dim]: no SVD of [group_dim, in_features] and no
     inverse of a possibly singular `L`. The dropped energy is the tail of `S^2` exactly.
 
+    With a metric M the error `tr(M E C E^T)` is least: the factors are those of `M^(1/2) W`, whose up factor is then
+    multiplied by `M^(-1/2)`; M is scaled to a mean eigenvalue of one, which leaves latents about as large as without.
+
     Args:
         weight: [group_dim, in_features], any floating dtype.
         energy: [group_dim, group_dim], symmetric positive semi-definite.
+        metric: [group_dim, group_dim], symmetric positive semi-definite, or None for the identity.
 
     Returns:
         float64 factors of full rank `group_dim`, by falling energy; `up @ down` equals `weight`.
     """
     weight = weight.double()
     energy = energy.double()
+    if metric is not None:
+        root, inverse = roots(metric)
+        factors = energy_factors(root @ weight, root @ energy @ root)
+        return Factors(factors.down, inverse @ factors.up)
     squared_singular, basis = torch.linalg.eigh((energy + energy.T) / 2)
     order = torch.arange(squared_singular.numel() - 1, -1, -1, device=weight.device)
     squared_singular, basis = squared_singular[order], basis[:, order]
@@ -36,10 +47,29 @@ def energy_factors(weight: Tensor, energy: Tensor) -> Factors:
     return Factors(down=(basis.T @ weight) / scale[:, None], up=basis * scale)
 
 
-def relative_error(weight: Tensor, factors: Factors, gram: Tensor | None) -> float:
-    """Lost share of output energy: `tr(E C E^T) / tr(W C W^T)` with `E = W - up @ down`, `C = I` without a gram."""
+def roots(metric: Tensor) -> tuple[Tensor, Tensor]:
+    """The root of a positive semi-definite matrix, scaled to a mean eigenvalue of one, and its inverse; float64.
+
+    Eigenvalues are at least `RELATIVE_METRIC_FLOOR` of the largest.
+    """
+    values, basis = torch.linalg.eigh(metric.double())
+    if values[-1] > 0:
+        values = values.clamp_min(values[-1] * RELATIVE_METRIC_FLOOR)
+        root = (values / values.mean()).sqrt()
+    else:
+        root = torch.ones_like(values)
+    return (basis * root) @ basis.T, (basis / root) @ basis.T
+
+
+def relative_error(weight: Tensor, factors: Factors, gram: Tensor | None, metric: Tensor | None = None) -> float:
+    """Lost share of output energy: `tr(M E C E^T) / tr(M W C W^T)`, `E = W - up @ down`; `C`, `M` are I if None."""
     weight = weight.double()
     error = weight - factors.up @ factors.down
-    metric = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device) if gram is None else gram.double()
-    total = ((weight @ metric) * weight).sum().item()
-    return ((error @ metric) * error).sum().item() / total if total > 0 else 0.0
+
+    def energy(matrix: Tensor) -> float:
+        right = matrix if gram is None else matrix @ gram.double()
+        left = matrix if metric is None else metric.double() @ matrix
+        return (left * right).sum().item()
+
+    total = energy(weight)
+    return energy(error) / total if total > 0 else 0.0

@@ -14,7 +14,7 @@ SIDES: tuple[Side, Side] = ("key", "value")
 class Statistic(Enum):
     """What a calibration pass can gather."""
 
-    GRAM = "gram"
+    MOMENTS = "moments"
     FISHER = "fisher"
 
 
@@ -37,13 +37,16 @@ class SiteShape:
 
 @dataclass(frozen=True)
 class SiteStats:
-    """Calibration statistics of a site's input.
+    """What is known of a site.
 
     gram: uncentred second moment `E[x x^T]` of the projection's input, [in_features, in_features], or None when
         no method asked for it.
+    metric: what errors of the projection's output cost, as a quadratic form [group_dim, group_dim], or None when they
+        all cost the same.
     """
 
     gram: Tensor | None = None
+    metric: Tensor | None = None
 
 
 class Factors(NamedTuple):

@@ -1,12 +1,16 @@
 """Decomposition methods: one file each, and one line here."""
 
 from palu.core.errors import PaluError
+from palu.decompose.attention import Attention
 from palu.decompose.base import Decomposition
 from palu.decompose.svd import Svd
 from palu.decompose.whiten import Whiten
 
 DECOMPOSITIONS: dict[str, Decomposition] = {
     "whiten": Whiten(),
+    "query": Attention("key"),
+    "output": Attention("value"),
+    "attention": Attention("key", "value"),
     "svd": Svd(),
 }
 
