@@ -21,12 +21,10 @@ def metric_of(model, side, group, heads, layer=1):
     return site_metric(model, shape, moments, DISTANCES)
 
 
-def queries_of(model, layer=1):
-    """Of the calibration windows, before they are rotated: [tokens, kv heads, query heads, head_dim]."""
-    attention, found = model.model.layers[layer].self_attn, []
-    source = getattr(attention, "q_norm", attention.q_proj)
-    handle = source.register_forward_hook(lambda m, args, output: found.append(output.detach()))
-    windows = random_windows(model, 3, 40)
+def recorded(model, register):
+    """What goes through a module's hook over the calibration windows: [tokens, kv heads, heads of each, head_dim]."""
+    found, windows = [], random_windows(model, 3, 40)
+    handle = register(lambda module, args, *output: found.append((output or args)[0].detach()))
     with torch.no_grad():
         for window in windows:
             model(window[None])
@@ -35,28 +33,37 @@ def queries_of(model, layer=1):
     return torch.cat(found).reshape(shape).double()
 
 
+def queries_of(model, layer=1):
+    """Before they are rotated; normalised ones where the family normalises queries (Qwen3)."""
+    attention = model.model.layers[layer].self_attn
+    return recorded(model, getattr(attention, "q_norm", attention.q_proj).register_forward_hook)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_streamed_query_grams_are_those_of_the_queries_that_meet_keys(family):
+    model = tiny_model(family)
+    got = [moments.query_gram.double() for moments in stream_moments(model, random_windows(model, 3, 40))]
+    assert len(got) == len(model.model.layers)
+    for layer, gram in enumerate(got):
+        queries = queries_of(model, layer)
+        expected = torch.einsum("tkqd,tkqe->kde", queries, queries) / len(queries)
+        assert torch.allclose(gram, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
+
+
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_a_key_error_costs_what_it_does_to_scores_over_all_distances(family):
     model = tiny_model(family)
     size, heads = head_dim(model.config), 2
-    metric, queries = metric_of(model, "key", 1, heads), queries_of(model)[:, 2:4]
     error, change, pairs = torch.randn(heads, size).double(), 0.0, 0
     seen = error
     norm = getattr(model.model.layers[1].self_attn, "k_norm", None)
     if norm is not None:
         with torch.no_grad():
             norm.weight.uniform_(0.5, 2)
-        metric = metric_of(model, "key", 1, heads)
-        queries = queries_of(model)[:, 2:4]
-        ids, found = random_windows(model, 3, 40), []
-        handle = norm.register_forward_pre_hook(lambda m, args: found.append(args[0].detach()))
-        with torch.no_grad():
-            for window in ids:
-                model(window[None])
-        handle.remove()
-        keys = torch.cat(found).reshape(ids.numel(), -1, size)[:, 2:4].double()
+        keys = recorded(model, norm.register_forward_pre_hook)[:, 2:4, 0]
         mean_square = keys.square().mean((0, 2)) + norm.variance_epsilon
         seen = error * norm.weight.detach().double() / mean_square.sqrt()[:, None]
+    metric, queries = metric_of(model, "key", 1, heads), queries_of(model)[:, 2:4]
     rotary = model.model.rotary_emb
     for distance in range(DISTANCES):
         cos, sin = rotary(torch.zeros(1), torch.tensor([[distance]]))

@@ -14,7 +14,7 @@ from palu.core.progress import Progress, silent
 
 
 class _Stop(Exception):
-    """Ends a layer's forward once its key/value input is known."""
+    """Ends a layer's forward once its key/value input and its queries are known."""
 
 
 class LayerMoments(NamedTuple):
@@ -68,7 +68,7 @@ def _advance(
 ) -> None:  # fmt: skip
     """Replace every hidden state by the layer's output and add to the sums of its moments.
 
-    With `stop` the layer ends once its key/value input is known, and the hidden states are dropped.
+    With `stop` the layer ends once its key/value input and its queries are known, and the hidden states are dropped.
     """
     with _exact_products(layer.self_attn.k_proj.weight.dtype), _accumulate(layer.self_attn, sums, stop):
         for index in range(len(hidden)):

@@ -13,6 +13,6 @@ class Whiten:
     weighed: frozenset[Side] = frozenset()
 
     def __call__(self, weight: Tensor, stats: SiteStats) -> Factors:
-        """Factors of `weight` [group_dim, in_features] for `stats.gram` [in_features, in_features]."""
+        """Factors of `weight` [group_dim, in_features] for `stats.gram` [in_features, in_features] and its metric."""
         weight, gram = weight.double(), stats.gram.double()
-        return energy_factors(weight, weight @ gram @ weight.T)
+        return energy_factors(weight, weight @ gram @ weight.T, stats.metric)

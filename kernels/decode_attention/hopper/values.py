@@ -194,17 +194,9 @@ def weigh_values(
         if BITS < 16:
             # Numbers are made of the first codes beside the softmax.
             operand = value_operand(value_units(rings[0].index(done * STEPS % STAGES)), result, BITS)
+        place = place_of_scales(WHICH, done, EITHER)
         reference, total, shifted, summed = softmax(
-            scores,
-            excess,
-            scales,
-            place_of_scales(WHICH, done, EITHER),
-            weights,
-            reference,
-            total,
-            shifted,
-            summed,
-            BITS,
+            scores, excess, scales, place, weights, reference, total, shifted, summed, BITS
         )
         for part in gl.static_range(STEPS):
             step = done * STEPS + part
