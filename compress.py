@@ -57,12 +57,25 @@ def add_rank_flags(flag: Callable[..., Any]) -> None:
         help="kv heads that share a latent: a number, or all; 1 is M-LRD, all is J-LRD (default: %(default)s)",
     )
     flag("--value_group_size", type=group_size, help="the same for values (default: as --head_group_size)")
-    flag("--search_method", default="fisher_uniform", help="uniform, fisher or fisher_uniform (default: %(default)s)")
+    flag(
+        "--search_method",
+        default="fisher_uniform",
+        help="uniform; fisher, fisher_uniform: by the gradients of weights; global: ranks go where they save most of "
+        "the measured change of predictions, over layers, keys and values (default: %(default)s)",
+    )
+    flag(
+        "--key_cost",
+        type=float,
+        default=1.0,
+        help="with global: how much more a rank of keys costs than one of values; keys are rebuilt in every decoding "
+        "step, values are not (default: %(default)s)",
+    )
     flag(
         "--decompose_method",
         default="whiten",
         help="svd; whiten: least error of keys and values on the text; query: keys' errors weighed by the queries "
-        "that meet them; output: values' by what o_proj makes of them; attention: both (default: %(default)s)",
+        "that meet them; output: values' by what o_proj makes of them; attention: both; fisher: all errors weighed by "
+        "what they change in the predictions (default: %(default)s)",
     )
     flag(
         "--fuse_values",
@@ -80,6 +93,12 @@ def add_calibration_flags(flag: Callable[..., Any]) -> None:
     flag("--calib_seqlen", type=int, default=1024, help="tokens in each (default: %(default)s)")
     flag("--n_fisher_calib_samples", type=int, default=32, help="windows for Fisher (default: %(default)s)")
     flag("--fisher_seqlen", type=int, help="tokens in each (default: 1024, at most --calib_seqlen)")
+    flag(
+        "--n_probe_calib_samples",
+        type=int,
+        default=4,
+        help="how many of the windows for the moments the search global measures with (default: %(default)s)",
+    )
     flag("--use_cache", action="store_true", help="keep calibration statistics on disk and reuse them")
     flag("--cache_dir", help="where (default: $PALU_CACHE or ~/.cache/palu)")
 
@@ -133,8 +152,10 @@ def compression_config(args: argparse.Namespace) -> Any:
         search_method=args.search_method,
         decompose_method=args.decompose_method,
         rank_multiple=args.rank_multiple,
+        key_cost=args.key_cost,
         n_whiten_calib_samples=args.n_whiten_calib_samples,
         n_fisher_calib_samples=args.n_fisher_calib_samples,
+        n_probe_calib_samples=args.n_probe_calib_samples,
         calib_seqlen=args.calib_seqlen,
         fisher_seqlen=args.fisher_seqlen,
         calib_dataset=default_text if args.calib_dataset is None else args.calib_dataset,

@@ -1,5 +1,6 @@
 """Frozen, validated descriptions: what was asked of a compression, and what a compressed checkpoint holds."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
@@ -47,9 +48,12 @@ class CompressionConfig:
         size of None means the same as the keys'.
     search_method, decompose_method: names in `palu.search` and `palu.decompose`.
     rank_multiple: ranks are multiples of this (or a group's whole dimension).
+    key_cost: how much more a rank of keys costs than one of values where the search is `global`: keys are rebuilt in
+        every decoding step, values are not.
     n_whiten_calib_samples, calib_seqlen: windows and tokens per window for the input moments.
     n_fisher_calib_samples, fisher_seqlen: the same for the Fisher information; a length of None means 1024, or
         calib_seqlen where that is shorter.
+    n_probe_calib_samples: how many of the moments' windows the search `global` probes projections with.
     calib_dataset: a data set's name, or a file or directory.
     lt_hadamard: turn every group's latents by a Hadamard matrix, and use only ranks that have one.
     quantization: how the compressed model's cache stores latents; clip ratios `auto` are searched on calibration text.
@@ -63,8 +67,10 @@ class CompressionConfig:
     search_method: str = "fisher_uniform"
     decompose_method: str = "whiten"
     rank_multiple: int = 32
+    key_cost: float = 1.0
     n_whiten_calib_samples: int = 256
     n_fisher_calib_samples: int = 32
+    n_probe_calib_samples: int = 4
     calib_seqlen: int = 1024
     fisher_seqlen: int | None = None
     calib_dataset: str = "wikitext2"
@@ -79,10 +85,17 @@ class CompressionConfig:
         require(valid, f"param_ratio_target {ratio!r} is the kept fraction and must lie in (0, 1]")
         if self.fisher_seqlen is None and is_count(self.calib_seqlen):
             object.__setattr__(self, "fisher_seqlen", min(DEFAULT_FISHER_SEQLEN, self.calib_seqlen))
-        counts = {"rank_multiple": 1, "n_whiten_calib_samples": 1, "n_fisher_calib_samples": 1}
+        names = ("rank_multiple", "n_whiten_calib_samples", "n_fisher_calib_samples", "n_probe_calib_samples")
+        counts = dict.fromkeys(names, 1)
         for name, least in (counts | {"calib_seqlen": 2, "fisher_seqlen": 2, "seed": 0}).items():
             value = getattr(self, name)
             require(is_count(value) and value >= least, f"{name} {value!r} must be a number of at least {least}")
+        cost = self.key_cost
+        require(isinstance(cost, int | float) and 0 < cost < math.inf, f"key_cost {cost!r} must be a positive number")
+        require(
+            cost == 1 or self.search_method == "global",
+            f"key_cost {cost} is for the search_method global, which weighs it",
+        )
         require(self.seed < 2**63, f"seed {self.seed} must be below 2**63")
         for name, size in (("head_group_size", self.head_group_size), ("value_group_size", self.value_group_size)):
             valid = size == "all" or (is_count(size) and size >= 1) or (size is None and name == "value_group_size")

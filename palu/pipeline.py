@@ -3,7 +3,7 @@
 import copy
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from palu.calibrate.clip import search_clip_ratios
-from palu.calibrate.fisher import fisher_information
-from palu.calibrate.metrics import site_metric
-from palu.calibrate.moments import LayerMoments, stream_moments
-from palu.calibrate.sites import check_weights, site_shapes, site_weight
-from palu.calibrate.store import StatisticsStore
+from palu.calibrate.damage import Damage
+from palu.calibrate.evidence import Calibration
+from palu.calibrate.sites import check_weights, site_shapes
 from palu.calibrate.text import load_text
 from palu.calibrate.windows import (
+    WINDOWS_OF,
     CalibrationWindows,
     check_seqlen,
     check_vocabulary,
@@ -30,9 +29,8 @@ from palu.calibrate.windows import (
 from palu.config import CompressionConfig, LatentConfig
 from palu.core.budget import RankBudget
 from palu.core.errors import PaluError
-from palu.core.linalg import relative_error
 from palu.core.progress import Progress, silent
-from palu.core.types import SIDES, RankPlan, Side, Site, SiteShape, SiteStats, Statistic
+from palu.core.types import Evidence, Factors, Projection, RankPlan, Site, SiteShape, Statistic
 from palu.core.validate import require
 from palu.decompose import get_decomposition
 from palu.models import get_adapter
@@ -74,7 +72,7 @@ def statistics_needed(config: CompressionConfig) -> frozenset[Statistic]:
 
 def rank_budget(config: CompressionConfig) -> RankBudget:
     """What the rank search may spend."""
-    return RankBudget(config.param_ratio_target, config.rank_multiple, config.lt_hadamard)
+    return RankBudget(config.param_ratio_target, config.rank_multiple, config.lt_hadamard, config.key_cost)
 
 
 def check_compression(model_config: Any, config: CompressionConfig, windows: CalibrationWindows | None = None) -> None:
@@ -86,15 +84,15 @@ def check_compression(model_config: Any, config: CompressionConfig, windows: Cal
     get_adapter(model_config)
     check_rope(model_config.rope_parameters["rope_type"])
     rank_budget(config).check(site_shapes(model_config, config))
-    needed = statistics_needed(config)
+    needed = {WINDOWS_OF[statistic] for statistic in statistics_needed(config)}
     lengths = {"calib_seqlen": config.calib_seqlen, "fisher_seqlen": config.fisher_seqlen}
     if windows is not None:
         given = {"calib_seqlen": windows.moments, "fisher_seqlen": windows.fisher}
         lengths = {name: tokens.shape[1] for name, tokens in given.items() if tokens is not None}
         for tokens in (tokens for tokens in given.values() if tokens is not None):
             check_vocabulary(tokens, model_config, "calibration windows")
-    for statistic, name in ((Statistic.MOMENTS, "calib_seqlen"), (Statistic.FISHER, "fisher_seqlen")):
-        if statistic in needed and name in lengths:
+    for kind, name in (("moments", "calib_seqlen"), ("fisher", "fisher_seqlen")):
+        if kind in needed and name in lengths:
             check_seqlen(lengths[name], model_config, name)
 
 
@@ -106,10 +104,10 @@ def calibration_windows(
     Raises:
         PaluError: if the text cannot be had or is too short.
     """
-    needed = statistics_needed(config)
+    needed = {WINDOWS_OF[statistic] for statistic in statistics_needed(config)}
     if not needed and config.quantization.needs_search:
         # Clip ratios are searched on any calibration windows.
-        needed = frozenset({Statistic.MOMENTS})
+        needed = {"moments"}
     if not needed:
         return CalibrationWindows(None, None)
     if tokenizer is None:
@@ -118,15 +116,15 @@ def calibration_windows(
     text = load_text(where, "calibration", config.seed) if text is None else text
     tokens = tokenize(tokenizer, text, where, model_config)
     wanted = {
-        Statistic.MOMENTS: (config.n_whiten_calib_samples, config.calib_seqlen),
-        Statistic.FISHER: (config.n_fisher_calib_samples, config.fisher_seqlen),
+        "moments": (config.n_whiten_calib_samples, config.calib_seqlen),
+        "fisher": (config.n_fisher_calib_samples, config.fisher_seqlen),
     }
     drawn = {
-        statistic: sample_windows(tokens, count, seqlen, config.seed, where)
-        for statistic, (count, seqlen) in wanted.items()
-        if statistic in needed
+        kind: sample_windows(tokens, count, seqlen, config.seed, where)
+        for kind, (count, seqlen) in wanted.items()
+        if kind in needed
     }
-    return CalibrationWindows(drawn.get(Statistic.MOMENTS), drawn.get(Statistic.FISHER))
+    return CalibrationWindows(drawn.get("moments"), drawn.get("fisher"))
 
 
 def compress(
@@ -186,15 +184,26 @@ def _compress(
     progress: Progress,
 ) -> Compression:
     """Statistics, plan, factors and model, with everything checked."""
-    shapes = site_shapes(model.config, config)
+    calibration = Calibration(model, config, windows, cache_dir, progress)
+    search, shapes = get_search(config.search_method), calibration.shapes
     logger.info("calibration windows: %s", windows.describe() or "none needed")
-    with _stage("Fisher information", stages, model.device):
-        scores = _site_scores(model, windows.fisher, shapes, cache_dir, progress)
-    plan = get_search(config.search_method)(shapes, scores, rank_budget(config))
-    with _stage("input moments and factors", stages, model.device):
-        factors = dict(_stream_factors(model, windows.moments, shapes, plan, config, cache_dir, progress))
+    scores: dict[Site, float] = {}
+    if Statistic.FISHER in search.needs:
+        with _stage("Fisher information", stages, model.device):
+            scores = calibration.weight_fisher()
+    with _stage("statistics and factors", stages, model.device):
+        factors = calibration.factors()
+    damage: Damage = {}
+    if Statistic.DAMAGE in search.needs:
+        with _stage("damage of every projection", stages, model.device):
+            damage = calibration.damage(factors)
+    energy = {site: each.energy for site, each in factors.items()}
+    plan = search(shapes, Evidence(scores, energy, damage), rank_budget(config))
+    for site, rank in plan.ranks.items():
+        lost = energy[site][rank:].sum() / energy[site].sum().clamp_min(1e-300)
+        logger.debug("%s: rank %d loses %.2e of the energy", site, rank, lost)
     with _stage("assembling", stages, model.device):
-        compressed = _assemble(model, plan, factors, config, windows.describe())
+        compressed = _assemble(model, plan, _side_by_side(factors, plan), config, windows.describe())
     return Compression(compressed, plan, shapes, plan.kept_ratio(shapes), windows.describe(), stages)
 
 
@@ -213,70 +222,20 @@ def _stage(name: str, stages: list[dict[str, Any]], device: torch.device) -> Ite
     stages.append(row | {"seconds": time.perf_counter() - started})
 
 
-def _site_scores(
-    model: PreTrainedModel, windows: Tensor | None, shapes: list[SiteShape], cache_dir: Path | None, progress: Progress
-) -> dict[Site, float]:
-    """Fisher information of every site, empty where no window was drawn for it."""
-    if windows is None:
-        return {}
-    store = StatisticsStore(cache_dir, "fisher", model, windows) if cache_dir else None
-    if store and store.holds("scores"):
-        by_head = store.read("scores")
-    else:
-        by_head = fisher_information(model, windows, progress)
-        if store:
-            store.write("scores", by_head)
-    heads_per_group = {
-        side: model.config.num_key_value_heads // sum(s.site.layer == 0 and s.site.side == side for s in shapes)
-        for side in SIDES
-    }
-    scores = {}
-    for site in (shape.site for shape in shapes):
-        size = heads_per_group[site.side]
-        heads = by_head[site.side][site.layer, site.group * size : (site.group + 1) * size]
-        scores[site] = heads.mean().item()
-    return scores
-
-
-def _stream_factors(
-    model: PreTrainedModel,
-    windows: Tensor | None,
-    shapes: list[SiteShape],
-    plan: RankPlan,
-    config: CompressionConfig,
-    cache_dir: Path | None,
-    progress: Progress,
-) -> Iterator[tuple[tuple[int, Side], tuple[Tensor, Tensor]]]:
-    """(down, up) of every projection, its groups side by side, as each layer's statistics come in."""
-    decompose = get_decomposition(config.decompose_method)
-    num_layers = model.config.num_hidden_layers
-    moments: Iterable[LayerMoments | None] = [None] * num_layers
-    if windows is not None:
-        moments = stream_moments(model, windows, progress)
-        if cache_dir:
-            store = StatisticsStore(cache_dir, "moments", model, windows)
-            kept = store.stream((each._asdict() for each in moments), num_layers, model.device)
-            moments = (LayerMoments(**each) for each in kept)
-    for layer, of_layer in enumerate(moments):
-        gram = None if of_layer is None else of_layer.gram
-        for side in SIDES:
-            groups = [shape for shape in shapes if shape.site.layer == layer and shape.site.side == side]
-            parts = []
-            for shape in groups:
-                weight = site_weight(model, shape)
-                metric = site_metric(model, shape, of_layer, windows.shape[1]) if side in decompose.weighed else None
-                parts.append(decompose(weight, SiteStats(gram, metric)).truncate(plan.ranks[shape.site]))
-                if logger.isEnabledFor(logging.DEBUG):
-                    lost = relative_error(weight, parts[-1], gram, metric)
-                    logger.debug("%s: rank %d loses %.2e of the output energy", shape.site, len(parts[-1].down), lost)
-            down, up = torch.cat([part.down for part in parts]), torch.cat([part.up for part in parts], dim=1)
-            yield (layer, side), (down.to(model.dtype), up.to(model.dtype))
+def _side_by_side(factors: dict[Site, Factors], plan: RankPlan) -> dict[Projection, tuple[Tensor, Tensor]]:
+    """(down, up) of every projection at the plan's ranks, its groups side by side."""
+    projections = {}
+    for key in dict.fromkeys((site.layer, site.side) for site in factors):
+        sites = sorted(site for site in factors if (site.layer, site.side) == key)
+        parts = [factors[site].truncate(plan.ranks[site]) for site in sites]
+        projections[key] = torch.cat([part.down for part in parts]), torch.cat([part.up for part in parts], dim=1)
+    return projections
 
 
 def _assemble(
     model: PreTrainedModel,
     plan: RankPlan,
-    factors: dict[tuple[int, Side], tuple[Tensor, Tensor]],
+    factors: dict[Projection, tuple[Tensor, Tensor]],
     config: CompressionConfig,
     calibration: dict[str, Any],
 ) -> PreTrainedModel:

@@ -93,7 +93,7 @@ def test_a_value_error_costs_what_it_does_to_outputs(family):
     assert (flat @ metric @ flat).item() == pytest.approx(cost, rel=1e-6)
 
 
-@pytest.mark.parametrize("method", ["query", "output", "attention"])
+@pytest.mark.parametrize("method", ["query", "output", "attention", "fisher"])
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_full_rank_reproduces_the_models_logits(family, method):
     model = tiny_model(family)
@@ -122,7 +122,10 @@ def test_normalised_keys_are_factored_alike_however_large_they_are():
     assert torch.allclose(*outputs, atol=2e-3)
 
 
-@pytest.mark.parametrize(("method", "weighed"), [("query", {"k"}), ("output", {"v"}), ("attention", {"k", "v"})])
+@pytest.mark.parametrize(
+    ("method", "weighed"),
+    [("query", {"k"}), ("output", {"v"}), ("attention", {"k", "v"}), ("fisher", {"k", "v"})],
+)
 def test_a_method_weighs_the_sides_that_it_says(method, weighed):
     model = tiny_model("llama")
     plain, other = (
@@ -134,10 +137,15 @@ def test_a_method_weighs_the_sides_that_it_says(method, weighed):
         assert torch.allclose(one.abs(), two.abs(), atol=1e-4) == (side not in weighed)
 
 
-def test_statistics_read_from_disk_give_the_same_factors(tmp_path):
+@pytest.mark.parametrize(("method", "search"), [("attention", "uniform"), ("fisher", "global")])
+def test_statistics_read_from_disk_give_the_same_factors(tmp_path, method, search):
     model = tiny_model("qwen3")
-    windows = CalibrationWindows(random_windows(model), None)
-    config = palu.CompressionConfig(0.5, 2, search_method="uniform", decompose_method="attention", rank_multiple=4)
-    first, again = (palu.compress(model, config=config, windows=windows, cache_dir=tmp_path) for _ in range(2))
+    windows = CalibrationWindows(random_windows(model), random_windows(model))
+    config = palu.CompressionConfig(0.5, 2, search_method=search, decompose_method=method, rank_multiple=4)
+    first = palu.compress(model, config=config, windows=windows, cache_dir=tmp_path)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    again = palu.compress(model, config=config, windows=windows, cache_dir=tmp_path)
+    assert first.plan == again.plan
+    assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     state = again.model.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in first.model.state_dict().items())

@@ -13,6 +13,13 @@ from palu.core.errors import PaluError
 from palu.core.types import Statistic
 
 logger = logging.getLogger(__name__)
+# The windows that every statistic is gathered on.
+WINDOWS_OF = {
+    Statistic.MOMENTS: "moments",
+    Statistic.FISHER: "fisher",
+    Statistic.OUTPUT_FISHER: "fisher",
+    Statistic.DAMAGE: "moments",
+}
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, where: str, config: PreTrainedConfig) -> Tensor:
@@ -92,12 +99,12 @@ class CalibrationWindows:
         Raises:
             PaluError: if some are missing.
         """
-        given = {Statistic.MOMENTS: self.moments, Statistic.FISHER: self.fisher}
-        missing = [statistic.value for statistic in needed if given[statistic] is None]
+        given = {"moments": self.moments, "fisher": self.fisher}
+        names = {WINDOWS_OF[statistic] for statistic in needed}
+        missing = sorted(name for name in names if given[name] is None)
         if missing:
             raise PaluError(f"no calibration windows for the {', '.join(missing)} statistic")
-        kept = {statistic: windows if statistic in needed else None for statistic, windows in given.items()}
-        return CalibrationWindows(kept[Statistic.MOMENTS], kept[Statistic.FISHER])
+        return CalibrationWindows(**{name: windows if name in names else None for name, windows in given.items()})
 
     def describe(self) -> dict[str, Any]:
         """Sizes and fingerprints, for the record."""

@@ -17,11 +17,14 @@ class RankBudget:
     kept_ratio: kept fraction of the uncompressed cache, in (0, 1].
     rank_multiple: every rank is a multiple of this, or the group's full dimension.
     hadamard: only ranks for which a Hadamard matrix can be constructed.
+    key_cost: how much more a search that weighs gain against cost lets a rank of keys cost than one of values; the
+        budget counts both the same.
     """
 
     kept_ratio: float
     rank_multiple: int
     hadamard: bool = False
+    key_cost: float = 1.0
 
     def total(self, shapes: Sequence[SiteShape]) -> int:
         """The largest allowed sum of ranks over `shapes`."""

@@ -30,46 +30,35 @@ def energy_factors(weight: Tensor, energy: Tensor, metric: Tensor | None = None)
         metric: [group_dim, group_dim], symmetric positive semi-definite, or None for the identity.
 
     Returns:
-        float64 factors of full rank `group_dim`, by falling energy; `up @ down` equals `weight`.
+        float64 factors of full rank `group_dim`, by falling energy; `up @ down` equals `weight`, and dropping the last
+        directions makes an error `tr(M E C E^T)` of their energy.
     """
     weight = weight.double()
     energy = energy.double()
     if metric is not None:
-        root, inverse = roots(metric)
+        root, inverse, scale = roots(metric)
         factors = energy_factors(root @ weight, root @ energy @ root)
-        return Factors(factors.down, inverse @ factors.up)
+        return Factors(factors.down, inverse @ factors.up, factors.energy * scale)
     squared_singular, basis = torch.linalg.eigh((energy + energy.T) / 2)
     order = torch.arange(squared_singular.numel() - 1, -1, -1, device=weight.device)
     squared_singular, basis = squared_singular[order], basis[:, order]
     largest = squared_singular[0]
     floored = squared_singular.clamp_min(largest * RELATIVE_ENERGY_FLOOR) if largest > 0 else basis.new_ones(len(order))
     scale = floored.pow(0.25)
-    return Factors(down=(basis.T @ weight) / scale[:, None], up=basis * scale)
+    down = (basis.T @ weight) / scale[:, None]
+    return Factors(down, basis * scale, squared_singular.clamp_min(0.0))
 
 
-def roots(metric: Tensor) -> tuple[Tensor, Tensor]:
-    """The root of a positive semi-definite matrix, scaled to a mean eigenvalue of one, and its inverse; float64.
+def roots(metric: Tensor) -> tuple[Tensor, Tensor, float]:
+    """The root of a positive semi-definite matrix, scaled to a mean eigenvalue of one, its inverse, and the scale.
 
-    Eigenvalues are at least `RELATIVE_METRIC_FLOOR` of the largest.
+    Eigenvalues are at least `RELATIVE_METRIC_FLOOR` of the largest; `metric = scale * root @ root`, float64.
     """
     values, basis = torch.linalg.eigh(metric.double())
     if values[-1] > 0:
         values = values.clamp_min(values[-1] * RELATIVE_METRIC_FLOOR)
-        root = (values / values.mean()).sqrt()
+        scale = values.mean().item()
+        root = (values / scale).sqrt()
     else:
-        root = torch.ones_like(values)
-    return (basis * root) @ basis.T, (basis / root) @ basis.T
-
-
-def relative_error(weight: Tensor, factors: Factors, gram: Tensor | None, metric: Tensor | None = None) -> float:
-    """Lost share of output energy: `tr(M E C E^T) / tr(M W C W^T)`, `E = W - up @ down`; `C`, `M` are I if None."""
-    weight = weight.double()
-    error = weight - factors.up @ factors.down
-
-    def energy(matrix: Tensor) -> float:
-        right = matrix if gram is None else matrix @ gram.double()
-        left = matrix if metric is None else metric.double() @ matrix
-        return (left * right).sum().item()
-
-    total = energy(weight)
-    return energy(error) / total if total > 0 else 0.0
+        scale, root = 0.0, torch.ones_like(values)
+    return (basis * root) @ basis.T, (basis / root) @ basis.T, scale

@@ -1,7 +1,7 @@
 """Small value types that travel down the road: sites, statistics, factors, rank plans."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal, NamedTuple
 
@@ -9,6 +9,8 @@ from torch import Tensor
 
 Side = Literal["key", "value"]
 SIDES: tuple[Side, Side] = ("key", "value")
+# A layer's k_proj or v_proj.
+Projection = tuple[int, Side]
 
 
 class Statistic(Enum):
@@ -16,6 +18,8 @@ class Statistic(Enum):
 
     MOMENTS = "moments"
     FISHER = "fisher"
+    OUTPUT_FISHER = "output_fisher"
+    DAMAGE = "damage"
 
 
 @dataclass(frozen=True, order=True)
@@ -54,10 +58,26 @@ class Factors(NamedTuple):
 
     down: Tensor  # [rank, in_features], cached: x @ down.T
     up: Tensor  # [group_dim, rank]
+    energy: Tensor  # [rank], what every direction adds to the error when it is dropped
 
     def truncate(self, rank: int) -> "Factors":
         """The best `rank` directions."""
-        return Factors(self.down[:rank], self.up[:, :rank])
+        return Factors(self.down[:rank], self.up[:, :rank], self.energy[:rank])
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a rank search goes by; empty where its `needs` did not ask for it.
+
+    fisher: every site's Fisher information.
+    energy: every site's `Factors.energy` at full rank.
+    damage: how much the model's predictions change with the energy that a projection drops: pairs (energy of all its
+        groups together, nats per token), by rising energy.
+    """
+
+    fisher: Mapping[Site, float] = field(default_factory=dict)
+    energy: Mapping[Site, Tensor] = field(default_factory=dict)
+    damage: Mapping[Projection, Sequence[tuple[float, float]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from palu.core.errors import PaluError
 from palu.decompose.attention import Attention
 from palu.decompose.base import Decomposition
+from palu.decompose.fisher import Fisher
 from palu.decompose.svd import Svd
 from palu.decompose.whiten import Whiten
 
@@ -11,6 +12,7 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
     "query": Attention("key"),
     "output": Attention("value"),
     "attention": Attention("key", "value"),
+    "fisher": Fisher(),
     "svd": Svd(),
 }
 

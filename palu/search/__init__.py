@@ -4,12 +4,14 @@ from palu.core.errors import PaluError
 from palu.search.base import RankSearch
 from palu.search.fisher import Fisher
 from palu.search.fisher_uniform import FisherUniform
+from palu.search.global_plan import GlobalPlan
 from palu.search.uniform import Uniform
 
 SEARCHES: dict[str, RankSearch] = {
     "uniform": Uniform(),
     "fisher": Fisher(),
     "fisher_uniform": FisherUniform(),
+    "global": GlobalPlan(),
 }
 
 

@@ -1,10 +1,10 @@
 """What a rank search is."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from palu.core.budget import RankBudget
-from palu.core.types import RankPlan, Site, SiteShape, Statistic
+from palu.core.types import Evidence, RankPlan, SiteShape, Statistic
 
 
 class RankSearch(Protocol):
@@ -12,6 +12,6 @@ class RankSearch(Protocol):
 
     needs: frozenset[Statistic]
 
-    def __call__(self, shapes: Sequence[SiteShape], scores: Mapping[Site, float], budget: RankBudget) -> RankPlan:
-        """The rank of every site; `scores` is each site's Fisher information, empty where it is not needed."""
+    def __call__(self, shapes: Sequence[SiteShape], evidence: Evidence, budget: RankBudget) -> RankPlan:
+        """The rank of every site."""
         ...

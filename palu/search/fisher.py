@@ -1,9 +1,9 @@
 """Every group's rank in proportion to its Fisher information (Palu, section 3.3)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from palu.core.budget import RankBudget, round_to_budget, share_proportionally
-from palu.core.types import RankPlan, Site, SiteShape, Statistic
+from palu.core.types import Evidence, RankPlan, SiteShape, Statistic
 
 
 class Fisher:
@@ -11,8 +11,8 @@ class Fisher:
 
     needs: frozenset[Statistic] = frozenset({Statistic.FISHER})
 
-    def __call__(self, shapes: Sequence[SiteShape], scores: Mapping[Site, float], budget: RankBudget) -> RankPlan:
+    def __call__(self, shapes: Sequence[SiteShape], evidence: Evidence, budget: RankBudget) -> RankPlan:
         """The rank of every site."""
-        weights = [scores[shape.site] * shape.group_dim for shape in shapes]
+        weights = [evidence.fisher[shape.site] * shape.group_dim for shape in shapes]
         ideal = share_proportionally(weights, [shape.group_dim for shape in shapes], budget.total(shapes))
         return round_to_budget(shapes, ideal, budget)

@@ -1,9 +1,9 @@
 """The same kept fraction everywhere."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from palu.core.budget import RankBudget, round_to_budget
-from palu.core.types import RankPlan, Site, SiteShape, Statistic
+from palu.core.types import Evidence, RankPlan, SiteShape, Statistic
 
 
 class Uniform:
@@ -11,6 +11,6 @@ class Uniform:
 
     needs: frozenset[Statistic] = frozenset()
 
-    def __call__(self, shapes: Sequence[SiteShape], scores: Mapping[Site, float], budget: RankBudget) -> RankPlan:
+    def __call__(self, shapes: Sequence[SiteShape], evidence: Evidence, budget: RankBudget) -> RankPlan:
         """The rank of every site."""
         return round_to_budget(shapes, [budget.kept_ratio * shape.group_dim for shape in shapes], budget)

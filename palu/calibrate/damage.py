@@ -1,0 +1,94 @@
+"""How much the model's predictions change when one projection drops directions, measured."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from palu.calibrate.sites import projection
+from palu.core.errors import PaluError
+from palu.core.progress import Progress, silent
+from palu.core.types import SIDES, Factors, Projection, Site
+
+# Kept fractions of every group at which a projection is probed: closer where damage grows faster.
+FRACTIONS = (0.6, 0.4, 0.25, 0.15, 0.08)
+# Numbers of logits at a time.
+MOST_LOGITS = 1 << 27
+
+Damage = dict[Projection, list[tuple[float, float]]]
+
+
+@torch.no_grad()
+def probe_damage(
+    model: PreTrainedModel, factors: Mapping[Site, Factors], windows: Tensor, progress: Progress = silent
+) -> Damage:
+    """The predictions' mean Kullback-Leibler divergence from the model's own, one projection truncated at a time.
+
+    All groups of a projection keep the same one of FRACTIONS.
+
+    Args:
+        factors: of full rank, of every site.
+        windows: token ids, int64 [windows, seqlen].
+
+    Returns:
+        For every projection pairs (energy that is dropped, nats per token), by rising energy.
+
+    Raises:
+        PaluError: if a divergence is not finite, naming the layer.
+    """
+    probes = [
+        ((layer, side), fraction)
+        for layer in range(model.config.num_hidden_layers)
+        for side in SIDES
+        for fraction in FRACTIONS
+    ]
+    size = max(1, MOST_LOGITS // (windows.shape[1] * model.config.vocab_size))
+    batches = windows.to(model.device).split(size)
+    nats = torch.zeros(len(probes), dtype=torch.float64)
+    ticks = iter(progress(range(len(batches) * len(probes)), "probing projections", len(batches) * len(probes)))
+    for batch in batches:
+        expected = F.log_softmax(model(batch, use_cache=False).logits.float(), dim=-1)
+        for index, (key, fraction) in enumerate(probes):
+            next(ticks)
+            with _truncated(model, key, _parts(factors, key, fraction)):
+                found = F.log_softmax(model(batch, use_cache=False).logits.float(), dim=-1)
+            nats[index] += F.kl_div(found, expected, reduction="sum", log_target=True).double().item()
+    next(ticks, None)
+    damage: Damage = {key: [] for key, _ in probes}
+    for (key, fraction), total in zip(probes, nats.tolist(), strict=True):
+        if not torch.isfinite(torch.tensor(total)):
+            raise PaluError(f"layer {key[0]}: predictions with a truncated {key[1]} projection are not finite")
+        dropped = sum(each.energy[_rank(each, fraction) :].sum().item() for each in _groups(factors, key))
+        damage[key].append((dropped, total / windows.numel()))
+    return damage
+
+
+def _groups(factors: Mapping[Site, Factors], key: Projection) -> list[Factors]:
+    return [factors[site] for site in sorted(factors) if (site.layer, site.side) == key]
+
+
+def _rank(factors: Factors, fraction: float) -> int:
+    return max(1, round(fraction * len(factors.energy)))
+
+
+def _parts(factors: Mapping[Site, Factors], key: Projection, fraction: float) -> list[Factors]:
+    return [each.truncate(_rank(each, fraction)) for each in _groups(factors, key)]
+
+
+@contextmanager
+def _truncated(model: PreTrainedModel, key: Projection, parts: list[Factors]) -> Iterator[None]:
+    """The projection is that of the factors while the context is open."""
+    linear = projection(model, *key)
+    weight = torch.cat([part.up @ part.down for part in parts]).to(linear.weight)
+
+    def replace(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return F.linear(args[0], weight, module.bias)
+
+    handle = linear.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,122 @@
+"""What the rank plan and the factors are made of: gathered on calibration windows, or read from the cache."""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from palu.calibrate.damage import Damage, probe_damage
+from palu.calibrate.fisher import fisher_information, output_fisher
+from palu.calibrate.metrics import site_metric
+from palu.calibrate.moments import LayerMoments, stream_moments
+from palu.calibrate.sites import site_shapes, site_weight
+from palu.calibrate.store import StatisticsStore, tokens_fingerprint
+from palu.calibrate.windows import CalibrationWindows
+from palu.config import CompressionConfig
+from palu.core.progress import Progress
+from palu.core.types import SIDES, Factors, Side, Site, SiteShape, SiteStats, Statistic
+from palu.decompose import get_decomposition
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A model, what is asked of it and the windows; its methods gather one kind of evidence each.
+
+    cache_dir: where statistics are kept and looked up; not at all if None.
+    progress: wraps long loops to show them.
+    """
+
+    model: PreTrainedModel
+    config: CompressionConfig
+    windows: CalibrationWindows
+    cache_dir: Path | None
+    progress: Progress
+
+    @property
+    def shapes(self) -> list[SiteShape]:
+        """Every site."""
+        return site_shapes(self.model.config, self.config)
+
+    @property
+    def groups(self) -> dict[Side, int]:
+        """Head groups of each side."""
+        heads = self.model.config.num_key_value_heads
+        return {side: heads // self.config.group_size(side, heads) for side in SIDES}
+
+    def weight_fisher(self) -> dict[Site, float]:
+        """Fisher information of every site's weights, the mean of its heads'."""
+        windows = self.windows.fisher
+        by_head = self._kept("fisher", windows, lambda: fisher_information(self.model, windows, self.progress))
+        scores = {}
+        for shape in self.shapes:
+            site, groups = shape.site, self.groups[shape.site.side]
+            scores[site] = by_head[site.side][site.layer].view(groups, -1)[site.group].mean().item()
+        return scores
+
+    def output_fisher(self) -> dict[Side, Tensor]:
+        """`palu.calibrate.fisher.output_fisher` of the Fisher windows."""
+        windows, seed, groups = self.windows.fisher, self.config.seed, self.groups
+        kind = f"output_fisher-{groups['key']}-{groups['value']}-{seed}"
+        found = self._kept(kind, windows, lambda: output_fisher(self.model, windows, groups, seed, self.progress))
+        return {side: each.to(self.model.device) for side, each in found.items()}
+
+    def factors(self) -> dict[Site, Factors]:
+        """Factors of full rank of every site, in the model's dtype, as each layer's statistics come in."""
+        decompose = get_decomposition(self.config.decompose_method)
+        fisher = self.output_fisher() if Statistic.OUTPUT_FISHER in decompose.needs else None
+        factors = {}
+        for layer, moments in enumerate(self._moments()):
+            for shape in (shape for shape in self.shapes if shape.site.layer == layer):
+                site, metric = shape.site, None
+                if fisher is not None:
+                    metric = fisher[site.side][layer, site.group]
+                elif site.side in decompose.weighed:
+                    metric = site_metric(self.model, shape, moments, self.windows.moments.shape[1])
+                stats = SiteStats(None if moments is None else moments.gram, metric)
+                down, up, energy = decompose(site_weight(self.model, shape), stats)
+                factors[site] = Factors(down.to(self.model.dtype), up.to(self.model.dtype), energy.cpu())
+        return factors
+
+    def damage(self, factors: Mapping[Site, Factors]) -> Damage:
+        """`probe_damage` of these factors on the first of the moments' windows."""
+        probes = self.windows.moments[: self.config.n_probe_calib_samples]
+        given = [windows for windows in (self.windows.moments, self.windows.fisher) if windows is not None]
+        method, text = self.config.decompose_method, "".join(tokens_fingerprint(each)[:8] for each in given)
+        kind = f"damage-{method}-{self.groups['key']}-{self.groups['value']}-{self.config.seed}-{text}"
+
+        def measure() -> dict[str, Tensor]:
+            found = probe_damage(self.model, factors, probes, self.progress)
+            return {f"{layer}-{side}": torch.tensor(points).double() for (layer, side), points in found.items()}
+
+        kept = self._kept(kind, probes, measure)
+        layers = range(self.model.config.num_hidden_layers)
+        return {(layer, side): kept[f"{layer}-{side}"].tolist() for layer in layers for side in SIDES}
+
+    def _moments(self) -> Iterable[LayerMoments | None]:
+        """Every layer's moments, one at a time; None where there are no windows for them."""
+        model, windows = self.model, self.windows.moments
+        layers = model.config.num_hidden_layers
+        if windows is None or Statistic.MOMENTS not in get_decomposition(self.config.decompose_method).needs:
+            return [None] * layers
+        moments = stream_moments(model, windows, self.progress)
+        if self.cache_dir is None:
+            return moments
+        store = StatisticsStore(self.cache_dir, "moments", model, windows)
+        kept = store.stream((each._asdict() for each in moments), layers, model.device)
+        return (LayerMoments(**each) for each in kept)
+
+    def _kept(self, kind: str, windows: Tensor, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What `compute` gives, from the cache if it is there."""
+        if self.cache_dir is None:
+            return compute()
+        store = StatisticsStore(self.cache_dir, kind, self.model, windows)
+        name = kind.split("-")[0]
+        if not store.holds(name):
+            store.write(name, compute())
+        return store.read(name)

@@ -1,0 +1,68 @@
+"""Gradients of keys and values, projection by projection, as a backward pass makes them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from palu.calibrate.sites import projection
+from palu.core.progress import Progress
+from palu.core.types import SIDES, Projection
+
+# loss(logits [seqlen, vocabulary] in float32, window [seqlen]): a sum over tokens, not a mean, of which larger
+# gradients survive 16-bit arithmetic.
+Loss = Callable[[Tensor, Tensor], Tensor]
+# take(projection, inputs [seqlen, in_features], gradient [seqlen, out_features]), both float32.
+Taker = Callable[[Projection, Tensor, Tensor], None]
+
+
+def stream_gradients(
+    model: PreTrainedModel, windows: Tensor, loss: Loss, take: Taker, progress: Progress, name: str
+) -> None:
+    """Hand every window's gradients of the key and value projections' outputs over; no `.grad` is ever stored.
+
+    Args:
+        windows: token ids, int64 [windows, seqlen].
+    """
+    with torch.enable_grad(), _frozen(model), _watched(model, take):
+        for window in progress(windows.to(model.device), name, len(windows)):
+            loss(model(window[None], use_cache=False).logits[0].float(), window).backward()
+
+
+@contextmanager
+def _frozen(model: PreTrainedModel) -> Iterator[None]:
+    """No parameter requires a gradient; the embedded tokens do, so that the backward pass reaches every layer."""
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    model.requires_grad_(False)
+    handle = model.model.embed_tokens.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+    try:
+        yield
+    finally:
+        handle.remove()
+        for parameter, requires_grad in zip(model.parameters(), before, strict=True):
+            parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def _watched(model: PreTrainedModel, take: Taker) -> Iterator[None]:
+    """`take` is given every backward pass's gradients."""
+    handles = [
+        projection(model, layer, side).register_forward_hook(_watch_output((layer, side), take))
+        for layer in range(model.config.num_hidden_layers)
+        for side in SIDES
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _watch_output(which: Projection, take: Taker):  # noqa: ANN202 (a hook; its type says nothing)
+    def forward_hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        inputs = args[0].detach()[0]
+        output.register_hook(lambda gradient: take(which, inputs.float(), gradient[0].float()))
+
+    return forward_hook

@@ -1,0 +1,80 @@
+"""One budget over layers, keys and values, spent where it saves most of the measured damage.
+
+Damage of a projection is a function of the energy that it drops, measured at a few points (`palu.calibrate.damage`) and
+linear between them; within a projection, energies tell its groups apart. The next ranks go, again and again, to the
+group where a rank saves most.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from palu.core.budget import RankBudget
+from palu.core.types import Evidence, RankPlan, SiteShape, Statistic
+
+
+class Offer(NamedTuple):
+    """What the next allowed rank of a group saves, per rank, and how many ranks it takes."""
+
+    gain: float
+    ranks: int
+    group: int
+
+
+class GlobalPlan:
+    """Greedy: the largest `(damage(dropped) - damage(dropped - energy of the ranks)) / cost of the ranks` first."""
+
+    needs: frozenset[Statistic] = frozenset({Statistic.DAMAGE})
+
+    def __call__(self, shapes: Sequence[SiteShape], evidence: Evidence, budget: RankBudget) -> RankPlan:
+        """The rank of every site."""
+        budget.check(shapes)
+        projections = [
+            _Projection([shape for shape in shapes if (shape.site.layer, shape.site.side) == key], evidence, budget)
+            for key in dict.fromkeys((shape.site.layer, shape.site.side) for shape in shapes)
+        ]
+        left = budget.total(shapes) - sum(sum(each.ranks) for each in projections)
+        while affordable := [(offer, each) for each in projections for offer in each.offers if offer.ranks <= left]:
+            offer, winner = max(affordable, key=lambda pair: pair[0].gain)
+            winner.take(offer)
+            left -= offer.ranks
+        return RankPlan(
+            {shape.site: rank for each in projections for shape, rank in zip(each.shapes, each.ranks, strict=True)}
+        )
+
+
+class _Projection:
+    """A projection's groups, their ranks so far and what more would save."""
+
+    def __init__(self, shapes: list[SiteShape], evidence: Evidence, budget: RankBudget) -> None:
+        site = shapes[0].site
+        self.shapes = shapes
+        self.points = [(0.0, 0.0), *evidence.damage[site.layer, site.side]]
+        self.cost = budget.key_cost if site.side == "key" else 1.0
+        self.allowed = [budget.allowed_ranks(shape.group_dim) for shape in shapes]
+        # Energy that is dropped behind every rank.
+        energies = [evidence.energy[shape.site] for shape in shapes]
+        self.tails = [[*energy.flip(0).cumsum(0).flip(0).tolist(), 0.0] for energy in energies]
+        self.ranks = [ranks[0] for ranks in self.allowed]
+        self.offers = self._offers()
+
+    def take(self, offer: Offer) -> None:
+        self.ranks[offer.group] += offer.ranks
+        self.offers = self._offers()
+
+    def _offers(self) -> list[Offer]:
+        dropped = sum(tails[rank] for tails, rank in zip(self.tails, self.ranks, strict=True))
+        offers = []
+        for group, (allowed, rank) in enumerate(zip(self.allowed, self.ranks, strict=True)):
+            if rank < allowed[-1]:
+                more = allowed[allowed.index(rank) + 1]
+                saved = self.tails[group][rank] - self.tails[group][more]
+                gain = (self._damage(dropped) - self._damage(dropped - saved)) / ((more - rank) * self.cost)
+                offers.append(Offer(gain, more - rank, group))
+        return offers
+
+    def _damage(self, energy: float) -> float:
+        """Between the points linear, beyond the last one as before it."""
+        after = min(max(bisect_left(self.points, energy, key=lambda point: point[0]), 1), len(self.points) - 1)
+        (low, less), (high, more) = self.points[after - 1 : after + 1]
+        return less + (more - less) * (energy - low) / (high - low) if high > low else more

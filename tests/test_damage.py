@@ -1,0 +1,101 @@
+"""What errors of keys and values do to predictions: Fisher information of outputs, probes of projections."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import palu
+from palu.calibrate.damage import FRACTIONS, probe_damage
+from palu.calibrate.fisher import output_fisher
+from palu.calibrate.sites import projection, site_shapes, site_weight
+from palu.calibrate.windows import CalibrationWindows
+from palu.core.errors import PaluError
+from palu.core.types import SiteStats
+from palu.decompose import get_decomposition
+from tests.helpers import FAMILIES, random_windows, tiny_model
+
+
+@torch.no_grad()
+def divergence(model, windows, module, replace):
+    """Nats per token that the predictions change by where `replace` makes a module's output."""
+    expected = F.log_softmax(model(windows).logits.double(), dim=-1)
+    handle = module.register_forward_hook(replace)
+    found = F.log_softmax(model(windows).logits.double(), dim=-1)
+    handle.remove()
+    return (expected.exp() * (expected - found)).sum(-1).mean().item()
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("side", ["key", "value"])
+def test_small_errors_of_outputs_change_predictions_as_their_fisher_information_says(family, side):
+    model = tiny_model(family)
+    windows = random_windows(model, 48, 32)
+    fisher = output_fisher(model, windows, {"key": 2, "value": 4}, seed=0)[side][1]
+    groups, size = fisher.shape[:2]
+    group = int(torch.randint(groups, ()))
+    direction = torch.randn(size, size) @ torch.diag(torch.logspace(0, -2, size))
+    scale, found = 3e-3 / direction.square().sum().sqrt(), []
+    for _ in range(4):
+        noise = torch.randn(*windows.shape, size) @ direction.T * scale
+
+        def add(module, args, output, noise=noise):
+            return output + F.pad(noise, (group * size, (groups - group - 1) * size))
+
+        found.append(divergence(model, windows, projection(model, 1, side), add))
+    expected = (fisher[group] * (direction @ direction.T)).sum().item() * scale.item() ** 2 / 2
+    assert sum(found) / len(found) == pytest.approx(expected, rel=0.25)
+
+
+def test_output_fisher_leaves_the_model_as_it_was_and_follows_its_seed():
+    model = tiny_model("llama")
+    windows = random_windows(model, 3, 20)
+    one, same, other = (output_fisher(model, windows, {"key": 1, "value": 2}, seed)["value"] for seed in (5, 5, 6))
+    assert one.shape == (3, 2, 32, 32)
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_probes_measure_what_a_truncated_projection_does(family):
+    model = tiny_model(family)
+    windows = random_windows(model, 3, 24)
+    config = palu.CompressionConfig(0.5, 2)
+    factors = {
+        shape.site: get_decomposition("svd")(site_weight(model, shape).float(), SiteStats())
+        for shape in site_shapes(model.config, config)
+    }
+    damage = probe_damage(model, factors, windows)
+    assert set(damage) == {(layer, side) for layer in range(3) for side in ("key", "value")}
+    for (layer, side), points in damage.items():
+        assert points == sorted(points)
+        parts = [factors[site] for site in sorted(factors) if (site.layer, site.side) == (layer, side)]
+        for fraction, (energy, nats) in zip(FRACTIONS, points, strict=True):
+            kept = [part.truncate(max(1, round(fraction * len(part.energy)))) for part in parts]
+            weight = torch.cat([part.up @ part.down for part in kept]).float()
+
+            def replace(module, args, output, weight=weight):
+                return F.linear(args[0], weight, module.bias)
+
+            expected = divergence(model, windows, projection(model, layer, side), replace)
+            assert nats == pytest.approx(expected, rel=1e-3, abs=1e-7)
+            lost = (projection(model, layer, side).weight - weight).square().sum().item()
+            assert energy == pytest.approx(lost, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["svd", "whiten", "fisher"])
+def test_a_global_plan_spends_its_budget_with_any_factors(method):
+    model = tiny_model("llama")
+    windows = CalibrationWindows(random_windows(model), random_windows(model, 2, 40))
+    config = palu.CompressionConfig(0.5, 2, search_method="global", decompose_method=method, rank_multiple=4)
+    compression = palu.compress(model, config=config, windows=windows)
+    assert compression.kept_ratio == 0.5
+    assert len(set(compression.plan.ranks.values())) > 1
+    assert "damage of every projection" in [stage["stage"] for stage in compression.stages]
+
+
+def test_what_keys_cost_is_refused_where_nothing_weighs_it():
+    with pytest.raises(PaluError, match=r"key_cost 2\.0 is for the search_method global"):
+        palu.CompressionConfig(key_cost=2.0)
+    with pytest.raises(PaluError, match="key_cost 0 must be a positive number"):
+        palu.CompressionConfig(key_cost=0, search_method="global")
