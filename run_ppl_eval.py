@@ -165,6 +165,7 @@ def measure(
     from palu.models import is_latent
     from palu.nn.plain_cache import PlainQuantizedCache
     from utils.console import progress, working
+    from utils.perplexity import row_of
 
     with working(f"loading {path}"):
         model = load_model(path, parse_dtype(args.dtype), device, args.trust_remote_code)
@@ -189,53 +190,6 @@ def measure(
         )
         rows.append(row_of(result, model, label, name, bits, axis) | {"prefill_chunk": chunk})
     return rows
-
-
-def row_of(result: Any, model: Any, label: str, dataset: str, bits: int | None, key_axis: str) -> dict[str, Any]:
-    """The flat row of one measurement."""
-    import dataclasses
-
-    from palu.models import is_latent
-
-    cached = latent_bits(model) if bits is None else {"bits": bits, "value_bits": bits, "hadamard": False}
-    settings = model.config.latent.quantization if is_latent(model) else None
-    if settings is not None and not settings.is_full:
-        named = ("group_size", "symmetric", "clip_ratio", "sinks", "window")
-        cached |= {f"lt_{name}": getattr(settings, name) for name in named}
-    return {
-        "model": label,
-        "dataset": dataset,
-        **dataclasses.asdict(result),
-        "kept_ratio": kept_ratio(model.config),
-        **cached,
-        "plain": None if bits is None else key_axis,
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
-
-
-def latent_bits(model: Any) -> dict[str, Any]:
-    """Bits of a cached number, keys and values apart, and whether latents are Hadamard-turned."""
-    from palu.models import is_latent
-
-    full = model.dtype.itemsize * 8
-    if not is_latent(model):
-        return {"bits": full, "value_bits": full, "hadamard": False}
-    latent = model.config.latent
-    key, value = (
-        full if bits == 16 else bits for bits in (latent.quantization.key_bits, latent.quantization.value_bits)
-    )
-    return {"bits": key, "value_bits": value, "hadamard": latent.hadamard}
-
-
-def kept_ratio(config: Any) -> float:
-    """Cached numbers per token over the uncompressed model's: 1 for a stock model."""
-    from palu.config import head_dim
-    from palu.models import is_latent
-
-    if not is_latent(config):
-        return 1.0
-    full = 2 * config.num_key_value_heads * head_dim(config) * config.num_hidden_layers
-    return sum(sum(layer.key) + sum(layer.value) for layer in config.latent.layers) / full
 
 
 if __name__ == "__main__":

@@ -6,10 +6,12 @@ from torch.nn import functional as F
 
 import palu
 from palu.calibrate.damage import FRACTIONS, probe_damage
+from palu.calibrate.evidence import Calibration
 from palu.calibrate.fisher import output_fisher
 from palu.calibrate.sites import projection, site_shapes, site_weight
 from palu.calibrate.windows import CalibrationWindows
 from palu.core.errors import PaluError
+from palu.core.progress import silent
 from palu.core.types import SiteStats
 from palu.decompose import get_decomposition
 from tests.helpers import FAMILIES, random_windows, tiny_model
@@ -81,6 +83,16 @@ def test_probes_measure_what_a_truncated_projection_does(family):
             assert nats == pytest.approx(expected, rel=1e-3, abs=1e-7)
             lost = (projection(model, layer, side).weight - weight).square().sum().item()
             assert energy == pytest.approx(lost, rel=1e-3)
+
+
+def test_probes_read_as_many_windows_as_asked():
+    model = tiny_model("llama")
+    windows = CalibrationWindows(random_windows(model, 4, 20), None)
+    for count in (1, 3):
+        config = palu.CompressionConfig(0.5, 2, search_method="global", n_probe_calib_samples=count)
+        calibration = Calibration(model, config, windows, None, silent)
+        factors = calibration.factors()
+        assert calibration.damage(factors) == probe_damage(model, factors, windows.moments[:count])
 
 
 @pytest.mark.parametrize("method", ["svd", "whiten", "fisher"])

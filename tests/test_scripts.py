@@ -113,6 +113,7 @@ def test_the_same_seed_gives_the_same_checkpoint_and_another_seed_does_not():
         (["--head_group_size", "2", "--value_group_size", "all"], "ranks"),
         (["--rank_multiple", "8"], "ranks"),
         (["--search_method", "uniform"], "ranks"),
+        (["--search_method", "global"], "ranks"),
         (["--search_method", "fisher", "--head_group_size", "1", "--rank_multiple", "4"], "ranks"),
         (["--n_whiten_calib_samples", "3"], "moments"),
         (["--calib_seqlen", "80"], "moments"),
@@ -173,12 +174,20 @@ def test_use_cache_keeps_statistics_and_reuses_them():
     assert Path("a", "model.safetensors").read_bytes() == Path("b", "model.safetensors").read_bytes()
 
 
+def test_key_cost_moves_ranks_from_keys_to_values():
+    kept = []
+    for cost in ("0.2", "5"):
+        results = compress_rows("--no-dump_huggingface_model", "--search_method", "global", "--key_cost", cost)
+        kept.append(sum(row["rank"] for row in results["rows"] if row["kind"] == "rank" and row["side"] == "key"))
+    assert kept[0] > kept[1]
+
+
 def test_verbose_logs_what_every_site_loses(capsys):
     compress_rows("--no-dump_huggingface_model")
-    assert "output energy" not in capsys.readouterr().err
+    assert "of the energy" not in capsys.readouterr().err
     compress_rows("--no-dump_huggingface_model", "--verbose")
     log = capsys.readouterr().err
-    assert log.count("of the output energy") == 10
+    assert log.count("of the energy") == 10
     assert "calibration windows" in log
 
 

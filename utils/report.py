@@ -139,6 +139,32 @@ def plot_perplexity(results: dict[str, Any], path: Path) -> None:
     save_figure(figure, path)
 
 
+def plot_front(results: dict[str, Any], path: Path) -> None:
+    """What every way of caching loses in perplexity against its bytes per token, one panel a data set."""
+    plt = headless_pyplot()
+    datasets = list(dict.fromkeys(row["dataset"] for row in results["rows"]))
+    figure, axes = plt.subplots(1, len(datasets), figsize=(5 * len(datasets), 4), layout="constrained", squeeze=False)
+    for axis, dataset in zip(axes[0], datasets, strict=True):
+        rows = [row for row in results["rows"] if row["dataset"] == dataset]
+        full = next(row for row in rows if row["method"] is None and not row["plain"])
+        fronts: dict[str, list[tuple[float, float]]] = {}
+        for row in (row for row in rows if row is not full):
+            bits = "" if row["plain"] else f", {_bits(row)} bits"
+            name = f"plain quantisation, keys per {row['plain']}" if row["plain"] else row["method"] + bits
+            share = row["kv_bytes_per_token"] / full["kv_bytes_per_token"]
+            fronts.setdefault(name, []).append((share, 100 * (row["perplexity"] / full["perplexity"] - 1)))
+        for name, points in fronts.items():
+            axis.plot(*zip(*sorted(points), strict=True), "x--" if name.startswith("plain") else "o-", label=name, ms=5)
+        axis.axhline(0, color="black", linewidth=0.8)
+        # Straight below one percent, by powers of ten above.
+        axis.set_yscale("symlog", linthresh=1)
+        axis.set(title=Path(dataset).name, xlabel="KV bytes, of the original's", ylabel="perplexity, increase in %")
+        axis.set_xlim(left=0)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    save_figure(figure, path)
+
+
 def headless_pyplot() -> ModuleType:
     """matplotlib's pyplot, drawing to files only."""
     import matplotlib

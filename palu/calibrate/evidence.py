@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from palu.calibrate.damage import Damage, probe_damage
 from palu.calibrate.fisher import fisher_information, output_fisher
-from palu.calibrate.metrics import site_metric
+from palu.calibrate.metrics import blend, site_metric
 from palu.calibrate.moments import LayerMoments, stream_moments
 from palu.calibrate.sites import site_shapes, site_weight
 from palu.calibrate.store import StatisticsStore, tokens_fingerprint
@@ -74,10 +74,10 @@ class Calibration:
         for layer, moments in enumerate(self._moments()):
             for shape in (shape for shape in self.shapes if shape.site.layer == layer):
                 site, metric = shape.site, None
-                if fisher is not None:
-                    metric = fisher[site.side][layer, site.group]
-                elif site.side in decompose.weighed:
+                if site.side in decompose.weighed:
                     metric = site_metric(self.model, shape, moments, self.windows.moments.shape[1])
+                    if fisher is not None:
+                        metric = blend(metric, fisher[site.side][layer, site.group])
                 stats = SiteStats(None if moments is None else moments.gram, metric)
                 down, up, energy = decompose(site_weight(self.model, shape), stats)
                 factors[site] = Factors(down.to(self.model.dtype), up.to(self.model.dtype), energy.cpu())
@@ -92,11 +92,17 @@ class Calibration:
 
         def measure() -> dict[str, Tensor]:
             found = probe_damage(self.model, factors, probes, self.progress)
-            return {f"{layer}-{side}": torch.tensor(points).double() for (layer, side), points in found.items()}
+            return {
+                f"{layer}-{side}": torch.tensor(points, dtype=torch.float64) for (layer, side), points in found.items()
+            }
 
         kept = self._kept(kind, probes, measure)
         layers = range(self.model.config.num_hidden_layers)
-        return {(layer, side): kept[f"{layer}-{side}"].tolist() for layer in layers for side in SIDES}
+        return {
+            (layer, side): [(energy, nats) for energy, nats in kept[f"{layer}-{side}"].tolist()]
+            for layer in layers
+            for side in SIDES
+        }
 
     def _moments(self) -> Iterable[LayerMoments | None]:
         """Every layer's moments, one at a time; None where there are no windows for them."""

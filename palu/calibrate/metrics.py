@@ -20,6 +20,12 @@ def site_metric(model: PreTrainedModel, shape: SiteShape, moments: LayerMoments,
     return _key_metric(model, shape, moments, distances)
 
 
+def blend(*metrics: Tensor) -> Tensor:
+    """The mean of metrics that are scaled to a mean eigenvalue of one; those of zeros count as that."""
+    scaled = [metric.double() / metric.double().trace().clamp_min(1e-300) for metric in metrics]
+    return sum(scaled) * (len(metrics[0]) / len(metrics))
+
+
 def averaged_over_distances(gram: Tensor, frequencies: Tensor, distances: int) -> Tensor:
     """`E[R(d) q q^T R(d)^T]` of `gram = E[q q^T]`, [..., head_dim, head_dim], over all pairs of a causal window.
 

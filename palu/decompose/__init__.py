@@ -12,7 +12,7 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
     "query": Attention("key"),
     "output": Attention("value"),
     "attention": Attention("key", "value"),
-    "fisher": Fisher(),
+    "fisher": Fisher("key", "value"),
     "svd": Svd(),
 }
 

@@ -1,0 +1,190 @@
+"""Compare ways of compressing one model: perplexity against the bytes of its live cache, as a table, JSON and a plot.
+
+    python examples/compare_methods.py                                       # the bundled demo model and texts
+    python examples/compare_methods.py --model_id DIR --calib_dataset wikitext2 --datasets wikitext2,c4 \\
+        --methods fisher_uniform+whiten,global+fisher --ratios 0.3,0.5,0.7 --lt_bits 16,4 --lt_hadamard
+
+A method is a search and a decomposition, as --search_method and --decompose_method of compress.py. The original is
+measured too, and with its full keys and values in --plain_bits. Only the record and the plot are written.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.cli import DATASET_HELP, add_common_flags, bit_list, group_size, new_parser, resolve_device, run_script
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = new_parser(__doc__)
+    flag = parser.add_argument
+    flag("--model_id", help="directory or hub name of a stock model (default: the bundled demo model)")
+    flag("--methods", default="fisher_uniform+whiten,global+fisher", help="comma-separated (default: %(default)s)")
+    flag("--ratios", type=ratio_list, default=[0.3, 0.5, 0.7], help="comma-separated kept fractions (0.3,0.5,0.7)")
+    flag("--lt_bits", type=bit_list, default=[16], help="comma-separated bits of latents (default: 16)")
+    flag("--lt_hadamard", action="store_true", help="turn latents by Hadamard matrices")
+    flag("--plain_bits", type=bit_list, default=[8, 4, 3, 2], help="comma-separated, of full keys and values (8,4,3,2)")
+    flag("--head_group_size", type=group_size, default=4, help="kv heads that share a latent (default: %(default)s)")
+    flag("--value_group_size", type=group_size, help="the same for values (default: as --head_group_size)")
+    flag("--rank_multiple", type=int, default=32, help="ranks are multiples of this (default: %(default)s)")
+    flag("--calib_dataset", help=f"{DATASET_HELP} (default: wikitext2; demo for the demo model)")
+    flag("--n_whiten_calib_samples", type=int, default=256, help="windows for the moments (default: %(default)s)")
+    flag("--calib_seqlen", type=int, default=1024, help="tokens in each (default: %(default)s)")
+    flag("--n_fisher_calib_samples", type=int, default=32, help="windows for Fisher (default: %(default)s)")
+    flag("--datasets", help="comma-separated texts to measure on (default: wikitext2; demo for the demo model)")
+    flag("--seqlen", type=int, default=2048, help="tokens per window (default: %(default)s)")
+    flag("--max_windows", type=int, help="only the first windows of each text (default: all)")
+    flag("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
+    add_common_flags(parser)
+    return parser.parse_args(argv)
+
+
+def ratio_list(text: str) -> list[float]:
+    """Argparse type of comma-separated kept fractions, each once."""
+    try:
+        return list(dict.fromkeys(float(part) for part in text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be numbers such as 0.3,0.5") from None
+
+
+def main(args: argparse.Namespace) -> None:
+    """Compress and measure everything, write the record, print the table."""
+    import torch
+
+    from palu.calibrate.text import DEMO_ASSETS, load_text
+    from palu.checkpoint import check_weight_files, load_config, load_model, load_tokenizer, parse_dtype
+    from palu.core.errors import PaluError
+    from palu.pipeline import check_compression
+    from utils.console import console, working
+    from utils.report import perplexity_table, plot_front
+    from utils.results import environment, results_path, write_results
+
+    source = str(DEMO_ASSETS / "model") if args.model_id is None else args.model_id
+    text = "demo" if args.model_id is None else "wikitext2"
+    configs = compression_configs(args, text)
+    dtype, device = parse_dtype(args.dtype), resolve_device(args.device)
+    path = results_path(args.results, "compare", "demo" if args.model_id is None else source)
+    names = [name.strip() for name in (args.datasets or text).split(",") if name.strip()]
+    if not names or (args.max_windows is not None and args.max_windows < 1):
+        raise PaluError("--datasets must name a text, --max_windows at least one window")
+    model_config = load_config(source, args.trust_remote_code)
+    check_bits(args, model_config)
+    for config in configs.values():
+        check_compression(model_config, config)
+    check_weight_files(source)
+    torch.manual_seed(args.seed)
+    with working("reading the texts and the model"):
+        tokenizer = load_tokenizer(source, args.trust_remote_code)
+        texts = {name: load_text(name, "evaluation", args.seed) for name in names}
+        saved = dtype if dtype != "auto" else (model_config.dtype or torch.float32)
+        model = load_model(source, torch.float32 if device == "cpu" else saved, device, args.trust_remote_code)
+        windows = {name: evaluation_windows(tokenizer, text, name, model, args) for name, text in texts.items()}
+    rows = list(measure(model, tokenizer, configs, windows, saved, args))
+    results = {"rows": rows, "config": vars(args), "environment": environment(device, args.seed)}
+    write_results(path, results)
+    plot_front(results, path.with_suffix(".png"))
+    perplexity_table(results)
+    console.print(f"record: {path}, plot: {path.with_suffix('.png')}", highlight=False, soft_wrap=True)
+
+
+def compression_configs(args: argparse.Namespace, text: str) -> dict[tuple[str, float], Any]:
+    """The library's CompressionConfig of every method and ratio."""
+    from palu import CompressionConfig
+    from palu.core.errors import PaluError
+
+    configs = {}
+    for method in (name.strip() for name in args.methods.split(",")):
+        search, plus, decompose = method.partition("+")
+        if not plus:
+            raise PaluError(f"--methods {method!r} must be SEARCH+DECOMPOSITION, such as global+fisher")
+        for ratio in args.ratios:
+            configs[method, ratio] = CompressionConfig(
+                param_ratio_target=ratio,
+                search_method=search,
+                decompose_method=decompose,
+                head_group_size=args.head_group_size,
+                value_group_size=args.value_group_size,
+                rank_multiple=args.rank_multiple,
+                n_whiten_calib_samples=args.n_whiten_calib_samples,
+                n_fisher_calib_samples=args.n_fisher_calib_samples,
+                calib_seqlen=args.calib_seqlen,
+                calib_dataset=text if args.calib_dataset is None else args.calib_dataset,
+                seed=args.seed,
+                lt_hadamard=args.lt_hadamard,
+            )
+    return configs
+
+
+def check_bits(args: argparse.Namespace, model_config: Any) -> None:
+    """Refuse numbers of bits that there are no codes of."""
+    from palu import QuantizationConfig
+    from palu.nn.plain_cache import PlainQuantizedCache
+
+    for bits in args.lt_bits:
+        QuantizationConfig(key_bits=bits, value_bits=bits)
+    for bits in args.plain_bits:
+        PlainQuantizedCache(model_config, bits)
+
+
+def evaluation_windows(tokenizer: Any, text: str, name: str, model: Any, args: argparse.Namespace) -> Any:
+    """Token windows of a text, int64 [windows, seqlen]."""
+    from palu.calibrate.windows import check_seqlen, consecutive_windows, tokenize
+
+    check_seqlen(args.seqlen, model.config, "--seqlen")
+    return consecutive_windows(tokenize(tokenizer, text, name, model.config), args.seqlen, name)[: args.max_windows]
+
+
+def measure(
+    model: Any, tokenizer: Any, configs: dict[Any, Any], windows: dict[str, Any], dtype: Any, args: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """One row per text of every method, ratio and number of bits, then of the original."""
+    from palu import QuantizationConfig, compress, set_quantization
+    from palu.pipeline import calibration_windows
+    from utils.console import progress
+
+    with tempfile.TemporaryDirectory() as cache:
+        for (method, ratio), config in configs.items():
+            drawn = calibration_windows(tokenizer, model.config, config)
+            # Statistics are the same for all ratios.
+            compression = compress(model, config=config, windows=drawn, cache_dir=Path(cache), progress=progress)
+            # Weights that did not change are the original's, whose number format stays.
+            compressed = copied(compression.model, dtype)
+            for bits in args.lt_bits:
+                set_quantization(compressed, QuantizationConfig(key_bits=bits, value_bits=bits))
+                yield from rows_of(compressed, f"{method} {ratio:g}", method, windows, None)
+    original = model.to(dtype)
+    for bits in (None, *args.plain_bits):
+        yield from rows_of(original, "original", None, windows, bits)
+
+
+def copied(model: Any, dtype: Any) -> Any:
+    """A copy of a model in a number format."""
+    import copy
+
+    return copy.deepcopy(model).to(dtype)
+
+
+def rows_of(
+    model: Any, label: str, method: str | None, windows: dict[str, Any], bits: int | None
+) -> Iterator[dict[str, Any]]:
+    """One row per text; bits: of plain quantisation."""
+    from palu.evaluate.perplexity import perplexity
+    from palu.nn.plain_cache import PlainQuantizedCache
+    from utils.console import progress
+    from utils.perplexity import row_of
+
+    new_cache = None if bits is None else lambda: PlainQuantizedCache(model.config, bits)
+    for name, tokens in windows.items():
+        shown = f"{label} on {Path(name).name}" + (f", plain {bits} bits" if bits else "")
+        result = perplexity(model, tokens, 1, progress, shown, None, new_cache)
+        yield row_of(result, model, label, name, bits, "token") | {"method": method}
+
+
+if __name__ == "__main__":
+    run_script(parse, main)

@@ -1,0 +1,74 @@
+"""Comparing methods: a row for every way of caching, a plot, one line for bad input."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import in_an_empty_folder, invoke  # noqa: F401 (the first is a fixture)
+from utils.results import read_results
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+import compare_methods
+
+SMALL = ["--max_windows", "2", "--seqlen", "128", "--n_whiten_calib_samples", "2", "--calib_seqlen", "64"]
+SMALL += ["--n_fisher_calib_samples", "1"]
+
+
+def compare(*argv):
+    return invoke(compare_methods, *SMALL, "--results", "out.json", *argv)
+
+
+def test_every_way_of_caching_is_measured_and_drawn(capsys):
+    methods = "fisher_uniform+whiten,uniform+attention"
+    assert compare("--methods", methods, "--ratios", "0.3,0.5", "--lt_bits", "16,4", "--plain_bits", "4,2") == 0
+    rows = read_results(Path("out.json"))["rows"]
+    latent = [row for row in rows if row["method"] is not None]
+    assert {(row["method"], row["bits"]) for row in latent} == {(m, b) for m in methods.split(",") for b in (16, 4)}
+    assert len(latent) == 8
+    assert [row["bits"] for row in rows if row["plain"]] == [4, 2]
+    full = next(row for row in rows if row["method"] is None and not row["plain"])
+    for row in latent:
+        numbers = row["kept_ratio"] * row["bits"] / 16
+        # Positions, and codes' scales and zero points, come on top.
+        assert numbers < row["kv_bytes_per_token"] / full["kv_bytes_per_token"] < 1.2 * numbers
+    assert Path("out.png").stat().st_size > 0
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in ("uniform+attention 0.3", "original", "plain, keys per token"))
+
+
+def test_a_row_is_what_compressing_and_measuring_one_by_one_gives():
+    assert compare("--methods", "uniform+whiten", "--ratios", "0.5", "--plain_bits", "8") == 0
+    together = read_results(Path("out.json"))["rows"][0]
+    import compress
+    import run_ppl_eval
+
+    small = [*SMALL[4:], "--search_method", "uniform", "--output_dir", "one", "--results", "one.json"]
+    assert invoke(compress, *small) == 0
+    ask = ["--model_name_or_path", "one", "--datasets", "demo", *SMALL[:4], "--results", "ppl.json"]
+    assert invoke(run_ppl_eval, *ask) == 0
+    apart = read_results(Path("ppl.json"))["rows"][0]
+    assert together["perplexity"] == pytest.approx(apart["perplexity"], rel=1e-5)
+    assert together["kv_bytes_per_token"] == apart["kv_bytes_per_token"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--methods", "fisher"], "must be SEARCH+DECOMPOSITION"),
+        (["--methods", "best+whiten"], "search_method 'best' is unknown"),
+        (["--ratios", "0.3,2"], "param_ratio_target 2.0"),
+        (["--lt_bits", "5"], "5"),
+        (["--plain_bits", "16"], "16"),
+        (["--seqlen", "100000"], "--seqlen 100000 must lie in"),
+        (["--datasets", " , "], "--datasets must name a text"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_gets_one_line_and_code_2(argv, message, capsys):
+    assert compare(*argv) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not Path("out.json").exists()
