@@ -74,8 +74,8 @@ def add_rank_flags(flag: Callable[..., Any]) -> None:
         "--decompose_method",
         default="whiten",
         help="svd; whiten: least error of keys and values on the text; query: keys' errors weighed by the queries "
-        "that meet them; output: values' by what o_proj makes of them; attention: both; fisher: all errors weighed by "
-        "what they change in the predictions (default: %(default)s)",
+        "that meet them; output: values' by what o_proj makes of them; attention: both; fisher: both, and by what they "
+        "change in the predictions (default: %(default)s)",
     )
     flag(
         "--fuse_values",

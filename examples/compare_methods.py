@@ -153,21 +153,23 @@ def measure(
             drawn = calibration_windows(tokenizer, model.config, config)
             # Statistics are the same for all ratios.
             compression = compress(model, config=config, windows=drawn, cache_dir=Path(cache), progress=progress)
-            # Weights that did not change are the original's, whose number format stays.
             compressed = copied(compression.model, dtype)
             for bits in args.lt_bits:
                 set_quantization(compressed, QuantizationConfig(key_bits=bits, value_bits=bits))
                 yield from rows_of(compressed, f"{method} {ratio:g}", method, windows, None)
-    original = model.to(dtype)
+    original = copied(model, dtype)
     for bits in (None, *args.plain_bits):
         yield from rows_of(original, "original", None, windows, bits)
 
 
 def copied(model: Any, dtype: Any) -> Any:
-    """A copy of a model in a number format."""
+    """A copy of a model with its weights in a number format; RoPE's frequencies stay as they are, as after loading."""
     import copy
 
-    return copy.deepcopy(model).to(dtype)
+    copy_of_it = copy.deepcopy(model)
+    for parameter in copy_of_it.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return copy_of_it
 
 
 def rows_of(

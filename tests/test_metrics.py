@@ -5,11 +5,15 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import palu
+from palu.calibrate.evidence import Calibration
 from palu.calibrate.metrics import site_metric
 from palu.calibrate.moments import stream_moments
+from palu.calibrate.sites import site_weight
 from palu.calibrate.windows import CalibrationWindows
 from palu.config import head_dim
-from palu.core.types import Site, SiteShape
+from palu.core.progress import silent
+from palu.core.types import Site, SiteShape, SiteStats
+from palu.decompose import get_decomposition
 from tests.helpers import FAMILIES, compressed, random_windows, tiny_model
 
 DISTANCES = 24
@@ -135,6 +139,22 @@ def test_a_method_weighs_the_sides_that_it_says(method, weighed):
     for side in ("k", "v"):
         one, two = (getattr(layers[1].self_attn, f"{side}_proj").down.weight for layers in (plain, other))
         assert torch.allclose(one.abs(), two.abs(), atol=1e-4) == (side not in weighed)
+
+
+def test_fisher_factors_weigh_attention_and_gradients_alike():
+    model = tiny_model("qwen3")
+    windows = CalibrationWindows(random_windows(model), random_windows(model))
+    calibration = Calibration(model, palu.CompressionConfig(0.5, 2, decompose_method="fisher"), windows, None, silent)
+    gradients, factors = calibration.output_fisher(), calibration.factors()
+    for layer, moments in enumerate(stream_moments(model, windows.moments)):
+        for shape in (shape for shape in calibration.shapes if shape.site.layer == layer):
+            attention = site_metric(model, shape, moments, windows.moments.shape[1])
+            gradient = gradients[shape.site.side][layer, shape.site.group].double()
+            metric = attention / attention.diagonal().mean() + gradient / gradient.diagonal().mean()
+            expected = get_decomposition("attention")(site_weight(model, shape), SiteStats(moments.gram, metric))
+            kept, best = factors[shape.site].truncate(9), expected.truncate(9)
+            assert torch.allclose((kept.up @ kept.down).double(), best.up @ best.down, atol=1e-4)
+            assert torch.allclose(factors[shape.site].energy * 2, expected.energy, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("method", "search"), [("attention", "uniform"), ("fisher", "global")])

@@ -21,7 +21,7 @@ def site_metric(model: PreTrainedModel, shape: SiteShape, moments: LayerMoments,
 
 
 def blend(*metrics: Tensor) -> Tensor:
-    """The mean of metrics that are scaled to a mean eigenvalue of one; those of zeros count as that."""
+    """The mean of metrics, each scaled to a mean eigenvalue of one; one of zeros stays so."""
     scaled = [metric.double() / metric.double().trace().clamp_min(1e-300) for metric in metrics]
     return sum(scaled) * (len(metrics[0]) / len(metrics))
 
