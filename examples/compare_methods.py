@@ -5,7 +5,8 @@
         --methods fisher_uniform+whiten,global+fisher --ratios 0.3,0.5,0.7 --lt_bits 16,4 --lt_hadamard
 
 A method is a search and a decomposition, as --search_method and --decompose_method of compress.py. The original is
-measured too, and with its full keys and values in --plain_bits. Only the record and the plot are written.
+measured too, and with its full keys and values in --plain_bits. KL is the mean divergence of predictions from the
+original's, which tells methods apart that perplexity does not. Only the record and the plot are written.
 """
 
 import argparse
@@ -148,6 +149,7 @@ def measure(
     from palu.pipeline import calibration_windows
     from utils.console import progress
 
+    original = copied(model, dtype)
     with tempfile.TemporaryDirectory() as cache:
         for (method, ratio), config in configs.items():
             drawn = calibration_windows(tokenizer, model.config, config)
@@ -156,10 +158,9 @@ def measure(
             compressed = copied(compression.model, dtype)
             for bits in args.lt_bits:
                 set_quantization(compressed, QuantizationConfig(key_bits=bits, value_bits=bits))
-                yield from rows_of(compressed, f"{method} {ratio:g}", method, windows, None)
-    original = copied(model, dtype)
+                yield from rows_of(compressed, original, f"{method} {ratio:g}", method, windows, None)
     for bits in (None, *args.plain_bits):
-        yield from rows_of(original, "original", None, windows, bits)
+        yield from rows_of(original, original, "original", None, windows, bits)
 
 
 def copied(model: Any, dtype: Any) -> Any:
@@ -173,7 +174,7 @@ def copied(model: Any, dtype: Any) -> Any:
 
 
 def rows_of(
-    model: Any, label: str, method: str | None, windows: dict[str, Any], bits: int | None
+    model: Any, original: Any, label: str, method: str | None, windows: dict[str, Any], bits: int | None
 ) -> Iterator[dict[str, Any]]:
     """One row per text; bits: of plain quantisation."""
     from palu.evaluate.perplexity import perplexity
@@ -184,7 +185,7 @@ def rows_of(
     new_cache = None if bits is None else lambda: PlainQuantizedCache(model.config, bits)
     for name, tokens in windows.items():
         shown = f"{label} on {Path(name).name}" + (f", plain {bits} bits" if bits else "")
-        result = perplexity(model, tokens, 1, progress, shown, None, new_cache)
+        result = perplexity(model, tokens, 1, progress, shown, None, new_cache, original)
         yield row_of(result, model, label, name, bits, "token") | {"method": method}
 
 

@@ -4,13 +4,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.helpers import in_an_empty_folder, invoke  # noqa: F401 (the first is a fixture)
+from palu.evaluate.perplexity import perplexity
+from tests.helpers import compressed, in_an_empty_folder, invoke, random_windows, tiny_model  # noqa: F401
 from utils.results import read_results
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import compare_methods
+
+import compress
+import run_ppl_eval
 
 SMALL = ["--max_windows", "2", "--seqlen", "128", "--n_whiten_calib_samples", "2", "--calib_seqlen", "64"]
 SMALL += ["--n_fisher_calib_samples", "1"]
@@ -41,9 +46,6 @@ def test_every_way_of_caching_is_measured_and_drawn(capsys):
 def test_a_row_is_what_compressing_and_measuring_one_by_one_gives():
     assert compare("--methods", "uniform+whiten", "--ratios", "0.5", "--plain_bits", "8") == 0
     together = read_results(Path("out.json"))["rows"][0]
-    import compress
-    import run_ppl_eval
-
     small = [*SMALL[4:], "--search_method", "uniform", "--output_dir", "one", "--results", "one.json"]
     assert invoke(compress, *small) == 0
     ask = ["--model_name_or_path", "one", "--datasets", "demo", *SMALL[:4], "--results", "ppl.json"]
@@ -51,6 +53,19 @@ def test_a_row_is_what_compressing_and_measuring_one_by_one_gives():
     apart = read_results(Path("ppl.json"))["rows"][0]
     assert together["perplexity"] == pytest.approx(apart["perplexity"], rel=1e-5)
     assert together["kv_bytes_per_token"] == apart["kv_bytes_per_token"]
+
+
+@pytest.mark.parametrize(("batch_size", "chunk"), [(1, None), (3, 7)])
+def test_divergence_is_that_of_the_predictions_from_the_originals(batch_size, chunk):
+    model = tiny_model("qwen3")
+    latent, windows = compressed(model, 0.5).model, random_windows(model, 3, 30)
+    with torch.no_grad():
+        expected, found = (torch.log_softmax(each(windows).logits.double(), -1) for each in (model, latent))
+    nats = (expected.exp() * (expected - found)).sum(-1).mean().item()
+    measured = perplexity(latent, windows, batch_size, chunk=chunk, reference=model)
+    assert measured.divergence == pytest.approx(nats, rel=1e-3)
+    assert perplexity(model, windows, reference=model).divergence == pytest.approx(0.0, abs=1e-7)
+    assert perplexity(latent, windows).divergence is None
 
 
 @pytest.mark.parametrize(

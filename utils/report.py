@@ -61,12 +61,14 @@ def perplexity_table(results: dict[str, Any]) -> None:
         rows = [row for row in results["rows"] if row["dataset"] == dataset]
         reference = rows[-1]["model"] if len(rows) > 1 else None
         base = next((row for row in rows if row["model"] == reference and not row["plain"]), None)
+        measured = [row["divergence"] for row in rows if row.get("divergence") is not None]
         lines = [
             [
                 _variant(row),
                 _bits(row),
                 f"{row['perplexity']:.3f}",
                 f"{row['perplexity'] / base['perplexity'] - 1:+.2%}" if base and row is not base else None,
+                *([f"{row['divergence']:.5f}"] if measured else []),
                 f"{row['kv_bytes_per_token']:,.0f}",
                 f"{row['kv_bytes_per_token'] / base['kv_bytes_per_token']:.3f}" if base else None,
             ]
@@ -76,7 +78,7 @@ def perplexity_table(results: dict[str, Any]) -> None:
         print_table(
             f"Perplexity on {Path(dataset).name}: {first['windows']} windows of {first['seqlen']:,}, "
             f"{first['tokens']:,} tokens predicted",
-            ["model", "bits", "ppl", "diff", "KV B/tok", "ratio"],
+            ["model", "bits", "ppl", "diff", *(["KL"] if measured else []), "KV B/tok", "ratio"],
             lines,
         )
 
@@ -140,29 +142,40 @@ def plot_perplexity(results: dict[str, Any], path: Path) -> None:
 
 
 def plot_front(results: dict[str, Any], path: Path) -> None:
-    """What every way of caching loses in perplexity against its bytes per token, one panel a data set."""
+    """What every way of caching loses against its bytes per token: perplexity above, divergence below."""
     plt = headless_pyplot()
     datasets = list(dict.fromkeys(row["dataset"] for row in results["rows"]))
-    figure, axes = plt.subplots(1, len(datasets), figsize=(5 * len(datasets), 4), layout="constrained", squeeze=False)
-    for axis, dataset in zip(axes[0], datasets, strict=True):
+    figure, axes = plt.subplots(2, len(datasets), figsize=(5 * len(datasets), 7), layout="constrained", squeeze=False)
+    for column, dataset in enumerate(datasets):
         rows = [row for row in results["rows"] if row["dataset"] == dataset]
         full = next(row for row in rows if row["method"] is None and not row["plain"])
-        fronts: dict[str, list[tuple[float, float]]] = {}
-        for row in (row for row in rows if row is not full):
-            bits = "" if row["plain"] else f", {_bits(row)} bits"
-            name = f"plain quantisation, keys per {row['plain']}" if row["plain"] else row["method"] + bits
-            share = row["kv_bytes_per_token"] / full["kv_bytes_per_token"]
-            fronts.setdefault(name, []).append((share, 100 * (row["perplexity"] / full["perplexity"] - 1)))
-        for name, points in fronts.items():
-            axis.plot(*zip(*sorted(points), strict=True), "x--" if name.startswith("plain") else "o-", label=name, ms=5)
-        axis.axhline(0, color="black", linewidth=0.8)
+        above, below = axes[:, column]
+        for name, front in _fronts([row for row in rows if row is not full]).items():
+            shares = [row["kv_bytes_per_token"] / full["kv_bytes_per_token"] for row in front]
+            style = "x--" if front[0]["plain"] else "o-"
+            increase = [100 * (row["perplexity"] / full["perplexity"] - 1) for row in front]
+            above.plot(shares, increase, style, label=name, markersize=5)
+            below.plot(shares, [row["divergence"] for row in front], style, label=name, markersize=5)
+        above.axhline(0, color="black", linewidth=0.8)
         # Straight below one percent, by powers of ten above.
-        axis.set_yscale("symlog", linthresh=1)
-        axis.set(title=Path(dataset).name, xlabel="KV bytes, of the original's", ylabel="perplexity, increase in %")
-        axis.set_xlim(left=0)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        above.set_yscale("symlog", linthresh=1)
+        below.set_yscale("log")
+        above.set(title=Path(dataset).name, ylabel="perplexity, increase in %")
+        below.set(xlabel="KV bytes, of the original's", ylabel="divergence of predictions, nats per token")
+        for axis in (above, below):
+            axis.set_xlim(left=0)
+            axis.grid(alpha=0.3)
+        above.legend(fontsize=7)
     save_figure(figure, path)
+
+
+def _fronts(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of every method and number of bits, or of plain quantisation, by rising bytes."""
+    fronts: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["kv_bytes_per_token"]):
+        plain = f"plain quantisation, keys per {row['plain']}"
+        fronts.setdefault(plain if row["plain"] else f"{row['method']}, {_bits(row)} bits", []).append(row)
+    return fronts
 
 
 def headless_pyplot() -> ModuleType:
