@@ -227,7 +227,8 @@ def _side_by_side(factors: dict[Site, Factors], plan: RankPlan) -> dict[Projecti
     projections = {}
     for key in dict.fromkeys((site.layer, site.side) for site in factors):
         sites = sorted(site for site in factors if (site.layer, site.side) == key)
-        parts = [factors[site].truncate(plan.ranks[site]) for site in sites]
+        # One projection's full factors after the other are let go of.
+        parts = [factors.pop(site).truncate(plan.ranks[site]) for site in sites]
         projections[key] = torch.cat([part.down for part in parts]), torch.cat([part.up for part in parts], dim=1)
     return projections
 

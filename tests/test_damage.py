@@ -12,7 +12,7 @@ from palu.calibrate.sites import projection, site_shapes, site_weight
 from palu.calibrate.windows import CalibrationWindows
 from palu.core.errors import PaluError
 from palu.core.progress import silent
-from palu.core.types import SiteStats
+from palu.core.types import Factors, SiteStats
 from palu.decompose import get_decomposition
 from tests.helpers import FAMILIES, random_windows, tiny_model
 
@@ -31,12 +31,15 @@ def divergence(model, windows, module, replace):
 @pytest.mark.parametrize("side", ["key", "value"])
 def test_small_errors_of_outputs_change_predictions_as_their_fisher_information_says(family, side):
     model = tiny_model(family)
+    with torch.no_grad():
+        # Predictions that are sure of themselves: the text's own tokens are not what they would draw.
+        model.lm_head.weight *= 4
     windows = random_windows(model, 48, 32)
-    fisher = output_fisher(model, windows, {"key": 2, "value": 4}, seed=0)[side][1]
+    fisher = output_fisher(model, windows, {"key": 2, "value": 4}, seed=0)[1, side]
     groups, size = fisher.shape[:2]
     group = int(torch.randint(groups, ()))
     direction = torch.randn(size, size) @ torch.diag(torch.logspace(0, -2, size))
-    scale, found = 3e-3 / direction.square().sum().sqrt(), []
+    scale, found = 2e-3 / direction.square().sum().sqrt(), []
     for _ in range(4):
         noise = torch.randn(*windows.shape, size) @ direction.T * scale
 
@@ -51,8 +54,8 @@ def test_small_errors_of_outputs_change_predictions_as_their_fisher_information_
 def test_output_fisher_leaves_the_model_as_it_was_and_follows_its_seed():
     model = tiny_model("llama")
     windows = random_windows(model, 3, 20)
-    one, same, other = (output_fisher(model, windows, {"key": 1, "value": 2}, seed)["value"] for seed in (5, 5, 6))
-    assert one.shape == (3, 2, 32, 32)
+    one, same, other = (output_fisher(model, windows, {"key": 1, "value": 2}, seed)[2, "value"] for seed in (5, 5, 6))
+    assert one.shape == (2, 32, 32)
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
@@ -71,6 +74,7 @@ def test_probes_measure_what_a_truncated_projection_does(family):
     assert set(damage) == {(layer, side) for layer in range(3) for side in ("key", "value")}
     for (layer, side), points in damage.items():
         assert points == sorted(points)
+        assert points[0] == (0.0, 0.0)
         parts = [factors[site] for site in sorted(factors) if (site.layer, site.side) == (layer, side)]
         for fraction, (energy, nats) in zip(FRACTIONS, points, strict=True):
             kept = [part.truncate(max(1, round(fraction * len(part.energy)))) for part in parts]
@@ -80,9 +84,50 @@ def test_probes_measure_what_a_truncated_projection_does(family):
                 return F.linear(args[0], weight, module.bias)
 
             expected = divergence(model, windows, projection(model, layer, side), replace)
-            assert nats == pytest.approx(expected, rel=1e-3, abs=1e-7)
+            assert nats == pytest.approx(expected, rel=1e-3, abs=1e-6)
             lost = (projection(model, layer, side).weight - weight).square().sum().item()
             assert energy == pytest.approx(lost, rel=1e-3)
+
+
+def test_what_rounding_changes_is_no_damage():
+    model = tiny_model("llama").bfloat16()
+    windows = random_windows(model, 2, 24)
+    shapes = site_shapes(model.config, palu.CompressionConfig(0.5, 2))
+    exact = [get_decomposition("svd")(site_weight(model, shape).float(), SiteStats()) for shape in shapes]
+    factors = {
+        shape.site: Factors(each.down.bfloat16(), each.up.bfloat16(), each.energy)
+        for shape, each in zip(shapes, exact, strict=True)
+    }
+    for points in probe_damage(model, factors, windows).values():
+        nats = [found for _, found in points]
+        assert nats[0] == 0
+        assert nats == sorted(nats)
+        assert nats[-1] > 0
+
+
+def test_probes_that_are_not_finite_name_the_layer():
+    model = tiny_model("llama")
+    shapes = site_shapes(model.config, palu.CompressionConfig(0.5, 2))
+    factors = {shape.site: get_decomposition("svd")(site_weight(model, shape), SiteStats()) for shape in shapes}
+    site = next(shape.site for shape in shapes if (shape.site.layer, shape.site.side) == (2, "value"))
+    factors[site] = factors[site]._replace(up=factors[site].up * float("inf"))
+    with pytest.raises(PaluError, match="layer 2: predictions with a truncated value projection are not finite"):
+        probe_damage(model, factors, random_windows(model, 1, 16))
+
+
+def test_a_group_that_predictions_hang_on_more_gets_more_ranks():
+    model = tiny_model("llama")
+    size = model.config.num_attention_heads // 2 * 16
+    with torch.no_grad():
+        for layer in model.model.layers:
+            # Query heads of the second half of the kv heads hardly reach the output.
+            layer.self_attn.o_proj.weight[:, size:] *= 0.05
+    windows = CalibrationWindows(random_windows(model, 6), random_windows(model, 6))
+    config = palu.CompressionConfig(0.5, 2, search_method="global", decompose_method="fisher", rank_multiple=2)
+    plan = palu.compress(model, config=config, windows=windows).plan
+    for layer in range(3):
+        first, second = plan.group_ranks(layer, "value")
+        assert first > second
 
 
 def test_probes_read_as_many_windows_as_asked():

@@ -1,5 +1,7 @@
 """What errors of keys and values cost, against what they do to scores and outputs."""
 
+import itertools
+
 import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -12,7 +14,7 @@ from palu.calibrate.sites import site_weight
 from palu.calibrate.windows import CalibrationWindows
 from palu.config import head_dim
 from palu.core.progress import silent
-from palu.core.types import Site, SiteShape, SiteStats
+from palu.core.types import SIDES, Site, SiteShape, SiteStats
 from palu.decompose import get_decomposition
 from tests.helpers import FAMILIES, compressed, random_windows, tiny_model
 
@@ -146,15 +148,19 @@ def test_fisher_factors_weigh_attention_and_gradients_alike():
     windows = CalibrationWindows(random_windows(model), random_windows(model))
     calibration = Calibration(model, palu.CompressionConfig(0.5, 2, decompose_method="fisher"), windows, None, silent)
     gradients, factors = calibration.output_fisher(), calibration.factors()
-    for layer, moments in enumerate(stream_moments(model, windows.moments)):
-        for shape in (shape for shape in calibration.shapes if shape.site.layer == layer):
-            attention = site_metric(model, shape, moments, windows.moments.shape[1])
-            gradient = gradients[shape.site.side][layer, shape.site.group].double()
-            metric = attention / attention.diagonal().mean() + gradient / gradient.diagonal().mean()
-            expected = get_decomposition("attention")(site_weight(model, shape), SiteStats(moments.gram, metric))
+    for (layer, moments), side in itertools.product(enumerate(stream_moments(model, windows.moments)), SIDES):
+        shapes = [shape for shape in calibration.shapes if (shape.site.layer, shape.site.side) == (layer, side)]
+        attention = [site_metric(model, shape, moments, windows.moments.shape[1]) for shape in shapes]
+        gradient = gradients[layer, side].double()
+        # Both groups together count alike in both, each as much as it does.
+        sizes = [sum(metric.diagonal().sum() for metric in metrics) for metrics in (attention, gradient)]
+        for shape, one, other in zip(shapes, attention, gradient, strict=True):
+            stats = SiteStats(moments.gram, one / sizes[0] + other / sizes[1])
+            expected = get_decomposition("attention")(site_weight(model, shape), stats)
             kept, best = factors[shape.site].truncate(9), expected.truncate(9)
             assert torch.allclose((kept.up @ kept.down).double(), best.up @ best.down, atol=1e-4)
-            assert torch.allclose(factors[shape.site].energy * 2, expected.energy, rtol=1e-6)
+            scale = 2 * len(expected.energy) / 2
+            assert torch.allclose(factors[shape.site].energy, expected.energy * scale, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("method", "search"), [("attention", "uniform"), ("fisher", "global")])
@@ -169,3 +175,23 @@ def test_statistics_read_from_disk_give_the_same_factors(tmp_path, method, searc
     assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     state = again.model.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in first.model.state_dict().items())
+
+
+def test_statistics_of_other_requests_are_not_taken_from_one_cache(tmp_path):
+    model = tiny_model("llama")
+    tokens = random_windows(model, 5)
+    for method, group_size, moments, fisher, seed in [
+        ("fisher", 2, tokens[:4], tokens[:3], 0),
+        ("fisher", 1, tokens[:4], tokens[:3], 0),
+        ("whiten", 2, tokens[:4], tokens[:3], 0),
+        ("fisher", 2, tokens, tokens[:3], 0),
+        ("fisher", 2, tokens[:4], tokens[1:3], 0),
+        ("fisher", 2, tokens[:4], tokens[:3], 1),
+    ]:
+        options = {"search_method": "global", "decompose_method": method, "n_probe_calib_samples": 2, "seed": seed}
+        config = palu.CompressionConfig(0.5, group_size, rank_multiple=2, **options)
+        windows = CalibrationWindows(moments, fisher)
+        kept, fresh = (palu.compress(model, config=config, windows=windows, cache_dir=at) for at in (tmp_path, None))
+        assert kept.plan == fresh.plan
+        state = fresh.model.state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in kept.model.state_dict().items())

@@ -129,6 +129,14 @@ def test_the_global_plan_does_the_least_damage_that_its_budget_allows():
     assert damage(plan.ranks.values()) == pytest.approx(min(damage(ranks) for ranks in affordable))
 
 
+def test_damage_that_levels_off_does_not_hide_what_more_ranks_save():
+    shapes = sites(1, 1, 1, 16, 16)
+    energy = {shape.site: torch.ones(16).double() for shape in shapes}
+    damage = {(0, "key"): [(6.0, 3.0), (10.0, 3.1), (14.0, 3.2)], (0, "value"): [(6.0, 0.3), (10.0, 0.6), (14.0, 1.0)]}
+    plan = get_search("global")(shapes, Evidence(energy=energy, damage=damage), RankBudget(0.625, 4))
+    assert list(plan.ranks.values()) == [16, 4]
+
+
 def test_the_global_plan_gives_a_projections_ranks_to_the_groups_whose_energy_falls_later():
     shapes = sites(1, 2, 2, 32, 32)
     flat, steep = torch.full((32,), 1.0).double(), torch.logspace(0, -9, 32).double()

@@ -1,7 +1,7 @@
 """What the rank plan and the factors are made of: gathered on calibration windows, or read from the cache."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from palu.calibrate.damage import Damage, probe_damage
+from palu.calibrate.damage import FRACTIONS, Damage, probe_damage
 from palu.calibrate.fisher import fisher_information, output_fisher
 from palu.calibrate.metrics import blend, site_metric
 from palu.calibrate.moments import LayerMoments, stream_moments
 from palu.calibrate.sites import site_shapes, site_weight
-from palu.calibrate.store import StatisticsStore, tokens_fingerprint
+from palu.calibrate.store import StatisticsStore, content_hash
 from palu.calibrate.windows import CalibrationWindows
 from palu.config import CompressionConfig
 from palu.core.progress import Progress
-from palu.core.types import SIDES, Factors, Side, Site, SiteShape, SiteStats, Statistic
+from palu.core.types import SIDES, Factors, Projection, Side, Site, SiteShape, SiteStats, Statistic
 from palu.decompose import get_decomposition
 
 logger = logging.getLogger(__name__)
@@ -59,12 +59,16 @@ class Calibration:
             scores[site] = by_head[site.side][site.layer].view(groups, -1)[site.group].mean().item()
         return scores
 
-    def output_fisher(self) -> dict[Side, Tensor]:
+    def output_fisher(self) -> dict[Projection, Tensor]:
         """`palu.calibrate.fisher.output_fisher` of the Fisher windows."""
         windows, seed, groups = self.windows.fisher, self.config.seed, self.groups
         kind = f"output_fisher-{groups['key']}-{groups['value']}-{seed}"
-        found = self._kept(kind, windows, lambda: output_fisher(self.model, windows, groups, seed, self.progress))
-        return {side: each.to(self.model.device) for side, each in found.items()}
+
+        def gather() -> dict[str, Tensor]:
+            return _named(output_fisher(self.model, windows, groups, seed, self.progress))
+
+        found = self._kept(kind, windows, gather)
+        return {key: found[name].to(self.model.device) for key, name in self._names()}
 
     def factors(self) -> dict[Site, Factors]:
         """Factors of full rank of every site, in the model's dtype, as each layer's statistics come in."""
@@ -72,37 +76,38 @@ class Calibration:
         fisher = self.output_fisher() if Statistic.OUTPUT_FISHER in decompose.needs else None
         factors = {}
         for layer, moments in enumerate(self._moments()):
-            for shape in (shape for shape in self.shapes if shape.site.layer == layer):
-                site, metric = shape.site, None
-                if site.side in decompose.weighed:
-                    metric = site_metric(self.model, shape, moments, self.windows.moments.shape[1])
+            for side in SIDES:
+                shapes = [shape for shape in self.shapes if (shape.site.layer, shape.site.side) == (layer, side)]
+                metrics: Sequence[Tensor | None] = [None] * len(shapes)
+                if side in decompose.weighed:
+                    distances = self.windows.moments.shape[1]
+                    metrics = [site_metric(self.model, shape, moments, distances) for shape in shapes]
                     if fisher is not None:
-                        metric = blend(metric, fisher[site.side][layer, site.group])
-                stats = SiteStats(None if moments is None else moments.gram, metric)
-                down, up, energy = decompose(site_weight(self.model, shape), stats)
-                factors[site] = Factors(down.to(self.model.dtype), up.to(self.model.dtype), energy.cpu())
+                        metrics = blend(torch.stack(metrics), fisher[layer, side])
+                for shape, metric in zip(shapes, metrics, strict=True):
+                    stats = SiteStats(None if moments is None else moments.gram, metric)
+                    down, up, energy = decompose(site_weight(self.model, shape), stats)
+                    factors[shape.site] = Factors(down.to(self.model.dtype), up.to(self.model.dtype), energy.cpu())
         return factors
 
     def damage(self, factors: Mapping[Site, Factors]) -> Damage:
         """`probe_damage` of these factors on the first of the moments' windows."""
         probes = self.windows.moments[: self.config.n_probe_calib_samples]
-        given = [windows for windows in (self.windows.moments, self.windows.fisher) if windows is not None]
-        method, text = self.config.decompose_method, "".join(tokens_fingerprint(each)[:8] for each in given)
-        kind = f"damage-{method}-{self.groups['key']}-{self.groups['value']}-{self.config.seed}-{text}"
+        # Energies tell factors apart, whatever made them.
+        energies = {f"{site}": each.energy.float() for site, each in sorted(factors.items())}
+        kind = f"damage-{content_hash(energies | {'fractions': torch.tensor(FRACTIONS)})[:24]}"
 
         def measure() -> dict[str, Tensor]:
             found = probe_damage(self.model, factors, probes, self.progress)
-            return {
-                f"{layer}-{side}": torch.tensor(points, dtype=torch.float64) for (layer, side), points in found.items()
-            }
+            return _named({key: torch.tensor(points, dtype=torch.float64) for key, points in found.items()})
 
         kept = self._kept(kind, probes, measure)
+        return {key: [(energy, nats) for energy, nats in kept[name].tolist()] for key, name in self._names()}
+
+    def _names(self) -> list[tuple[Projection, str]]:
+        """Every projection, and what it is called in a file."""
         layers = range(self.model.config.num_hidden_layers)
-        return {
-            (layer, side): [(energy, nats) for energy, nats in kept[f"{layer}-{side}"].tolist()]
-            for layer in layers
-            for side in SIDES
-        }
+        return [((layer, side), f"{layer}-{side}") for layer in layers for side in SIDES]
 
     def _moments(self) -> Iterable[LayerMoments | None]:
         """Every layer's moments, one at a time; None where there are no windows for them."""
@@ -122,7 +127,11 @@ class Calibration:
         if self.cache_dir is None:
             return compute()
         store = StatisticsStore(self.cache_dir, kind, self.model, windows)
-        name = kind.split("-")[0]
+        name = "scores"
         if not store.holds(name):
             store.write(name, compute())
         return store.read(name)
+
+
+def _named(tensors: dict[Projection, Tensor]) -> dict[str, Tensor]:
+    return {f"{layer}-{side}": tensor for (layer, side), tensor in tensors.items()}

@@ -43,7 +43,7 @@ def fisher_information(model: PreTrainedModel, windows: Tensor, progress: Progre
 
 def output_fisher(
     model: PreTrainedModel, windows: Tensor, groups: dict[Side, int], seed: int, progress: Progress = silent
-) -> dict[Side, Tensor]:
+) -> dict[Projection, Tensor]:
     """`E[g g^T]` over tokens, g the gradient of a window's loss by what a head group's projection puts out at a token.
 
     The loss is that of tokens drawn from the model's own predictions, so that g's second moment is the Fisher
@@ -56,7 +56,7 @@ def output_fisher(
         seed: draws the tokens.
 
     Returns:
-        For each side float32 [layers, groups, group_dim, group_dim], on the model's device.
+        For each projection float32 [groups, group_dim, group_dim], on the model's device.
 
     Raises:
         PaluError: if a gradient is not finite, naming the layer.
@@ -77,9 +77,8 @@ def output_fisher(
 
     stream_gradients(model, windows, loss, take, progress, "Fisher information of keys and values")
     for key, total in sums.items():
-        _check_finite(total, key)
-    layers = range(model.config.num_hidden_layers)
-    return {side: torch.stack([sums[layer, side] / windows.numel() for layer in layers]) for side in SIDES}
+        _check_finite(total.div_(windows.numel()), key)
+    return sums
 
 
 def _projections(model: PreTrainedModel) -> list[tuple[Projection, torch.nn.Linear]]:

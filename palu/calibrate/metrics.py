@@ -21,9 +21,12 @@ def site_metric(model: PreTrainedModel, shape: SiteShape, moments: LayerMoments,
 
 
 def blend(*metrics: Tensor) -> Tensor:
-    """The mean of metrics, each scaled to a mean eigenvalue of one; one of zeros stays so."""
-    scaled = [metric.double() / metric.double().trace().clamp_min(1e-300) for metric in metrics]
-    return sum(scaled) * (len(metrics[0]) / len(metrics))
+    """The mean of metrics [groups, group_dim, group_dim], each scaled to a mean eigenvalue of one over all groups.
+
+    What groups weigh against each other stays. A metric of zeros stays so.
+    """
+    means = (metric.double().diagonal(dim1=1, dim2=2).mean().clamp_min(1e-300) for metric in metrics)
+    return sum(metric.double() / mean for metric, mean in zip(metrics, means, strict=True)) / len(metrics)
 
 
 def averaged_over_distances(gram: Tensor, frequencies: Tensor, distances: int) -> Tensor:

@@ -44,7 +44,8 @@ def tokens_fingerprint(windows: Tensor) -> str:
     return hashlib.sha256(repr(tuple(windows.shape)).encode() + windows.cpu().numpy().tobytes()).hexdigest()
 
 
-def _content_hash(tensors: dict[str, Tensor]) -> str:
+def content_hash(tensors: dict[str, Tensor]) -> str:
+    """Hash of tensors on the CPU and their names."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode() + tensors[name].numpy().tobytes())
@@ -56,7 +57,7 @@ class StatisticsStore:
 
     Args:
         directory: the cache's root.
-        kind: `moments` or `fisher`.
+        kind: what it is, with everything that determines it besides the model and the windows.
         model: fingerprinted with its whole config, its weights and its compute dtype.
         windows: the calibration tokens.
     """
@@ -85,7 +86,7 @@ class StatisticsStore:
                 metadata = file.metadata() or {}
             if metadata.get("key") != self.key:
                 problem = "belongs to other inputs"
-            elif metadata.get("sha256") != _content_hash(load_file(path)):
+            elif metadata.get("sha256") != content_hash(load_file(path)):
                 problem = "is damaged (its content does not match its checksum)"
             else:
                 return True
@@ -108,7 +109,7 @@ class StatisticsStore:
         partial = path.with_suffix(f".{os.getpid()}.partial")
         try:
             tensors = {key: value.contiguous().cpu() for key, value in tensors.items()}
-            save_file(tensors, partial, {"key": self.key, "sha256": _content_hash(tensors)})
+            save_file(tensors, partial, {"key": self.key, "sha256": content_hash(tensors)})
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)

@@ -31,7 +31,7 @@ def energy_factors(weight: Tensor, energy: Tensor, metric: Tensor | None = None)
 
     Returns:
         float64 factors of full rank `group_dim`, by falling energy; `up @ down` equals `weight`, and dropping the last
-        directions makes an error `tr(M E C E^T)` of their energy.
+        directions makes an error `tr(M E C E^T)` of their energy, but for eigenvalues of M below its floor.
     """
     weight = weight.double()
     energy = energy.double()

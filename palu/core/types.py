@@ -67,12 +67,12 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a rank search goes by; empty where its `needs` did not ask for it.
+    """What a rank search goes by.
 
-    fisher: every site's Fisher information.
+    fisher: every site's Fisher information, if the search needs it.
     energy: every site's `Factors.energy` at full rank.
-    damage: how much the model's predictions change with the energy that a projection drops: pairs (energy of all its
-        groups together, nats per token), by rising energy.
+    damage: how much the model's predictions change with the energy that a projection drops, if the search needs it:
+        pairs (energy of all its groups together, nats per token), by rising energy.
     """
 
     fisher: Mapping[Site, float] = field(default_factory=dict)
