@@ -58,7 +58,8 @@ def main(args: argparse.Namespace) -> None:
     """Compress and measure everything, write the record, print the table."""
     import torch
 
-    from palu.calibrate.text import DEMO_ASSETS, load_text
+    from palu.calibrate.text import DEMO_ASSETS
+    from palu.calibrate.windows import check_seqlen
     from palu.checkpoint import check_weight_files, load_config, load_model, load_tokenizer, parse_dtype
     from palu.core.errors import PaluError
     from palu.pipeline import check_compression
@@ -80,13 +81,14 @@ def main(args: argparse.Namespace) -> None:
         check_compression(model_config, config)
     check_weight_files(source)
     torch.manual_seed(args.seed)
+    check_seqlen(args.seqlen, model_config, "--seqlen")
     with working("reading the texts and the model"):
         tokenizer = load_tokenizer(source, args.trust_remote_code)
-        texts = {name: load_text(name, "evaluation", args.seed) for name in names}
+        windows = {name: evaluation_windows(tokenizer, name, model_config, args) for name in names}
+        calibration = drawn_windows(tokenizer, model_config, list(configs.values()))
         saved = dtype if dtype != "auto" else (model_config.dtype or torch.float32)
         model = load_model(source, torch.float32 if device == "cpu" else saved, device, args.trust_remote_code)
-        windows = {name: evaluation_windows(tokenizer, text, name, model, args) for name, text in texts.items()}
-    rows = list(measure(model, tokenizer, configs, windows, saved, args))
+    rows = list(measure(model, configs, calibration, windows, saved, args))
     results = {"rows": rows, "config": vars(args), "environment": environment(device, args.seed)}
     write_results(path, results)
     plot_front(results, path.with_suffix(".png"))
@@ -133,29 +135,43 @@ def check_bits(args: argparse.Namespace, model_config: Any) -> None:
         PlainQuantizedCache(model_config, bits)
 
 
-def evaluation_windows(tokenizer: Any, text: str, name: str, model: Any, args: argparse.Namespace) -> Any:
+def evaluation_windows(tokenizer: Any, name: str, model_config: Any, args: argparse.Namespace) -> Any:
     """Token windows of a text, int64 [windows, seqlen]."""
-    from palu.calibrate.windows import check_seqlen, consecutive_windows, tokenize
+    from palu.calibrate.text import load_text
+    from palu.calibrate.windows import consecutive_windows, tokenize
 
-    check_seqlen(args.seqlen, model.config, "--seqlen")
-    return consecutive_windows(tokenize(tokenizer, text, name, model.config), args.seqlen, name)[: args.max_windows]
+    tokens = tokenize(tokenizer, load_text(name, "evaluation", args.seed), name, model_config)
+    return consecutive_windows(tokens, args.seqlen, name)[: args.max_windows]
+
+
+def drawn_windows(tokenizer: Any, model_config: Any, configs: list[Any]) -> Any:
+    """The calibration windows that all methods need together."""
+    from palu.calibrate.windows import CalibrationWindows
+    from palu.pipeline import calibration_windows, statistics_needed
+
+    kinds = {statistics_needed(config): config for config in configs}
+    drawn = [calibration_windows(tokenizer, model_config, config) for config in kinds.values()]
+    moments, fisher = ([getattr(each, name) for each in drawn] for name in ("moments", "fisher"))
+    return CalibrationWindows(
+        *(next((each for each in found if each is not None), None) for found in (moments, fisher))
+    )
 
 
 def measure(
-    model: Any, tokenizer: Any, configs: dict[Any, Any], windows: dict[str, Any], dtype: Any, args: argparse.Namespace
+    model: Any, configs: dict[Any, Any], calibration: Any, windows: dict[str, Any], dtype: Any, args: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """One row per text of every method, ratio and number of bits, then of the original."""
     from palu import QuantizationConfig, compress, set_quantization
-    from palu.pipeline import calibration_windows
     from utils.console import progress
 
     original = copied(model, dtype)
     with tempfile.TemporaryDirectory() as cache:
         for (method, ratio), config in configs.items():
-            drawn = calibration_windows(tokenizer, model.config, config)
             # Statistics are the same for all ratios.
-            compression = compress(model, config=config, windows=drawn, cache_dir=Path(cache), progress=progress)
+            compression = compress(model, config=config, windows=calibration, cache_dir=Path(cache), progress=progress)
             compressed = copied(compression.model, dtype)
+            # Before the next one is made.
+            del compression
             for bits in args.lt_bits:
                 set_quantization(compressed, QuantizationConfig(key_bits=bits, value_bits=bits))
                 yield from rows_of(compressed, original, f"{method} {ratio:g}", method, windows, None)
@@ -164,9 +180,11 @@ def measure(
 
 
 def copied(model: Any, dtype: Any) -> Any:
-    """A copy of a model with its weights in a number format; RoPE's frequencies stay as they are, as after loading."""
+    """A model with its weights in a number format, a copy if they are not; RoPE's frequencies stay as loaded."""
     import copy
 
+    if model.dtype == dtype:
+        return model
     copy_of_it = copy.deepcopy(model)
     for parameter in copy_of_it.parameters():
         parameter.data = parameter.data.to(dtype)
