@@ -191,8 +191,12 @@ def _compress(
     if Statistic.FISHER in search.needs:
         with _stage("Fisher information", stages, model.device):
             scores = calibration.weight_fisher()
-    with _stage("statistics and factors", stages, model.device):
-        factors = calibration.factors()
+    output_fisher: dict[Projection, Tensor] = {}
+    if Statistic.OUTPUT_FISHER in get_decomposition(config.decompose_method).needs:
+        with _stage("Fisher information of outputs", stages, model.device):
+            output_fisher = calibration.output_fisher()
+    with _stage("input moments and factors", stages, model.device):
+        factors = calibration.factors(output_fisher)
     damage: Damage = {}
     if Statistic.DAMAGE in search.needs:
         with _stage("damage of every projection", stages, model.device):

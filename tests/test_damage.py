@@ -136,7 +136,7 @@ def test_probes_read_as_many_windows_as_asked():
     for count in (1, 3):
         config = palu.CompressionConfig(0.5, 2, search_method="global", n_probe_calib_samples=count)
         calibration = Calibration(model, config, windows, None, silent)
-        factors = calibration.factors()
+        factors = calibration.factors({})
         assert calibration.damage(factors) == probe_damage(model, factors, windows.moments[:count])
 
 

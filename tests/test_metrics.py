@@ -147,7 +147,8 @@ def test_fisher_factors_weigh_attention_and_gradients_alike():
     model = tiny_model("qwen3")
     windows = CalibrationWindows(random_windows(model), random_windows(model))
     calibration = Calibration(model, palu.CompressionConfig(0.5, 2, decompose_method="fisher"), windows, None, silent)
-    gradients, factors = calibration.output_fisher(), calibration.factors()
+    gradients = calibration.output_fisher()
+    factors = calibration.factors(gradients)
     for (layer, moments), side in itertools.product(enumerate(stream_moments(model, windows.moments)), SIDES):
         shapes = [shape for shape in calibration.shapes if (shape.site.layer, shape.site.side) == (layer, side)]
         attention = [site_metric(model, shape, moments, windows.moments.shape[1]) for shape in shapes]

@@ -70,10 +70,12 @@ class Calibration:
         found = self._kept(kind, windows, gather)
         return {key: found[name].to(self.model.device) for key, name in self._names()}
 
-    def factors(self) -> dict[Site, Factors]:
-        """Factors of full rank of every site, in the model's dtype, as each layer's statistics come in."""
+    def factors(self, fisher: Mapping[Projection, Tensor]) -> dict[Site, Factors]:
+        """Factors of full rank of every site, in the model's dtype, as each layer's statistics come in.
+
+        fisher: what `output_fisher` gave; empty where the decomposition does not need it.
+        """
         decompose = get_decomposition(self.config.decompose_method)
-        fisher = self.output_fisher() if Statistic.OUTPUT_FISHER in decompose.needs else None
         factors = {}
         for layer, moments in enumerate(self._moments()):
             for side in SIDES:
@@ -82,7 +84,7 @@ class Calibration:
                 if side in decompose.weighed:
                     distances = self.windows.moments.shape[1]
                     metrics = [site_metric(self.model, shape, moments, distances) for shape in shapes]
-                    if fisher is not None:
+                    if fisher:
                         metrics = blend(torch.stack(metrics), fisher[layer, side])
                 for shape, metric in zip(shapes, metrics, strict=True):
                     stats = SiteStats(None if moments is None else moments.gram, metric)
