@@ -48,7 +48,7 @@ BAD_COMPRESS = [
     (["--search_method", "best"], "search_method 'best' is unknown; use one of uniform, fisher, fisher_uniform"),
     (
         ["--decompose_method", "qr"],
-        "decompose_method 'qr' is unknown; use one of whiten, query, output, attention, svd",
+        "decompose_method 'qr' is unknown; use one of whiten, query, output, attention, fisher, svd",
     ),
     (["--device", "tpu"], "device 'tpu' is not available; use cpu"),
     (["--dtype", "int8"], "dtype 'int8' is unknown; use auto, float32, bfloat16, float16"),
