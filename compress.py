@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.cli import DATASET_HELP, add_common_flags, group_size, new_parser, resolve_device, run_script
+from utils.compression import asked_compression
 from utils.latent import add_latent_flags, latent_settings
 
 
@@ -142,28 +143,9 @@ def main(args: argparse.Namespace) -> None:
 
 def compression_config(args: argparse.Namespace) -> Any:
     """The library's CompressionConfig for the flags."""
-    from palu import CompressionConfig, QuantizationConfig
+    from palu import QuantizationConfig
 
-    default_text = "demo" if args.model_id is None else "wikitext2"
-    return CompressionConfig(
-        param_ratio_target=args.param_ratio_target,
-        head_group_size=args.head_group_size,
-        value_group_size=args.value_group_size,
-        search_method=args.search_method,
-        decompose_method=args.decompose_method,
-        rank_multiple=args.rank_multiple,
-        key_cost=args.key_cost,
-        n_whiten_calib_samples=args.n_whiten_calib_samples,
-        n_fisher_calib_samples=args.n_fisher_calib_samples,
-        n_probe_calib_samples=args.n_probe_calib_samples,
-        calib_seqlen=args.calib_seqlen,
-        fisher_seqlen=args.fisher_seqlen,
-        calib_dataset=default_text if args.calib_dataset is None else args.calib_dataset,
-        seed=args.seed,
-        lt_hadamard=args.lt_hadamard,
-        quantization=latent_settings(args, QuantizationConfig()),
-        fuse_values=args.fuse_values,
-    )
+    return asked_compression(args, quantization=latent_settings(args, QuantizationConfig()))
 
 
 def load_inputs(

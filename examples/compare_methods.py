@@ -19,6 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import DATASET_HELP, add_common_flags, bit_list, group_size, new_parser, resolve_device, run_script
+from utils.compression import asked_compression, default_text
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -68,13 +69,15 @@ def main(args: argparse.Namespace) -> None:
     from utils.results import environment, results_path, write_results
 
     source = str(DEMO_ASSETS / "model") if args.model_id is None else args.model_id
-    text = "demo" if args.model_id is None else "wikitext2"
-    configs = compression_configs(args, text)
+    configs = compression_configs(args)
     dtype, device = parse_dtype(args.dtype), resolve_device(args.device)
     path = results_path(args.results, "compare", "demo" if args.model_id is None else source)
-    names = [name.strip() for name in (args.datasets or text).split(",") if name.strip()]
-    if not names or (args.max_windows is not None and args.max_windows < 1):
-        raise PaluError("--datasets must name a text, --max_windows at least one window")
+    datasets = default_text(args.model_id) if args.datasets is None else args.datasets
+    names = [name.strip() for name in datasets.split(",") if name.strip()]
+    if not names:
+        raise PaluError(f"--datasets must name a text: {DATASET_HELP}")
+    if args.max_windows is not None and args.max_windows < 1:
+        raise PaluError(f"--max_windows {args.max_windows} must be at least 1")
     model_config = load_config(source, args.trust_remote_code)
     check_bits(args, model_config)
     for config in configs.values():
@@ -96,9 +99,8 @@ def main(args: argparse.Namespace) -> None:
     console.print(f"record: {path}, plot: {path.with_suffix('.png')}", highlight=False, soft_wrap=True)
 
 
-def compression_configs(args: argparse.Namespace, text: str) -> dict[tuple[str, float], Any]:
+def compression_configs(args: argparse.Namespace) -> dict[tuple[str, float], Any]:
     """The library's CompressionConfig of every method and ratio."""
-    from palu import CompressionConfig
     from palu.core.errors import PaluError
 
     configs = {}
@@ -107,19 +109,8 @@ def compression_configs(args: argparse.Namespace, text: str) -> dict[tuple[str, 
         if not plus:
             raise PaluError(f"--methods {method!r} must be SEARCH+DECOMPOSITION, such as global+fisher")
         for ratio in args.ratios:
-            configs[method, ratio] = CompressionConfig(
-                param_ratio_target=ratio,
-                search_method=search,
-                decompose_method=decompose,
-                head_group_size=args.head_group_size,
-                value_group_size=args.value_group_size,
-                rank_multiple=args.rank_multiple,
-                n_whiten_calib_samples=args.n_whiten_calib_samples,
-                n_fisher_calib_samples=args.n_fisher_calib_samples,
-                calib_seqlen=args.calib_seqlen,
-                calib_dataset=text if args.calib_dataset is None else args.calib_dataset,
-                seed=args.seed,
-                lt_hadamard=args.lt_hadamard,
+            configs[method, ratio] = asked_compression(
+                args, param_ratio_target=ratio, search_method=search, decompose_method=decompose
             )
     return configs
 
@@ -170,11 +161,11 @@ def measure(
             # Statistics are the same for all ratios.
             compression = compress(model, config=config, windows=calibration, cache_dir=Path(cache), progress=progress)
             compressed = copied(compression.model, dtype)
-            # Before the next one is made.
-            del compression
             for bits in args.lt_bits:
                 set_quantization(compressed, QuantizationConfig(key_bits=bits, value_bits=bits))
                 yield from rows_of(compressed, original, f"{method} {ratio:g}", method, windows, None)
+            # Before the next one is made.
+            del compression, compressed
     for bits in (None, *args.plain_bits):
         yield from rows_of(original, original, "original", None, windows, bits)
 

@@ -19,10 +19,10 @@ from palu.calibrate.evidence import Calibration
 from palu.calibrate.sites import check_weights, site_shapes
 from palu.calibrate.text import load_text
 from palu.calibrate.windows import (
-    WINDOWS_OF,
     CalibrationWindows,
     check_seqlen,
     check_vocabulary,
+    kinds_of_windows,
     sample_windows,
     tokenize,
 )
@@ -30,7 +30,7 @@ from palu.config import CompressionConfig, LatentConfig
 from palu.core.budget import RankBudget
 from palu.core.errors import PaluError
 from palu.core.progress import Progress, silent
-from palu.core.types import Evidence, Factors, Projection, RankPlan, Site, SiteShape, Statistic
+from palu.core.types import Evidence, Factors, Projection, RankPlan, Site, SiteShape, Statistic, by_projection
 from palu.core.validate import require
 from palu.decompose import get_decomposition
 from palu.models import get_adapter
@@ -84,7 +84,7 @@ def check_compression(model_config: Any, config: CompressionConfig, windows: Cal
     get_adapter(model_config)
     check_rope(model_config.rope_parameters["rope_type"])
     rank_budget(config).check(site_shapes(model_config, config))
-    needed = {WINDOWS_OF[statistic] for statistic in statistics_needed(config)}
+    needed = kinds_of_windows(statistics_needed(config))
     lengths = {"calib_seqlen": config.calib_seqlen, "fisher_seqlen": config.fisher_seqlen}
     if windows is not None:
         given = {"calib_seqlen": windows.moments, "fisher_seqlen": windows.fisher}
@@ -104,7 +104,7 @@ def calibration_windows(
     Raises:
         PaluError: if the text cannot be had or is too short.
     """
-    needed = {WINDOWS_OF[statistic] for statistic in statistics_needed(config)}
+    needed = kinds_of_windows(statistics_needed(config))
     if not needed and config.quantization.needs_search:
         # Clip ratios are searched on any calibration windows.
         needed = {"moments"}
@@ -229,8 +229,7 @@ def _stage(name: str, stages: list[dict[str, Any]], device: torch.device) -> Ite
 def _side_by_side(factors: dict[Site, Factors], plan: RankPlan) -> dict[Projection, tuple[Tensor, Tensor]]:
     """(down, up) of every projection at the plan's ranks, its groups side by side."""
     projections = {}
-    for key in dict.fromkeys((site.layer, site.side) for site in factors):
-        sites = sorted(site for site in factors if (site.layer, site.side) == key)
+    for key, sites in by_projection(factors).items():
         # One projection's full factors after the other are let go of.
         parts = [factors.pop(site).truncate(plan.ranks[site]) for site in sites]
         projections[key] = torch.cat([part.down for part in parts]), torch.cat([part.up for part in parts], dim=1)

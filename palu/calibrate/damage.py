@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from palu.calibrate.sites import projection
 from palu.core.errors import PaluError
 from palu.core.progress import Progress, silent
-from palu.core.types import SIDES, Factors, Projection, Site
+from palu.core.types import Factors, Projection, Site, by_projection
 
 # Kept fractions of every group at which a projection is probed: closer where damage grows faster. At the first one
 # nothing is lost but what rounding loses, which is no damage of the others.
@@ -41,12 +41,8 @@ def probe_damage(
     Raises:
         PaluError: if a divergence is not finite, naming the layer.
     """
-    probes = [
-        ((layer, side), fraction)
-        for layer in range(model.config.num_hidden_layers)
-        for side in SIDES
-        for fraction in FRACTIONS
-    ]
+    groups = {key: [factors[site] for site in sites] for key, sites in by_projection(factors).items()}
+    probes = [(key, fraction) for key in groups for fraction in FRACTIONS]
     windows = windows[:, :MOST_TOKENS]
     size = max(1, MOST_LOGITS // (windows.shape[1] * model.config.vocab_size))
     batches = windows.to(model.device).split(size)
@@ -56,18 +52,16 @@ def probe_damage(
         expected = F.log_softmax(model(batch, use_cache=False).logits.float(), dim=-1)
         for index, (key, fraction) in enumerate(probes):
             next(ticks)
-            with _truncated(model, key, _parts(factors, key, fraction)):
+            with _truncated(model, key, [_kept(each, fraction) for each in groups[key]]):
                 found = F.log_softmax(model(batch, use_cache=False).logits.float(), dim=-1)
             nats[index] += F.kl_div(found, expected, reduction="sum", log_target=True).double().item()
     next(ticks, None)
-    by_projection = nats.view(-1, len(FRACTIONS)) / windows.numel()
-    for (layer, side), found in zip(dict(probes), by_projection, strict=True):
+    measured = nats.view(-1, len(FRACTIONS)) / windows.numel()
+    for (layer, side), found in zip(groups, measured, strict=True):
         if not torch.isfinite(found).all():
             raise PaluError(f"layer {layer}: predictions with a truncated {side} projection are not finite")
-    damage = (by_projection - by_projection[:, :1]).cummax(dim=1).values
-    return {
-        key: _points(_groups(factors, key), found) for key, found in zip(dict(probes), damage.tolist(), strict=True)
-    }
+    damage = (measured - measured[:, :1]).cummax(dim=1).values
+    return {key: _points(groups[key], found) for key, found in zip(groups, damage.tolist(), strict=True)}
 
 
 def _points(groups: list[Factors], damage: list[float]) -> list[tuple[float, float]]:
@@ -76,16 +70,12 @@ def _points(groups: list[Factors], damage: list[float]) -> list[tuple[float, flo
     return list(zip(dropped, damage, strict=True))
 
 
-def _groups(factors: Mapping[Site, Factors], key: Projection) -> list[Factors]:
-    return [factors[site] for site in sorted(factors) if (site.layer, site.side) == key]
-
-
 def _rank(factors: Factors, fraction: float) -> int:
     return max(1, round(fraction * len(factors.energy)))
 
 
-def _parts(factors: Mapping[Site, Factors], key: Projection, fraction: float) -> list[Factors]:
-    return [each.truncate(_rank(each, fraction)) for each in _groups(factors, key)]
+def _kept(factors: Factors, fraction: float) -> Factors:
+    return factors.truncate(_rank(factors, fraction))
 
 
 @contextmanager

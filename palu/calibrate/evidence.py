@@ -1,6 +1,5 @@
 """What the rank plan and the factors are made of: gathered on calibration windows, or read from the cache."""
 
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,8 @@ from palu.calibrate.store import StatisticsStore, content_hash
 from palu.calibrate.windows import CalibrationWindows
 from palu.config import CompressionConfig
 from palu.core.progress import Progress
-from palu.core.types import SIDES, Factors, Projection, Side, Site, SiteShape, SiteStats, Statistic
+from palu.core.types import SIDES, Factors, Projection, Side, Site, SiteShape, SiteStats, Statistic, by_projection
 from palu.decompose import get_decomposition
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ class Calibration:
             return _named(output_fisher(self.model, windows, groups, seed, self.progress))
 
         found = self._kept(kind, windows, gather)
-        return {key: found[name].to(self.model.device) for key, name in self._names()}
+        return {key: tensor.to(self.model.device) for key, tensor in _by_projection(found).items()}
 
     def factors(self, fisher: Mapping[Projection, Tensor]) -> dict[Site, Factors]:
         """Factors of full rank of every site, in the model's dtype, as each layer's statistics come in.
@@ -77,16 +74,18 @@ class Calibration:
         """
         decompose = get_decomposition(self.config.decompose_method)
         factors = {}
+        shapes = {shape.site: shape for shape in self.shapes}
+        projections = by_projection(shapes)
         for layer, moments in enumerate(self._moments()):
-            for side in SIDES:
-                shapes = [shape for shape in self.shapes if (shape.site.layer, shape.site.side) == (layer, side)]
-                metrics: Sequence[Tensor | None] = [None] * len(shapes)
-                if side in decompose.weighed:
+            for key in ((layer, side) for side in SIDES):
+                own = [shapes[site] for site in projections[key]]
+                metrics: Sequence[Tensor | None] = [None] * len(own)
+                if key[1] in decompose.weighed:
                     distances = self.windows.moments.shape[1]
-                    metrics = [site_metric(self.model, shape, moments, distances) for shape in shapes]
+                    metrics = [site_metric(self.model, shape, moments, distances) for shape in own]
                     if fisher:
-                        metrics = blend(torch.stack(metrics), fisher[layer, side])
-                for shape, metric in zip(shapes, metrics, strict=True):
+                        metrics = blend(torch.stack(metrics), fisher[key])
+                for shape, metric in zip(own, metrics, strict=True):
                     stats = SiteStats(None if moments is None else moments.gram, metric)
                     down, up, energy = decompose(site_weight(self.model, shape), stats)
                     factors[shape.site] = Factors(down.to(self.model.dtype), up.to(self.model.dtype), energy.cpu())
@@ -104,12 +103,7 @@ class Calibration:
             return _named({key: torch.tensor(points, dtype=torch.float64) for key, points in found.items()})
 
         kept = self._kept(kind, probes, measure)
-        return {key: [(energy, nats) for energy, nats in kept[name].tolist()] for key, name in self._names()}
-
-    def _names(self) -> list[tuple[Projection, str]]:
-        """Every projection, and what it is called in a file."""
-        layers = range(self.model.config.num_hidden_layers)
-        return [((layer, side), f"{layer}-{side}") for layer in layers for side in SIDES]
+        return {key: [(energy, nats) for energy, nats in each.tolist()] for key, each in _by_projection(kept).items()}
 
     def _moments(self) -> Iterable[LayerMoments | None]:
         """Every layer's moments, one at a time; None where there are no windows for them."""
@@ -135,5 +129,12 @@ class Calibration:
         return store.read(name)
 
 
-def _named(tensors: dict[Projection, Tensor]) -> dict[str, Tensor]:
+def _named(tensors: Mapping[Projection, Tensor]) -> dict[str, Tensor]:
+    """As files name them."""
     return {f"{layer}-{side}": tensor for (layer, side), tensor in tensors.items()}
+
+
+def _by_projection(named: Mapping[str, Tensor]) -> dict[Projection, Tensor]:
+    """`_named` undone."""
+    parts = ((*name.split("-"), tensor) for name, tensor in named.items())
+    return {(int(layer), side): tensor for layer, side, tensor in parts}

@@ -34,7 +34,7 @@ def fisher_information(model: PreTrainedModel, windows: Tensor, progress: Progre
         return F.cross_entropy(logits[:-1], window[1:], reduction="sum")
 
     def take(key: Projection, inputs: Tensor, gradient: Tensor) -> None:
-        of_weights = gradient.T @ inputs
+        of_weights = gradient.T @ inputs.float()
         squared[key].addcmul_(of_weights, of_weights)
 
     stream_gradients(model, windows, loss, take, progress, "Fisher information")

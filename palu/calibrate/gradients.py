@@ -14,7 +14,7 @@ from palu.core.types import SIDES, Projection
 # loss(logits [seqlen, vocabulary] in float32, window [seqlen]): a sum over tokens, not a mean, of which larger
 # gradients survive 16-bit arithmetic.
 Loss = Callable[[Tensor, Tensor], Tensor]
-# take(projection, inputs [seqlen, in_features], gradient [seqlen, out_features]), both float32.
+# take(projection, inputs [seqlen, in_features] as they are, gradient [seqlen, out_features] in float32).
 Taker = Callable[[Projection, Tensor, Tensor], None]
 
 
@@ -63,6 +63,6 @@ def _watched(model: PreTrainedModel, take: Taker) -> Iterator[None]:
 def _watch_output(which: Projection, take: Taker):  # noqa: ANN202 (a hook; its type says nothing)
     def forward_hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         inputs = args[0].detach()[0]
-        output.register_hook(lambda gradient: take(which, inputs.float(), gradient[0].float()))
+        output.register_hook(lambda gradient: take(which, inputs, gradient[0].float()))
 
     return forward_hook

@@ -22,6 +22,11 @@ WINDOWS_OF = {
 }
 
 
+def kinds_of_windows(needed: frozenset[Statistic]) -> set[str]:
+    """Which of `CalibrationWindows` the statistics are gathered on."""
+    return {WINDOWS_OF[statistic] for statistic in needed}
+
+
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, where: str, config: PreTrainedConfig) -> Tensor:
     """Token ids of a whole text, int64 [tokens].
 
@@ -100,7 +105,7 @@ class CalibrationWindows:
             PaluError: if some are missing.
         """
         given = {"moments": self.moments, "fisher": self.fisher}
-        names = {WINDOWS_OF[statistic] for statistic in needed}
+        names = kinds_of_windows(needed)
         missing = sorted(name for name in names if given[name] is None)
         if missing:
             raise PaluError(f"no calibration windows for the {', '.join(missing)} statistic")

@@ -1,6 +1,6 @@
 """Small value types that travel down the road: sites, statistics, factors, rank plans."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal, NamedTuple
@@ -29,6 +29,19 @@ class Site:
     layer: int
     side: Side
     group: int
+
+    @property
+    def projection(self) -> Projection:
+        """What it is a part of."""
+        return self.layer, self.side
+
+
+def by_projection(sites: Iterable[Site]) -> dict[Projection, list[Site]]:
+    """The groups of every projection, in order."""
+    projections: dict[Projection, list[Site]] = {}
+    for site in sorted(sites):
+        projections.setdefault(site.projection, []).append(site)
+    return projections
 
 
 @dataclass(frozen=True)
@@ -88,8 +101,7 @@ class RankPlan:
 
     def group_ranks(self, layer: int, side: Side) -> list[int]:
         """Ranks of one projection's groups, in group order."""
-        sites = sorted(site for site in self.ranks if site.layer == layer and site.side == side)
-        return [self.ranks[site] for site in sites]
+        return [self.ranks[site] for site in by_projection(self.ranks)[layer, side]]
 
     def kept_ratio(self, shapes: Sequence[SiteShape]) -> float:
         """Cached latent numbers per token over the uncompressed model's."""

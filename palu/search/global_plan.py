@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from palu.core.budget import RankBudget
-from palu.core.types import Evidence, RankPlan, SiteShape, Statistic
+from palu.core.types import Evidence, RankPlan, SiteShape, Statistic, by_projection
 
 
 class Offer(NamedTuple):
@@ -30,9 +30,10 @@ class GlobalPlan:
     def __call__(self, shapes: Sequence[SiteShape], evidence: Evidence, budget: RankBudget) -> RankPlan:
         """The rank of every site."""
         budget.check(shapes)
+        dims = {shape.site: shape.group_dim for shape in shapes}
         projections = [
-            _Projection([shape for shape in shapes if (shape.site.layer, shape.site.side) == key], evidence, budget)
-            for key in dict.fromkeys((shape.site.layer, shape.site.side) for shape in shapes)
+            _Projection([SiteShape(site, dims[site]) for site in sites], evidence, budget)
+            for sites in by_projection(dims).values()
         ]
         left = budget.total(shapes) - sum(sum(each.ranks) for each in projections)
         while affordable := [(offer, each) for each in projections for offer in each.offers if offer.ranks <= left]:
@@ -50,7 +51,7 @@ class _Projection:
     def __init__(self, shapes: list[SiteShape], evidence: Evidence, budget: RankBudget) -> None:
         site = shapes[0].site
         self.shapes = shapes
-        self.points = _lower_hull(evidence.damage[site.layer, site.side])
+        self.points = _lower_hull(evidence.damage[site.projection])
         self.cost = budget.key_cost if site.side == "key" else 1.0
         self.allowed = [budget.allowed_ranks(shape.group_dim) for shape in shapes]
         # Energy that is dropped behind every rank.
