@@ -79,6 +79,12 @@ def add_rank_flags(flag: Callable[..., Any]) -> None:
         "change in the predictions (default: %(default)s)",
     )
     flag(
+        "--sequential",
+        action="store_true",
+        help="fit every o_proj again, layer after layer, to what compressed attention hands it: less is lost, the "
+        "cache stays as it is",
+    )
+    flag(
         "--fuse_values",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -177,7 +183,7 @@ def checkpoint_name(model: str, config: Any) -> str:
     if not config.quantization.is_full:
         key_bits, value_bits = config.quantization.key_bits, config.quantization.value_bits
         latents += f"-{key_bits}bit" if key_bits == value_bits else f"-k{key_bits}v{value_bits}bit"
-    methods = f"{config.search_method}-{config.decompose_method}"
+    methods = f"{config.search_method}-{config.decompose_method}{'-sequential' if config.sequential else ''}"
     return f"{model}_ratio-{config.param_ratio_target:g}_{groups}-{methods}{latents}"
 
 

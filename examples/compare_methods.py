@@ -4,9 +4,10 @@
     python examples/compare_methods.py --model_id DIR --calib_dataset wikitext2 --datasets wikitext2,c4 \\
         --methods fisher_uniform+whiten,global+fisher --ratios 0.3,0.5,0.7 --lt_bits 16,4 --lt_hadamard
 
-A method is a search and a decomposition, as --search_method and --decompose_method of compress.py. The original is
-measured too, and with its full keys and values in --plain_bits. KL is the mean divergence of predictions from the
-original's, which tells methods apart that perplexity does not. Only the record and the plot are written.
+A method is a search and a decomposition, as --search_method and --decompose_method of compress.py, and may go on with
+a --value_group_size of its own and with sequential: global+fisher+all+sequential. The original is measured too, and
+with its full keys and values in --plain_bits. KL is the mean divergence of predictions from the original's, which
+tells methods apart that perplexity does not. Only the record and the plot are written.
 """
 
 import argparse
@@ -101,18 +102,35 @@ def main(args: argparse.Namespace) -> None:
 
 def compression_configs(args: argparse.Namespace) -> dict[tuple[str, float], Any]:
     """The library's CompressionConfig of every method and ratio."""
-    from palu.core.errors import PaluError
-
     configs = {}
     for method in (name.strip() for name in args.methods.split(",")):
-        search, plus, decompose = method.partition("+")
-        if not plus:
-            raise PaluError(f"--methods {method!r} must be SEARCH+DECOMPOSITION, such as global+fisher")
+        asked = method_settings(method)
         for ratio in args.ratios:
-            configs[method, ratio] = asked_compression(
-                args, param_ratio_target=ratio, search_method=search, decompose_method=decompose
-            )
+            configs[method, ratio] = asked_compression(args, param_ratio_target=ratio, **asked)
     return configs
+
+
+def method_settings(method: str) -> dict[str, Any]:
+    """What a method's name asks for, as fields of CompressionConfig."""
+    from palu.core.errors import PaluError
+
+    search, *more = method.split("+")
+    if not more:
+        raise PaluError(
+            f"--methods {method!r} must be SEARCH+DECOMPOSITION, such as global+fisher, with +VALUE_GROUP_SIZE and "
+            "+sequential behind it if wanted"
+        )
+    asked: dict[str, Any] = {"search_method": search, "decompose_method": more[0]}
+    for word in more[1:]:
+        name = "sequential" if word == "sequential" else "value_group_size"
+        try:
+            value = True if name == "sequential" else group_size(word)
+        except argparse.ArgumentTypeError as error:
+            raise PaluError(f"--methods {method!r}: {error}, nor 'sequential'") from None
+        if name in asked:
+            raise PaluError(f"--methods {method!r} has two {name}")
+        asked[name] = value
+    return asked
 
 
 def check_bits(args: argparse.Namespace, model_config: Any) -> None:

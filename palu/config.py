@@ -58,6 +58,8 @@ class CompressionConfig:
     lt_hadamard: turn every group's latents by a Hadamard matrix, and use only ranks that have one.
     quantization: how the compressed model's cache stores latents; clip ratios `auto` are searched on calibration text.
     fuse_values: fold the values' up factors into o_proj in the layers where that makes the weights smaller.
+    sequential: fit every o_proj again, layer after layer, to what compressed attention hands it (on the moments'
+        windows).
     seed: draws the calibration windows.
     """
 
@@ -78,6 +80,7 @@ class CompressionConfig:
     lt_hadamard: bool = False
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     fuse_values: bool = True
+    sequential: bool = False
 
     def __post_init__(self) -> None:
         ratio = self.param_ratio_target
@@ -95,6 +98,10 @@ class CompressionConfig:
         require(
             cost == 1 or self.search_method == "global",
             f"key_cost {cost} is for the search_method global, which weighs it",
+        )
+        require(
+            not self.sequential or self.n_whiten_calib_samples > 1,
+            "sequential needs n_whiten_calib_samples of two or more",
         )
         require(self.seed < 2**63, f"seed {self.seed} must be below 2**63")
         for name, size in (("head_group_size", self.head_group_size), ("value_group_size", self.value_group_size)):

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from palu.calibrate.clip import search_clip_ratios
 from palu.calibrate.damage import Damage
 from palu.calibrate.evidence import Calibration
+from palu.calibrate.refit import refit_outputs
 from palu.calibrate.sites import check_weights, site_shapes
 from palu.calibrate.text import load_text
 from palu.calibrate.windows import (
@@ -67,7 +68,8 @@ def statistics_needed(config: CompressionConfig) -> frozenset[Statistic]:
     Raises:
         PaluError: if a method's name is unknown.
     """
-    return get_search(config.search_method).needs | get_decomposition(config.decompose_method).needs
+    needed = get_search(config.search_method).needs | get_decomposition(config.decompose_method).needs
+    return needed | {Statistic.MOMENTS} if config.sequential else needed
 
 
 def rank_budget(config: CompressionConfig) -> RankBudget:
@@ -208,6 +210,10 @@ def _compress(
         logger.debug("%s: rank %d loses %.2e of the energy", site, rank, lost)
     with _stage("assembling", stages, model.device):
         compressed = _assemble(model, plan, _side_by_side(factors, plan), config, windows.describe())
+    if config.sequential:
+        with _stage("refitting o_proj", stages, model.device):
+            refit_outputs(compressed, model, windows.moments, progress)
+    _fold(compressed, config)
     return Compression(compressed, plan, shapes, plan.kept_ratio(shapes), windows.describe(), stages)
 
 
@@ -259,13 +265,17 @@ def _assemble(
     compressed.load_state_dict(state, strict=True, assign=True)
     compressed.tie_weights()
     _copy_rotary(compressed, model)
+    compressed.generation_config = copy.deepcopy(model.generation_config)
+    return compressed.eval()
+
+
+def _fold(compressed: PreTrainedModel, config: CompressionConfig) -> None:
+    """What changes weights but not what the model computes, and how its caches store latents."""
     if config.lt_hadamard:
         fold_hadamard(compressed)
     if config.fuse_values:
         fold_values(compressed)
     set_quantization(compressed, config.quantization)
-    compressed.generation_config = copy.deepcopy(model.generation_config)
-    return compressed.eval()
 
 
 def _copy_rotary(compressed: nn.Module, model: nn.Module) -> None:

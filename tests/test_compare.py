@@ -55,6 +55,21 @@ def test_a_row_is_what_compressing_and_measuring_one_by_one_gives():
     assert together["kv_bytes_per_token"] == apart["kv_bytes_per_token"]
 
 
+def test_a_method_may_be_sequential():
+    more = ["--n_whiten_calib_samples", "16", "--calib_seqlen", "512", "--ratios", "0.3", "--plain_bits", "8"]
+    assert compare("--methods", "uniform+whiten+sequential,uniform+whiten", *more) == 0
+    fitted, plain = (row["divergence"] for row in read_results(Path("out.json"))["rows"][:2])
+    assert fitted < plain
+
+
+def test_a_method_may_have_a_value_group_size_of_its_own():
+    few = ["--ratios", "0.5", "--plain_bits", "8", "--value_group_size"]
+    assert compare("--methods", "uniform+svd+2,uniform+svd", *few, "1") == 0
+    own, ones = (row["perplexity"] for row in read_results(Path("out.json"))["rows"][:2])
+    assert compare("--methods", "uniform+svd", *few, "2") == 0
+    assert own == read_results(Path("out.json"))["rows"][0]["perplexity"] != ones
+
+
 @pytest.mark.parametrize(("batch_size", "chunk"), [(1, None), (3, 7)])
 def test_divergence_is_that_of_the_predictions_from_the_originals(batch_size, chunk):
     model = tiny_model("qwen3")
@@ -72,6 +87,8 @@ def test_divergence_is_that_of_the_predictions_from_the_originals(batch_size, ch
     ("argv", "message"),
     [
         (["--methods", "fisher"], "must be SEARCH+DECOMPOSITION"),
+        (["--methods", "uniform+svd+all+1"], "'uniform+svd+all+1' has two value_group_size"),
+        (["--methods", "uniform+svd+some"], "'uniform+svd+some': 'some' is neither"),
         (["--methods", "best+whiten"], "search_method 'best' is unknown"),
         (["--ratios", "0.3,2"], "param_ratio_target 2.0"),
         (["--lt_bits", "5"], "bits 5 must be one of"),

@@ -8,13 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from palu.calibrate.stream import Stop, embed, exact_products, through
 from palu.config import head_dim
 from palu.core.errors import PaluError
 from palu.core.progress import Progress, silent
-
-
-class _Stop(Exception):
-    """Ends a layer's forward once its key/value input and its queries are known."""
 
 
 class LayerMoments(NamedTuple):
@@ -48,8 +45,7 @@ def stream_moments(model: PreTrainedModel, windows: Tensor, progress: Progress =
         PaluError: if one is not finite, naming the layer.
     """
     layers = model.model.layers
-    with torch.no_grad():
-        hidden, layer_arguments = _embed(model, windows.to(model.device))
+    hidden, layer_arguments = embed(model, windows.to(model.device))
     total = len(layers) * len(hidden)
     ticks = iter(progress(range(total), "input moments", total))
     for index, (layer, arguments) in enumerate(zip(layers, layer_arguments, strict=True)):
@@ -70,13 +66,12 @@ def _advance(
 
     With `stop` the layer ends once its key/value input and its queries are known, and the hidden states are dropped.
     """
-    with _exact_products(layer.self_attn.k_proj.weight.dtype), _accumulate(layer.self_attn, sums, stop):
+    with exact_products(layer.self_attn.k_proj.weight.dtype), _accumulate(layer.self_attn, sums, stop):
         for index in range(len(hidden)):
             next(ticks)
             try:
-                output = layer(hidden[index], **arguments)
-                hidden[index] = output[0] if isinstance(output, tuple) else output
-            except _Stop:
+                hidden[index] = through(layer, hidden[index], arguments)
+            except Stop:
                 hidden[index] = None
 
 
@@ -96,7 +91,7 @@ def _accumulate(attention: nn.Module, sums: LayerMoments, stop: bool) -> Iterato
         seen.add(what)
         if stop and len(seen) == 2:
             seen.clear()
-            raise _Stop
+            raise Stop
 
     def add_inputs(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         inputs = args[0].reshape(-1, sums.gram.shape[0]).float()
@@ -119,38 +114,3 @@ def _accumulate(attention: nn.Module, sums: LayerMoments, stop: bool) -> Iterato
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _embed(model: PreTrainedModel, windows: Tensor) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    """Hidden states before layer 0, [1, seqlen, hidden] per window, and every layer's other arguments.
-
-    The arguments (positions, rotation, mask) are those that the model itself passes in a forward of one window; they
-    are the same for every window.
-    """
-    arguments: list[dict[str, Any]] = []
-
-    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        arguments.append(kwargs)
-        if len(arguments) == len(model.model.layers):
-            raise _Stop
-
-    handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in model.model.layers]
-    try:
-        model.model(input_ids=windows[:1], use_cache=False)
-    except _Stop:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [model.model.embed_tokens(window[None]) for window in windows], arguments
-
-
-@contextmanager
-def _exact_products(dtype: torch.dtype) -> Iterator[None]:
-    """Allow TF32 for the Gram exactly where it loses nothing: inputs that have at most its 10 mantissa bits."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = dtype in (torch.bfloat16, torch.float16)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
