@@ -62,14 +62,15 @@ def add_rank_flags(flag: Callable[..., Any]) -> None:
         "--search_method",
         default="fisher_uniform",
         help="uniform; fisher, fisher_uniform: by the gradients of weights; global: ranks go where they save most of "
-        "the measured change of predictions, over layers, keys and values (default: %(default)s)",
+        "the measured change of predictions, over layers, keys and values; global_bits: ranks and bits together, "
+        "--param_ratio_target is then the fraction of a 16-bit cache's bytes (default: %(default)s)",
     )
     flag(
         "--key_cost",
         type=float,
         default=1.0,
-        help="with global: how much more a rank of keys costs than one of values; keys are rebuilt in every decoding "
-        "step, values are not (default: %(default)s)",
+        help="with global and global_bits: how much more a rank of keys costs than one of values; keys are rebuilt in "
+        "every decoding step, values are not (default: %(default)s)",
     )
     flag(
         "--decompose_method",
@@ -104,7 +105,7 @@ def add_calibration_flags(flag: Callable[..., Any]) -> None:
         "--n_probe_calib_samples",
         type=int,
         default=4,
-        help="how many of the windows for the moments the search global measures with (default: %(default)s)",
+        help="how many of the windows for the moments global and global_bits measure with (default: %(default)s)",
     )
     flag("--use_cache", action="store_true", help="keep calibration statistics on disk and reuse them")
     flag("--cache_dir", help="where (default: $PALU_CACHE or ~/.cache/palu)")
@@ -151,7 +152,8 @@ def compression_config(args: argparse.Namespace) -> Any:
     """The library's CompressionConfig for the flags."""
     from palu import QuantizationConfig
 
-    return asked_compression(args, quantization=latent_settings(args, QuantizationConfig()))
+    chosen = args.search_method == "global_bits"
+    return asked_compression(args, quantization=latent_settings(args, QuantizationConfig(), chosen))
 
 
 def load_inputs(

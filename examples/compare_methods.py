@@ -7,7 +7,8 @@
 A method is a search and a decomposition, as --search_method and --decompose_method of compress.py, and may go on with
 a --value_group_size of its own and with sequential: global+fisher+all+sequential. The original is measured too, and
 with its full keys and values in --plain_bits. KL is the mean divergence of predictions from the original's, which
-tells methods apart that perplexity does not. Only the record and the plot are written.
+tells methods apart that perplexity does not. The search global_bits chooses bits itself, whatever --lt_bits says. Only
+the record and the plot are written.
 """
 
 import argparse
@@ -179,8 +180,10 @@ def measure(
             # Statistics are the same for all ratios.
             compression = compress(model, config=config, windows=calibration, cache_dir=Path(cache), progress=progress)
             compressed = copied(compression.model, dtype)
-            for bits in args.lt_bits:
-                set_quantization(compressed, QuantizationConfig(key_bits=bits, value_bits=bits))
+            own = compressed.config.latent.quantization
+            given = [QuantizationConfig(key_bits=bits, value_bits=bits) for bits in args.lt_bits]
+            for quantization in given if own.layer_bits is None else [own]:
+                set_quantization(compressed, quantization)
                 yield from rows_of(compressed, original, f"{method} {ratio:g}", method, windows, None)
             # Before the next one is made.
             del compression, compressed

@@ -43,7 +43,8 @@ def head_dim(model_config: PreTrainedConfig) -> int:
 class CompressionConfig:
     """Everything that determines a compressed model besides the model and the calibration text.
 
-    param_ratio_target: KEPT fraction of the cached numbers, in (0, 1].
+    param_ratio_target: KEPT fraction of the cached numbers, in (0, 1]; of the bytes of a 16-bit cache where the search
+        is `global_bits`, which chooses every projection's bits as well.
     head_group_size, value_group_size: kv heads per key and per value group; `all` joins every head, and a value group
         size of None means the same as the keys'.
     search_method, decompose_method: names in `palu.search` and `palu.decompose`.
@@ -96,9 +97,13 @@ class CompressionConfig:
         cost = self.key_cost
         require(isinstance(cost, int | float) and 0 < cost < math.inf, f"key_cost {cost!r} must be a positive number")
         require(
-            cost == 1 or self.search_method == "global",
-            f"key_cost {cost} is for the search_method global, which weighs it",
+            cost == 1 or self.search_method in ("global", "global_bits"),
+            f"key_cost {cost} is for the search_method global or global_bits, which weigh it",
         )
+        if self.search_method == "global_bits":
+            require(self.lt_hadamard, "search_method global_bits plans for turned latents; give lt_hadamard")
+            plain = self.quantization.is_full and self.quantization.layer_bits is None
+            require(plain, "search_method global_bits chooses the bits; give no lt_bits or lt_value_bits")
         require(
             not self.sequential or self.n_whiten_calib_samples > 1,
             "sequential needs n_whiten_calib_samples of two or more",
@@ -107,6 +112,12 @@ class CompressionConfig:
         for name, size in (("head_group_size", self.head_group_size), ("value_group_size", self.value_group_size)):
             valid = size == "all" or (is_count(size) and size >= 1) or (size is None and name == "value_group_size")
             require(valid, f"{name} {size!r} must be a number of kv heads or 'all'")
+
+    @property
+    def searches_clip_ratios(self) -> bool:
+        """Whether clip ratios are to be found on calibration text once the model is compressed."""
+        chosen = self.search_method == "global_bits" and self.quantization.clip_ratio == "auto"
+        return chosen or self.quantization.needs_search
 
     def group_size(self, side: Side, num_kv_heads: int) -> int:
         """Kv heads per group of one side of a model.
@@ -182,6 +193,18 @@ class LatentConfig:
             hadamard=bool(block.get("hadamard", False)),
             quantization=QuantizationConfig.from_dict(block.get("quantization") or {}),
         )
+
+    def bytes_per_token(self, itemsize: int) -> int:
+        """Bytes of a token's latents as they are cached, over all layers, without its position.
+
+        itemsize: bytes of a number that is not a code.
+        """
+        total = 0
+        for index, layer in enumerate(self.layers):
+            for side, ranks in (("key", layer.key), ("value", layer.value)):
+                codes = self.quantization.of(ranks, side, index)
+                total += itemsize * sum(ranks) if codes is None else codes.bytes_per_token
+        return total
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON block."""

@@ -1,6 +1,7 @@
 """Compression end to end: token windows -> statistics -> rank plan -> factors -> a compressed model."""
 
 import copy
+import dataclasses
 import logging
 import time
 from collections.abc import Iterator
@@ -74,7 +75,9 @@ def statistics_needed(config: CompressionConfig) -> frozenset[Statistic]:
 
 def rank_budget(config: CompressionConfig) -> RankBudget:
     """What the rank search may spend."""
-    return RankBudget(config.param_ratio_target, config.rank_multiple, config.lt_hadamard, config.key_cost)
+    return RankBudget(
+        config.param_ratio_target, config.rank_multiple, config.lt_hadamard, config.key_cost, config.quantization
+    )
 
 
 def check_compression(model_config: Any, config: CompressionConfig, windows: CalibrationWindows | None = None) -> None:
@@ -85,7 +88,7 @@ def check_compression(model_config: Any, config: CompressionConfig, windows: Cal
     """
     get_adapter(model_config)
     check_rope(model_config.rope_parameters["rope_type"])
-    rank_budget(config).check(site_shapes(model_config, config))
+    get_search(config.search_method).check(site_shapes(model_config, config), rank_budget(config))
     needed = kinds_of_windows(statistics_needed(config))
     lengths = {"calib_seqlen": config.calib_seqlen, "fisher_seqlen": config.fisher_seqlen}
     if windows is not None:
@@ -107,7 +110,7 @@ def calibration_windows(
         PaluError: if the text cannot be had or is too short.
     """
     needed = kinds_of_windows(statistics_needed(config))
-    if not needed and config.quantization.needs_search:
+    if not needed and config.searches_clip_ratios:
         # Clip ratios are searched on any calibration windows.
         needed = {"moments"}
     if not needed:
@@ -161,7 +164,7 @@ def compress(
         windows = windows or calibration_windows(tokenizer, model.config, config, text)
         clip_windows = windows.fisher if windows.moments is None else windows.moments
         require(
-            clip_windows is not None or not config.quantization.needs_search,
+            clip_windows is not None or not config.searches_clip_ratios,
             "lt_clip_ratio auto needs calibration windows",
         )
         windows = windows.only(statistics_needed(config))
@@ -171,7 +174,7 @@ def compress(
         compression = _compress(model, config, windows, stages, cache_dir, progress)
     finally:
         model.train(was_training)
-    if config.quantization.needs_search:
+    if config.searches_clip_ratios:
         with _stage("clip ratios", stages, model.device):
             search_clip_ratios(compression.model, clip_windows, progress)
     return compression
@@ -213,7 +216,7 @@ def _compress(
     if config.sequential:
         with _stage("refitting o_proj", stages, model.device):
             refit_outputs(compressed, model, windows.moments, progress)
-    _fold(compressed, config)
+    _fold(compressed, config, plan)
     return Compression(compressed, plan, shapes, plan.kept_ratio(shapes), windows.describe(), stages)
 
 
@@ -269,13 +272,13 @@ def _assemble(
     return compressed.eval()
 
 
-def _fold(compressed: PreTrainedModel, config: CompressionConfig) -> None:
+def _fold(compressed: PreTrainedModel, config: CompressionConfig, plan: RankPlan) -> None:
     """What changes weights but not what the model computes, and how its caches store latents."""
     if config.lt_hadamard:
         fold_hadamard(compressed)
     if config.fuse_values:
         fold_values(compressed)
-    set_quantization(compressed, config.quantization)
+    set_quantization(compressed, dataclasses.replace(config.quantization, layer_bits=plan.layer_bits()))
 
 
 def _copy_rotary(compressed: nn.Module, model: nn.Module) -> None:

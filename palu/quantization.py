@@ -1,16 +1,23 @@
 """How a compressed model's cache stores latents: the validated settings that are saved with a checkpoint."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
+import torch
+
 from palu.core.types import SIDES, Side
 from palu.core.validate import is_count, require
 from palu.kernels.packing import PLANES
-from palu.kernels.quantize import Quantization, quantization_widths
+from palu.kernels.quantize import Quantization, quantization_widths, quantize
 
 FULL_BITS = 16
+# Tokens of normal latents that errors of codes are measured on.
+NOISE_TOKENS = 512
 ALLOWED_BITS = (*PLANES, FULL_BITS)
+# Of each side, for every layer.
+LayerBits = Mapping[Side, Sequence[int]]
 # Of each side, for every layer, one ratio per quantisation group.
 ClipRatios = Mapping[Side, Sequence[Sequence[float]]]
 
@@ -20,6 +27,7 @@ class QuantizationConfig:
     """How the cache stores latents; 16 bits means as they are, in the model's number format.
 
     key_bits, value_bits: 2, 3, 4, 8 or 16.
+    layer_bits: the same of every layer, instead of both; None if all layers are alike.
     group_size: latents that share a scale inside a head group; None is the whole group.
     symmetric: no zero points.
     clip_ratio: fraction of a group's range that the codes span, in (0, 1]; `auto`: as in `clip_ratios`.
@@ -35,11 +43,16 @@ class QuantizationConfig:
     clip_ratios: ClipRatios | None = None
     sinks: int = 0
     window: int = 0
+    layer_bits: LayerBits | None = None
 
     def __post_init__(self) -> None:
         allowed = ", ".join(map(str, ALLOWED_BITS))
         for name, bits in (("lt_bits", self.key_bits), ("lt_value_bits", self.value_bits)):
             require(is_count(bits) and bits in ALLOWED_BITS, f"{name} {bits!r} must be one of {allowed}")
+        require(
+            self.layer_bits is None or _are_layer_bits(self.layer_bits),
+            f"'palu' block: 'layer_bits' must hold a list of {allowed} for keys and one for values",
+        )
         size = self.group_size
         require(size is None or (is_count(size) and size >= 1), f"lt_group_size {size!r} must be at least 1")
         ratio = self.clip_ratio
@@ -52,6 +65,8 @@ class QuantizationConfig:
     @property
     def is_full(self) -> bool:
         """Whether nothing is quantised."""
+        if self.layer_bits is not None:
+            return all(bits == FULL_BITS for side in SIDES for bits in self.layer_bits[side])
         return self.key_bits == self.value_bits == FULL_BITS
 
     @property
@@ -59,9 +74,17 @@ class QuantizationConfig:
         """Whether clip ratios are asked for that have not been searched yet."""
         return self.clip_ratio == "auto" and self.clip_ratios is None and not self.is_full
 
-    def bits(self, side: Side) -> int:
-        """Bits of one side's latents."""
-        return self.key_bits if side == "key" else self.value_bits
+    def bits(self, side: Side, layer: int) -> int:
+        """Bits of one side's latents in one layer.
+
+        Raises:
+            PaluError: if the layers' bits do not go so far.
+        """
+        if self.layer_bits is None:
+            return self.key_bits if side == "key" else self.value_bits
+        by_layer = self.layer_bits[side]
+        require(layer < len(by_layer), f"'palu' block: 'layer_bits' holds {len(by_layer)} layers of {side}s")
+        return by_layer[layer]
 
     def of(self, ranks: Sequence[int], side: Side, layer: int) -> Quantization | None:
         """How latents of one layer and side, of these group ranks, become codes; None if they stay as they are.
@@ -69,7 +92,8 @@ class QuantizationConfig:
         Raises:
             PaluError: if clip ratios are missing or not one per group.
         """
-        if self.bits(side) == FULL_BITS:
+        bits = self.bits(side, layer)
+        if bits == FULL_BITS:
             return None
         widths = quantization_widths(ranks, self.group_size)
         require(
@@ -83,13 +107,39 @@ class QuantizationConfig:
             len(ratios) == len(widths),
             f"'palu' block, layer {layer}, {side}: {len(ratios)} clip ratios for {len(widths)} groups",
         )
-        return Quantization(self.bits(side), widths, self.symmetric, () if set(ratios) == {1.0} else ratios)
+        return Quantization(bits, widths, self.symmetric, () if set(ratios) == {1.0} else ratios)
+
+    @property
+    def choices(self) -> tuple[int, ...]:
+        """Bits that a search may choose from."""
+        return ALLOWED_BITS
+
+    def nbytes(self, ranks: Sequence[int], bits: int) -> int:
+        """Bytes per token of one layer's side with these group ranks in these bits, 16-bit numbers where there are no
+        codes.
+        """
+        if bits == FULL_BITS:
+            return FULL_BITS // 8 * sum(ranks)
+        return Quantization(bits, quantization_widths(ranks, self.group_size), self.symmetric).bytes_per_token
+
+    def noise(self, rank: int, bits: int) -> float:
+        """Mean squared error of a group's codes over the variance of its latents, if these are normal and alike."""
+        if bits == FULL_BITS:
+            return 0.0
+        clip_ratio = 1.0 if self.clip_ratio == "auto" else float(self.clip_ratio)
+        return _noise(bits, quantization_widths([rank], self.group_size), self.symmetric, clip_ratio)
 
     def changed(self, **settings: Any) -> "QuantizationConfig":
-        """The same with other settings; clip ratios that were searched for other codes are dropped."""
+        """The same with other settings; clip ratios that were searched for other codes are dropped, and layers' bits
+        where others are given.
+        """
         kept = {"sinks", "window"}
-        same = all(getattr(self, name) == value for name, value in settings.items() if name not in kept)
-        return replace(self, **({} if same else {"clip_ratios": None}), **settings)
+        dropped: dict[str, Any] = {}
+        if {"key_bits", "value_bits"} & set(settings) and self.layer_bits is not None:
+            dropped = {"layer_bits": None, "clip_ratios": None}
+        if not all(getattr(self, name) == value for name, value in settings.items() if name not in kept):
+            dropped["clip_ratios"] = None
+        return replace(self, **dropped, **settings)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -108,6 +158,22 @@ class QuantizationConfig:
         ratios = entries.get("clip_ratios")
         require(ratios is None or _are_clip_ratios(ratios), "'palu' block: 'clip_ratios' must hold lists of (0, 1]")
         return cls(**entries)
+
+
+@functools.cache
+def _noise(bits: int, widths: tuple[int, ...], symmetric: bool, clip_ratio: float) -> float:
+    """Measured with the quantiser itself."""
+    ratios = () if clip_ratio == 1 else (clip_ratio,) * len(widths)
+    normal = torch.randn(1, NOISE_TOKENS, sum(widths), generator=torch.Generator().manual_seed(0))
+    codes = quantize(normal, Quantization(bits, widths, symmetric, ratios))
+    return (codes.dequantized(torch.float32) - normal).square().mean().item()
+
+
+def _are_layer_bits(bits: Any) -> bool:
+    try:
+        return set(bits) == set(SIDES) and all(each in ALLOWED_BITS for side in SIDES for each in bits[side])
+    except TypeError:
+        return False
 
 
 def _are_clip_ratios(ratios: Any) -> bool:

@@ -46,8 +46,8 @@ def clip_ratio(text: str) -> float | str:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'auto'") from None
 
 
-def latent_settings(args: argparse.Namespace, quantization: Any) -> Any:
-    """A `QuantizationConfig` with the flags that were given.
+def latent_settings(args: argparse.Namespace, quantization: Any, bits_follow: bool = False) -> Any:
+    """A `QuantizationConfig` with the flags that were given; `bits_follow`: bits are chosen later.
 
     Raises:
         PaluError: for a value that is not allowed, or a flag that would do nothing.
@@ -66,7 +66,7 @@ def latent_settings(args: argparse.Namespace, quantization: Any) -> Any:
     given = {name: value for name, value in given.items() if value is not None}
     settings = quantization.changed(**given)
     useless = [flag for flag in NEED_BITS if getattr(args, flag) is not None]
-    if settings.is_full and useless:
+    if settings.is_full and useless and not bits_follow:
         raise PaluError(f"--{useless[0]} does nothing without quantised latents; give --lt_bits 2, 3, 4 or 8")
     return settings
 

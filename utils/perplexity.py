@@ -25,17 +25,25 @@ def row_of(result: Any, model: Any, label: str, dataset: str, bits: int | None, 
 
 
 def latent_bits(model: Any) -> dict[str, Any]:
-    """Bits of a cached number, keys and values apart, and whether latents are Hadamard-turned."""
+    """Mean bits of a cached number, keys and values apart, and whether latents are Hadamard-turned."""
     from palu.models import is_latent
 
     full = model.dtype.itemsize * 8
     if not is_latent(model):
         return {"bits": full, "value_bits": full, "hadamard": False}
     latent = model.config.latent
-    key, value = (
-        full if bits == 16 else bits for bits in (latent.quantization.key_bits, latent.quantization.value_bits)
-    )
+    key, value = (_mean_bits(latent, side, full) for side in ("key", "value"))
     return {"bits": key, "value_bits": value, "hadamard": latent.hadamard}
+
+
+def _mean_bits(latent: Any, side: str, full: int) -> float:
+    """Of one side's latents; a whole number where all layers are alike."""
+    bits = [latent.quantization.bits(side, layer) for layer in range(len(latent.layers))]
+    bits = [full if each == 16 else each for each in bits]
+    if len(set(bits)) == 1:
+        return bits[0]
+    ranks = [sum(getattr(layer, side)) for layer in latent.layers]
+    return round(sum(each * rank for each, rank in zip(bits, ranks, strict=True)) / sum(ranks), 2)
 
 
 def kept_ratio(config: Any) -> float:

@@ -10,25 +10,31 @@ from utils.console import print_table
 def rank_table(results: dict[str, Any]) -> None:
     """The rank plan, one line a layer, and where the time went."""
     ranks = [row for row in results["rows"] if row["kind"] == "rank"]
-    lines = []
+    lines, mixed = [], len({row["bits"] for row in ranks}) > 1
     for layer in sorted({row["layer"] for row in ranks}):
         cells: list[Any] = [layer]
         for side in ("key", "value"):
             mine = [row for row in ranks if row["layer"] == layer and row["side"] == side]
             kept = sum(row["rank"] for row in mine) / sum(row["group_dim"] for row in mine)
             cells += [" ".join(str(row["rank"]) for row in mine), f"{kept:.0%}"]
+            cells += [mine[0]["bits"]] if mixed else []
         lines.append(cells)
     summary = next(row for row in results["rows"] if row["kind"] == "summary")
     print_table(
         f"Ranks per group: {summary['model']}",
-        ["layer", "key ranks", "kept", "value ranks", "kept"],
+        ["layer", *(name for side in ("key", "value") for name in (f"{side} ranks", "kept", *(["bits"] * mixed)))],
         lines,
-        caption=(
-            f"kept ratio {summary['kept_ratio']:.4f} of target {summary['target']}; "
-            f"{summary['latent_bytes_per_token']:,} of {summary['full_bytes_per_token']:,} bytes per token\n"
-            f"{_fusion_line([row for row in results['rows'] if row['kind'] == 'fusion'])}"
-        ),
+        caption=f"{_kept_line(summary)}\n{_fusion_line([row for row in results['rows'] if row['kind'] == 'fusion'])}",
     )
+
+
+def _kept_line(summary: dict[str, Any]) -> str:
+    """What is kept beside what was asked for, which is of numbers or of a 16-bit cache's bytes."""
+    found, full = summary["latent_bytes_per_token"], summary["full_bytes_per_token"]
+    kept = f"kept ratio {summary['kept_ratio']:.4f}"
+    if summary["target_of"] == "bytes":
+        return f"{kept} of the numbers; {found:,} of {full:,} bytes per token, target {summary['target']} of 16 bits'"
+    return f"{kept} of target {summary['target']}; {found:,} of {full:,} bytes per token"
 
 
 def _fusion_line(rows: list[dict[str, Any]]) -> str:

@@ -87,13 +87,14 @@ def compression_rows(model: str, compression: Any) -> list[dict[str, Any]]:
     """Flat rows of a `palu.Compression`: a summary, every site's rank, every layer's fusion, every stage's time."""
     from palu.nn.fusion import fusion_sizes
 
-    itemsize = compression.model.dtype.itemsize
+    itemsize, latent = compression.model.dtype.itemsize, compression.model.config.latent
     summary = {
         "kind": "summary",
         "model": model,
-        "target": compression.model.config.palu["compression"]["param_ratio_target"],
+        "target": latent.compression["param_ratio_target"],
+        "target_of": "bytes" if latent.compression["search_method"] == "global_bits" else "numbers",
         "kept_ratio": compression.kept_ratio,
-        "latent_bytes_per_token": sum(compression.plan.ranks.values()) * itemsize,
+        "latent_bytes_per_token": latent.bytes_per_token(itemsize),
         "full_bytes_per_token": sum(shape.group_dim for shape in compression.shapes) * itemsize,
     }
     ranks = [
@@ -105,6 +106,7 @@ def compression_rows(model: str, compression: Any) -> list[dict[str, Any]]:
             "group": shape.site.group,
             "rank": compression.plan.ranks[shape.site],
             "group_dim": shape.group_dim,
+            "bits": latent.quantization.bits(shape.site.side, shape.site.layer),
         }
         for shape in compression.shapes
     ]
@@ -118,8 +120,6 @@ def compression_rows(model: str, compression: Any) -> list[dict[str, Any]]:
             "weights_folded": sizes.folded,
             "latents_fit_a_head": sizes.fits,
         }
-        for index, (layer, sizes) in enumerate(
-            zip(compression.model.config.latent.layers, fusion_sizes(compression.model.config), strict=True)
-        )
+        for index, (layer, sizes) in enumerate(zip(latent.layers, fusion_sizes(compression.model.config), strict=True))
     ]
     return [summary, *ranks, *fusion, *({"kind": "stage"} | stage for stage in compression.stages)]

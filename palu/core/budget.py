@@ -4,10 +4,28 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from palu.core.errors import PaluError
 from palu.core.hadamard import is_reachable
 from palu.core.types import RankPlan, SiteShape
+
+
+class Codes(Protocol):
+    """What latents may become."""
+
+    @property
+    def choices(self) -> Sequence[int]:
+        """Numbers of bits."""
+        ...
+
+    def nbytes(self, ranks: Sequence[int], bits: int) -> int:
+        """Bytes per token of one projection's groups."""
+        ...
+
+    def noise(self, rank: int, bits: int) -> float:
+        """Mean squared error of normal latents of a group, over their variance."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -19,12 +37,14 @@ class RankBudget:
     hadamard: only ranks for which a Hadamard matrix can be constructed.
     key_cost: how much more a search that weighs gain against cost lets a rank of keys cost than one of values; the
         budget counts both the same.
+    codes: what a search that chooses bits may choose.
     """
 
     kept_ratio: float
     rank_multiple: int
     hadamard: bool = False
     key_cost: float = 1.0
+    codes: Codes | None = None
 
     def total(self, shapes: Sequence[SiteShape]) -> int:
         """The largest allowed sum of ranks over `shapes`."""

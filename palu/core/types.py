@@ -95,13 +95,20 @@ class Evidence:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """The rank of every site."""
+    """The rank of every site, and the bits of every projection's latents where the search chose them."""
 
     ranks: Mapping[Site, int]
+    bits: Mapping[Projection, int] | None = None
 
     def group_ranks(self, layer: int, side: Side) -> list[int]:
         """Ranks of one projection's groups, in group order."""
         return [self.ranks[site] for site in by_projection(self.ranks)[layer, side]]
+
+    def layer_bits(self) -> dict[Side, list[int]] | None:
+        """Bits of each side, for every layer, where the search chose them."""
+        if self.bits is None:
+            return None
+        return {side: [bits for (_, of), bits in sorted(self.bits.items()) if of == side] for side in SIDES}
 
     def kept_ratio(self, shapes: Sequence[SiteShape]) -> float:
         """Cached latent numbers per token over the uncompressed model's."""

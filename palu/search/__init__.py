@@ -4,6 +4,7 @@ from palu.core.errors import PaluError
 from palu.search.base import RankSearch
 from palu.search.fisher import Fisher
 from palu.search.fisher_uniform import FisherUniform
+from palu.search.global_bits import GlobalBits
 from palu.search.global_plan import GlobalPlan
 from palu.search.uniform import Uniform
 
@@ -12,6 +13,7 @@ SEARCHES: dict[str, RankSearch] = {
     "fisher": Fisher(),
     "fisher_uniform": FisherUniform(),
     "global": GlobalPlan(),
+    "global_bits": GlobalBits(),
 }
 
 

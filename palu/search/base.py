@@ -12,6 +12,14 @@ class RankSearch(Protocol):
 
     needs: frozenset[Statistic]
 
+    def check(self, shapes: Sequence[SiteShape], budget: RankBudget) -> None:
+        """Refuse a budget that buys too little, before any work.
+
+        Raises:
+            PaluError: with the smallest ratio that would do.
+        """
+        budget.check(shapes)
+
     def __call__(self, shapes: Sequence[SiteShape], evidence: Evidence, budget: RankBudget) -> RankPlan:
         """The rank of every site."""
         ...

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 from palu.core.budget import RankBudget, round_to_budget, share_proportionally
 from palu.core.types import Evidence, RankPlan, SiteShape, Statistic
+from palu.search.base import RankSearch
 
 
-class Fisher:
+class Fisher(RankSearch):
     """`rank_i = total * F_i d_i / sum_j F_j d_j`, capped at the group's dimension d_i."""
 
     needs: frozenset[Statistic] = frozenset({Statistic.FISHER})

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 from palu.core.budget import RankBudget, round_to_budget, share_proportionally
 from palu.core.types import Evidence, RankPlan, SiteShape, Statistic, by_projection
+from palu.search.base import RankSearch
 
 
-class FisherUniform:
+class FisherUniform(RankSearch):
     """As `fisher`, with a projection's mean score in place of its groups'."""
 
     needs: frozenset[Statistic] = frozenset({Statistic.FISHER})

@@ -1,17 +1,17 @@
 """One budget over layers, keys and values, spent where it saves most of the measured damage.
 
-Damage of a projection is a function of the energy that it drops, measured at a few points (`palu.calibrate.damage`) and
-linear between those on their lower convex hull: damage that levels off would hide what more ranks save. Within a
-projection, energies tell its groups apart. The next ranks go, again and again, to the group where a rank saves most,
+Damage of a projection is a function of the energy that it drops (`palu.search.damage_curve`). Within a projection,
+energies tell its groups apart. The next ranks go, again and again, to the group where a rank saves most,
 which is best where all steps are alike: energies fall, so that each rank saves less than the one before.
 """
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from palu.core.budget import RankBudget
 from palu.core.types import Evidence, RankPlan, SiteShape, Statistic, by_projection
+from palu.search.base import RankSearch
+from palu.search.damage_curve import DamageCurve
 
 
 class Offer(NamedTuple):
@@ -22,7 +22,7 @@ class Offer(NamedTuple):
     group: int
 
 
-class GlobalPlan:
+class GlobalPlan(RankSearch):
     """Greedy: the largest `(damage(dropped) - damage(dropped - energy of the ranks)) / cost of the ranks` first."""
 
     needs: frozenset[Statistic] = frozenset({Statistic.DAMAGE})
@@ -51,7 +51,7 @@ class _Projection:
     def __init__(self, shapes: list[SiteShape], evidence: Evidence, budget: RankBudget) -> None:
         site = shapes[0].site
         self.shapes = shapes
-        self.points = _lower_hull(evidence.damage[site.projection])
+        self.damage = DamageCurve(evidence.damage[site.projection])
         self.cost = budget.key_cost if site.side == "key" else 1.0
         self.allowed = [budget.allowed_ranks(shape.group_dim) for shape in shapes]
         # Energy that is dropped behind every rank.
@@ -71,30 +71,6 @@ class _Projection:
             if rank < allowed[-1]:
                 more = allowed[allowed.index(rank) + 1]
                 saved = self.tails[group][rank] - self.tails[group][more]
-                gain = (self._damage(dropped) - self._damage(dropped - saved)) / ((more - rank) * self.cost)
+                gain = (self.damage(dropped) - self.damage(dropped - saved)) / ((more - rank) * self.cost)
                 offers.append(Offer(gain, more - rank, group))
         return offers
-
-    def _damage(self, energy: float) -> float:
-        """Between the points linear, beyond the last one as before it."""
-        if len(self.points) == 1:
-            return 0.0
-        after = min(max(bisect_left(self.points, energy, key=lambda point: point[0]), 1), len(self.points) - 1)
-        (low, less), (high, more) = self.points[after - 1 : after + 1]
-        return less + (more - less) * (energy - low) / (high - low)
-
-
-def _lower_hull(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points, by rising energy and with nothing at no energy, that no line between two others passes below."""
-    hull = [(0.0, 0.0)]
-    for energy, damage in points:
-        if energy <= hull[-1][0]:
-            continue
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], (energy, damage)):
-            hull.pop()
-        hull.append((energy, damage))
-    return hull
-
-
-def _slope(one: tuple[float, float], other: tuple[float, float]) -> float:
-    return (other[1] - one[1]) / (other[0] - one[0])

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 from palu.core.budget import RankBudget, round_to_budget
 from palu.core.types import Evidence, RankPlan, SiteShape, Statistic
+from palu.search.base import RankSearch
 
 
-class Uniform:
+class Uniform(RankSearch):
     """`rank = ratio * group_dim`."""
 
     needs: frozenset[Statistic] = frozenset()
