@@ -80,6 +80,11 @@ def add_rank_flags(flag: Callable[..., Any]) -> None:
         "change in the predictions (default: %(default)s)",
     )
     flag(
+        "--regroup",
+        action="store_true",
+        help="put the kv heads side by side whose keys lose least together, layer by layer; runs as without",
+    )
+    flag(
         "--sequential",
         action="store_true",
         help="fit every o_proj again, layer after layer, to what compressed attention hands it: less is lost, the "
@@ -185,7 +190,8 @@ def checkpoint_name(model: str, config: Any) -> str:
     if not config.quantization.is_full:
         key_bits, value_bits = config.quantization.key_bits, config.quantization.value_bits
         latents += f"-{key_bits}bit" if key_bits == value_bits else f"-k{key_bits}v{value_bits}bit"
-    methods = f"{config.search_method}-{config.decompose_method}{'-sequential' if config.sequential else ''}"
+    methods = f"{config.search_method}-{config.decompose_method}"
+    methods += "".join(f"-{name}" for name in ("regroup", "sequential") if getattr(config, name))
     return f"{model}_ratio-{config.param_ratio_target:g}_{groups}-{methods}{latents}"
 
 

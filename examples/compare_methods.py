@@ -5,10 +5,10 @@
         --methods fisher_uniform+whiten,global+fisher --ratios 0.3,0.5,0.7 --lt_bits 16,4 --lt_hadamard
 
 A method is a search and a decomposition, as --search_method and --decompose_method of compress.py, and may go on with
-a --value_group_size of its own and with sequential: global+fisher+all+sequential. The original is measured too, and
-with its full keys and values in --plain_bits. KL is the mean divergence of predictions from the original's, which
-tells methods apart that perplexity does not. The search global_bits chooses bits itself, whatever --lt_bits says. Only
-the record and the plot are written.
+a --value_group_size of its own, with regroup and with sequential: global+fisher+all+sequential. The original is
+measured too, and with its full keys and values in --plain_bits. KL is the mean divergence of predictions from the
+original's, which tells methods apart that perplexity does not. The search global_bits chooses bits itself, whatever
+--lt_bits says. Only the record and the plot are written.
 """
 
 import argparse
@@ -119,15 +119,15 @@ def method_settings(method: str) -> dict[str, Any]:
     if not more:
         raise PaluError(
             f"--methods {method!r} must be SEARCH+DECOMPOSITION, such as global+fisher, with +VALUE_GROUP_SIZE and "
-            "+sequential behind it if wanted"
+            "+regroup and +sequential behind it if wanted"
         )
     asked: dict[str, Any] = {"search_method": search, "decompose_method": more[0]}
     for word in more[1:]:
-        name = "sequential" if word == "sequential" else "value_group_size"
+        name = word if word in ("regroup", "sequential") else "value_group_size"
         try:
-            value = True if name == "sequential" else group_size(word)
+            value = group_size(word) if name == "value_group_size" else True
         except argparse.ArgumentTypeError as error:
-            raise PaluError(f"--methods {method!r}: {error}, nor 'sequential'") from None
+            raise PaluError(f"--methods {method!r}: {error}, nor 'regroup' or 'sequential'") from None
         if name in asked:
             raise PaluError(f"--methods {method!r} has two {name}")
         asked[name] = value

@@ -61,6 +61,7 @@ class CompressionConfig:
     fuse_values: fold the values' up factors into o_proj in the layers where that makes the weights smaller.
     sequential: fit every o_proj again, layer after layer, to what compressed attention hands it (on the moments'
         windows).
+    regroup: put the kv heads side by side whose keys lose least together, layer by layer, before anything else.
     seed: draws the calibration windows.
     """
 
@@ -82,6 +83,7 @@ class CompressionConfig:
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     fuse_values: bool = True
     sequential: bool = False
+    regroup: bool = False
 
     def __post_init__(self) -> None:
         ratio = self.param_ratio_target

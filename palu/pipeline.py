@@ -18,6 +18,7 @@ from palu.calibrate.clip import search_clip_ratios
 from palu.calibrate.damage import Damage
 from palu.calibrate.evidence import Calibration
 from palu.calibrate.refit import refit_outputs
+from palu.calibrate.regroup import in_order
 from palu.calibrate.sites import check_weights, site_shapes
 from palu.calibrate.text import load_text
 from palu.calibrate.windows import (
@@ -89,6 +90,11 @@ def check_compression(model_config: Any, config: CompressionConfig, windows: Cal
     get_adapter(model_config)
     check_rope(model_config.rope_parameters["rope_type"])
     get_search(config.search_method).check(site_shapes(model_config, config), rank_budget(config))
+    heads = model_config.num_key_value_heads
+    if config.regroup and config.group_size("key", heads) in (1, heads):
+        raise PaluError(
+            f"regroup does nothing in groups of one or of all {heads} kv heads; use another head_group_size"
+        )
     needed = kinds_of_windows(statistics_needed(config))
     lengths = {"calib_seqlen": config.calib_seqlen, "fisher_seqlen": config.fisher_seqlen}
     if windows is not None:
@@ -190,6 +196,10 @@ def _compress(
 ) -> Compression:
     """Statistics, plan, factors and model, with everything checked."""
     calibration = Calibration(model, config, windows, cache_dir, progress)
+    if config.regroup:
+        with _stage("grouping heads", stages, model.device):
+            model = in_order(model, calibration.head_orders())
+        calibration = dataclasses.replace(calibration, model=model)
     search, shapes = get_search(config.search_method), calibration.shapes
     logger.info("calibration windows: %s", windows.describe() or "none needed")
     scores: dict[Site, float] = {}

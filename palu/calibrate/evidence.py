@@ -1,6 +1,6 @@
 """What the rank plan and the factors are made of: gathered on calibration windows, or read from the cache."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from palu.calibrate.damage import FRACTIONS, Damage, probe_damage
 from palu.calibrate.fisher import fisher_information, output_fisher
 from palu.calibrate.metrics import blend, site_metric
 from palu.calibrate.moments import LayerMoments, stream_moments
+from palu.calibrate.regroup import head_order
 from palu.calibrate.sites import site_shapes, site_weight
 from palu.calibrate.store import StatisticsStore, content_hash
 from palu.calibrate.windows import CalibrationWindows
@@ -104,6 +105,13 @@ class Calibration:
 
         kept = self._kept(kind, probes, measure)
         return {key: [(energy, nats) for energy, nats in each.tolist()] for key, each in _by_projection(kept).items()}
+
+    def head_orders(self) -> Iterator[list[int]]:
+        """`palu.calibrate.regroup.head_order` of every layer."""
+        windows = self.windows.moments
+        for layer, moments in enumerate(self._moments()):
+            distances = 0 if windows is None else windows.shape[1]
+            yield head_order(self.model, self.config, layer, moments, distances)
 
     def _moments(self) -> Iterable[LayerMoments | None]:
         """Every layer's moments, one at a time; None where there are no windows for them."""
