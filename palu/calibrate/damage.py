@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from palu.calibrate.sites import projection
+from palu.calibrate.stream import embed, through
 from palu.core.errors import PaluError
 from palu.core.progress import Progress, silent
 from palu.core.types import Factors, Projection, Site, by_projection
@@ -49,11 +50,12 @@ def probe_damage(
     nats = torch.zeros(len(probes), dtype=torch.float64)
     ticks = iter(progress(range(len(batches) * len(probes)), "probing projections", len(batches) * len(probes)))
     for batch in batches:
-        expected = F.log_softmax(model(batch, use_cache=False).logits.float(), dim=-1)
+        stream = _Stream(model, batch)
+        expected = stream.predictions(0)
         for index, (key, fraction) in enumerate(probes):
             next(ticks)
             with _truncated(model, key, [_kept(each, fraction) for each in groups[key]]):
-                found = F.log_softmax(model(batch, use_cache=False).logits.float(), dim=-1)
+                found = stream.predictions(key[0])
             nats[index] += F.kl_div(found, expected, reduction="sum", log_target=True).double().item()
     next(ticks, None)
     measured = nats.view(-1, len(FRACTIONS)) / windows.numel()
@@ -62,6 +64,24 @@ def probe_damage(
             raise PaluError(f"layer {layer}: predictions with a truncated {side} projection are not finite")
     damage = (measured - measured[:, :1]).cummax(dim=1).values
     return {key: _points(groups[key], found) for key, found in zip(groups, damage.tolist(), strict=True)}
+
+
+class _Stream:
+    """A batch's hidden states before every layer, so that a change of a layer runs the later ones only."""
+
+    def __init__(self, model: PreTrainedModel, windows: Tensor) -> None:
+        self.model = model
+        hidden, self.arguments = embed(model, windows)
+        self.before = [torch.cat(hidden)]
+        for layer, arguments in zip(model.model.layers[:-1], self.arguments, strict=False):
+            self.before.append(through(layer, self.before[-1], arguments))
+
+    def predictions(self, first: int) -> Tensor:
+        """Logarithms of the probabilities of every token's next one with the layers from `first` on as they are now."""
+        hidden = self.before[first]
+        for layer, arguments in zip(self.model.model.layers[first:], self.arguments[first:], strict=True):
+            hidden = through(layer, hidden, arguments)
+        return F.log_softmax(self.model.lm_head(self.model.model.norm(hidden)).float(), dim=-1)
 
 
 def _points(groups: list[Factors], damage: list[float]) -> list[tuple[float, float]]:
