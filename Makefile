@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-DEMO := demo_ratio-0.5_gs-4-fisher_uniform-whiten
+DEMO := demo_ratio-0.5_gs-4-global-fisher-sequential
 
 .PHONY: demo test install clean
 

@@ -59,11 +59,15 @@ def add_rank_flags(flag: Callable[..., Any]) -> None:
     )
     flag("--value_group_size", type=group_size, help="the same for values (default: as --head_group_size)")
     flag(
+        "--palu",
+        action="store_true",
+        help="Palu's own methods: --search_method fisher_uniform --decompose_method whiten --no-sequential",
+    )
+    flag(
         "--search_method",
-        default="fisher_uniform",
         help="uniform; fisher, fisher_uniform: by the gradients of weights; global: ranks go where they save most of "
         "the measured change of predictions, over layers, keys and values; global_bits: ranks and bits together, "
-        "--param_ratio_target is then the fraction of a 16-bit cache's bytes (default: %(default)s)",
+        "--param_ratio_target is then the fraction of a 16-bit cache's bytes (default: global)",
     )
     flag(
         "--key_cost",
@@ -74,10 +78,9 @@ def add_rank_flags(flag: Callable[..., Any]) -> None:
     )
     flag(
         "--decompose_method",
-        default="whiten",
         help="svd; whiten: least error of keys and values on the text; query: keys' errors weighed by the queries "
         "that meet them; output: values' by what o_proj makes of them; attention: both; fisher: both, and by what they "
-        "change in the predictions (default: %(default)s)",
+        "change in the predictions (default: fisher)",
     )
     flag(
         "--regroup",
@@ -86,9 +89,10 @@ def add_rank_flags(flag: Callable[..., Any]) -> None:
     )
     flag(
         "--sequential",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=None,
         help="fit every o_proj again, layer after layer, to what compressed attention hands it: less is lost, the "
-        "cache stays as it is",
+        "cache stays as it is (default: on)",
     )
     flag(
         "--fuse_values",

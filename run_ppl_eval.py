@@ -1,6 +1,6 @@
 """Perplexity of a model, stock or compressed, and the bytes that its live cache holds per token.
 
-    python run_ppl_eval.py --model_name_or_path demo_ratio-0.5_gs-4-fisher_uniform-whiten --datasets demo \\
+    python run_ppl_eval.py --model_name_or_path demo_ratio-0.5_gs-4-global-fisher-sequential --datasets demo \\
         --baseline assets/demo/model
     python run_ppl_eval.py --model_name_or_path DIR --datasets wikitext2,c4,my-text.txt --seqlen 2048
     python run_ppl_eval.py --model_name_or_path DIR --lt_bits 4 --lt_hadamard --baseline ORIGINAL --plain_bits 4,2

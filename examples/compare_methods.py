@@ -2,7 +2,7 @@
 
     python examples/compare_methods.py                                       # the bundled demo model and texts
     python examples/compare_methods.py --model_id DIR --calib_dataset wikitext2 --datasets wikitext2,c4 \\
-        --methods fisher_uniform+whiten,global+fisher --ratios 0.3,0.5,0.7 --lt_bits 16,4 --lt_hadamard
+        --methods fisher_uniform+whiten,global+fisher+sequential --ratios 0.3,0.5 --lt_bits 16,4 --lt_hadamard
 
 A method is a search and a decomposition, as --search_method and --decompose_method of compress.py, and may go on with
 a --value_group_size of its own, with regroup and with sequential: global+fisher+all+sequential. The original is
@@ -29,7 +29,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = new_parser(__doc__)
     flag = parser.add_argument
     flag("--model_id", help="directory or hub name of a stock model (default: the bundled demo model)")
-    flag("--methods", default="fisher_uniform+whiten,global+fisher", help="comma-separated (default: %(default)s)")
+    flag(
+        "--methods",
+        default="fisher_uniform+whiten,global+fisher+sequential",
+        help="comma-separated (default: %(default)s)",
+    )
     flag("--ratios", type=ratio_list, default=[0.3, 0.5, 0.7], help="comma-separated kept fractions (0.3,0.5,0.7)")
     flag("--lt_bits", type=bit_list, default=[16], help="comma-separated bits of latents (default: 16)")
     flag("--lt_hadamard", action="store_true", help="turn latents by Hadamard matrices")
@@ -121,14 +125,14 @@ def method_settings(method: str) -> dict[str, Any]:
             f"--methods {method!r} must be SEARCH+DECOMPOSITION, such as global+fisher, with +VALUE_GROUP_SIZE and "
             "+regroup and +sequential behind it if wanted"
         )
-    asked: dict[str, Any] = {"search_method": search, "decompose_method": more[0]}
+    asked: dict[str, Any] = {"search_method": search, "decompose_method": more[0], "sequential": False}
     for word in more[1:]:
         name = word if word in ("regroup", "sequential") else "value_group_size"
         try:
             value = group_size(word) if name == "value_group_size" else True
         except argparse.ArgumentTypeError as error:
             raise PaluError(f"--methods {method!r}: {error}, nor 'regroup' or 'sequential'") from None
-        if name in asked:
+        if asked.get(name):
             raise PaluError(f"--methods {method!r} has two {name}")
         asked[name] = value
     return asked

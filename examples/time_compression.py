@@ -1,7 +1,7 @@
 """Time and memory of compressing a model of a given shape, with random weights and random tokens: no download.
 
-Every stage is timed apart (Fisher information, input moments with factorisation, save) with its peak GPU memory, and
-the saved checkpoint is loaded again and asked for a few tokens.
+Every stage is timed apart (Fisher information, input moments with factorisation, ..., save) with its peak GPU memory,
+and the saved checkpoint is loaded again and asked for a few tokens.
 
     python examples/time_compression.py --model_shape llama-3-8b --output_dir /tmp/compressed
 """
@@ -24,6 +24,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--model_shape", choices=MODEL_SHAPES, default="llama-3-8b")
     parser.add_argument("--output_dir", required=True, help="where the compressed checkpoint goes; must not exist")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoint afterwards")
+    parser.add_argument("--palu", action="store_true", help="Palu's own methods instead of the default ones")
     parser.add_argument("--param_ratio_target", type=float, default=0.5)
     parser.add_argument("--n_whiten_calib_samples", type=int, default=128)
     parser.add_argument("--calib_seqlen", type=int, default=2048)
@@ -40,6 +41,7 @@ def main(args: argparse.Namespace) -> None:
     import palu
     from palu.calibrate.windows import CalibrationWindows
     from palu.checkpoint import load_model, prepare_output, save_checkpoint
+    from palu.config import PALU_METHODS
     from utils.console import progress
     from utils.report import stage_table
     from utils.results import compression_rows, environment, results_path, write_results
@@ -54,7 +56,8 @@ def main(args: argparse.Namespace) -> None:
         torch.randint(vocabulary, (args.n_whiten_calib_samples, args.calib_seqlen)),
         torch.randint(vocabulary, (args.n_fisher_calib_samples, args.fisher_seqlen)),
     )
-    config = palu.CompressionConfig(param_ratio_target=args.param_ratio_target, seed=args.seed)
+    methods = PALU_METHODS if args.palu else {}
+    config = palu.CompressionConfig(param_ratio_target=args.param_ratio_target, seed=args.seed, **methods)
     compression = palu.compress(model, config=config, windows=windows, progress=progress)
     started = time.perf_counter()
     save_checkpoint(compression.model, None, output)

@@ -15,6 +15,8 @@ from palu.quantization import QuantizationConfig
 FORMAT_VERSION = 1
 DEFAULT_FISHER_SEQLEN = 1024
 GroupSize = int | Literal["all"]
+# What Palu does, as fields of CompressionConfig.
+PALU_METHODS = {"search_method": "fisher_uniform", "decompose_method": "whiten", "sequential": False}
 
 
 def resolve_group_size(group_size: GroupSize, num_kv_heads: int, name: str) -> int:
@@ -68,8 +70,8 @@ class CompressionConfig:
     param_ratio_target: float = 0.5
     head_group_size: GroupSize = 4
     value_group_size: GroupSize | None = None
-    search_method: str = "fisher_uniform"
-    decompose_method: str = "whiten"
+    search_method: str = "global"
+    decompose_method: str = "fisher"
     rank_multiple: int = 32
     key_cost: float = 1.0
     n_whiten_calib_samples: int = 256
@@ -82,7 +84,7 @@ class CompressionConfig:
     lt_hadamard: bool = False
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     fuse_values: bool = True
-    sequential: bool = False
+    sequential: bool = True
     regroup: bool = False
 
     def __post_init__(self) -> None:
@@ -108,7 +110,7 @@ class CompressionConfig:
             require(plain, "search_method global_bits chooses the bits; give no lt_bits or lt_value_bits")
         require(
             not self.sequential or self.n_whiten_calib_samples > 1,
-            "sequential needs n_whiten_calib_samples of two or more",
+            "sequential needs n_whiten_calib_samples of two or more; or turn it off (--no-sequential)",
         )
         require(self.seed < 2**63, f"seed {self.seed} must be below 2**63")
         for name, size in (("head_group_size", self.head_group_size), ("value_group_size", self.value_group_size)):

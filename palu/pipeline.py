@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from palu.calibrate.clip import search_clip_ratios
 from palu.calibrate.damage import Damage
 from palu.calibrate.evidence import Calibration
-from palu.calibrate.refit import refit_outputs
+from palu.calibrate.refit import check_refit_windows, refit_outputs
 from palu.calibrate.regroup import in_order
 from palu.calibrate.sites import check_weights, site_shapes
 from palu.calibrate.text import load_text
@@ -174,6 +174,8 @@ def compress(
             "lt_clip_ratio auto needs calibration windows",
         )
         windows = windows.only(statistics_needed(config))
+        if config.sequential:
+            check_refit_windows(windows.moments)
     was_training = model.training
     model.eval()
     try:

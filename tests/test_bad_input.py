@@ -50,6 +50,15 @@ BAD_COMPRESS = [
         ["--decompose_method", "qr"],
         "decompose_method 'qr' is unknown; use one of whiten, query, output, attention, fisher, svd",
     ),
+    (["--palu", "--decompose_method", "svd"], "--palu says what --decompose_method is; leave one of them out"),
+    (["--palu", "--sequential"], "--palu says what --sequential is"),
+    (["--n_whiten_calib_samples", "1"], "sequential needs n_whiten_calib_samples of two or more; or turn it off"),
+    (["--regroup"], "regroup does nothing in groups of one or of all 4 kv heads"),
+    (["--search_method", "global_bits"], "search_method global_bits plans for turned latents; give lt_hadamard"),
+    (
+        ["--search_method", "global_bits", "--lt_hadamard", "--param_ratio_target", "0.02"],
+        "leaves 102 bytes per token for 10 groups; use a ratio of at least",
+    ),
     (["--device", "tpu"], "device 'tpu' is not available; use cpu"),
     (["--dtype", "int8"], "dtype 'int8' is unknown; use auto, float32, bfloat16, float16"),
 ]
@@ -84,7 +93,7 @@ def one_line(capsys):
 def test_bad_input_of_compress_is_one_line_and_leaves_nothing(argv, message, capsys):
     make_bad_inputs()
     before = tree()
-    settings = ["--n_whiten_calib_samples", "1", "--n_fisher_calib_samples", "1", "--calib_seqlen", "64"]
+    settings = ["--n_whiten_calib_samples", "2", "--n_fisher_calib_samples", "1", "--calib_seqlen", "64"]
     assert invoke(compress, *settings, *argv) == 2
     assert message in one_line(capsys)
     assert tree() == before

@@ -57,8 +57,8 @@ def test_ranks_method_and_calibration_are_in_the_config(demo_checkpoint):
     config = AutoConfig.from_pretrained(demo_checkpoint)
     compression = config.latent.compression
     assert len(config.latent.layers) == 5
-    assert compression["search_method"] == "fisher_uniform"
-    assert compression["decompose_method"] == "whiten"
+    assert compression["search_method"] == "global"
+    assert compression["decompose_method"] == "fisher"
     assert compression["calibration"]["moments"]["windows"] == 8
     assert compression["source_model"].endswith("model")
 

@@ -44,7 +44,7 @@ def test_every_way_of_caching_is_measured_and_drawn(capsys):
 
 
 def test_a_row_is_what_compressing_and_measuring_one_by_one_gives():
-    assert compare("--methods", "uniform+whiten", "--ratios", "0.5", "--plain_bits", "8") == 0
+    assert compare("--methods", "uniform+fisher+sequential", "--ratios", "0.5", "--plain_bits", "8") == 0
     together = read_results(Path("out.json"))["rows"][0]
     small = [*SMALL[4:], "--search_method", "uniform", "--output_dir", "one", "--results", "one.json"]
     assert invoke(compress, *small) == 0

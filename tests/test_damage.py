@@ -153,6 +153,6 @@ def test_a_global_plan_spends_its_budget_with_any_factors(method):
 
 def test_what_keys_cost_is_refused_where_nothing_weighs_it():
     with pytest.raises(PaluError, match=r"key_cost 2\.0 is for the search_method global"):
-        palu.CompressionConfig(key_cost=2.0)
+        palu.CompressionConfig(key_cost=2.0, search_method="uniform")
     with pytest.raises(PaluError, match="key_cost 0 must be a positive number"):
         palu.CompressionConfig(key_cost=0, search_method="global")

@@ -85,7 +85,8 @@ def test_refitting_brings_predictions_nearer_and_leaves_the_original_alone(fuse_
     given = CalibrationWindows(windows, windows)
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
     settings = {"search_method": "uniform", "rank_multiple": 4, "fuse_values": fuse_values}
-    plain = palu.compress(model, config=palu.CompressionConfig(0.4, 2, **settings), windows=given).model
+    plain = palu.CompressionConfig(0.4, 2, decompose_method="whiten", sequential=False, **settings)
+    plain = palu.compress(model, config=plain, windows=given).model
     fitted = sequential(model, windows, fuse_values=fuse_values)
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
     # Folding into o_proj comes after.

@@ -20,7 +20,7 @@ from utils.results import read_results
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--n_whiten_calib_samples", "2", "--n_fisher_calib_samples", "1", "--calib_seqlen", "64"]
-NAME = "demo_ratio-0.5_gs-4-fisher_uniform-whiten"
+NAME = "demo_ratio-0.5_gs-4-global-fisher-sequential"
 
 
 def compress_rows(*argv):
@@ -112,8 +112,8 @@ def test_the_same_seed_gives_the_same_checkpoint_and_another_seed_does_not():
         (["--head_group_size", "2"], "ranks"),
         (["--head_group_size", "2", "--value_group_size", "all"], "ranks"),
         (["--rank_multiple", "8"], "ranks"),
-        (["--search_method", "uniform"], "ranks"),
-        (["--search_method", "global"], "ranks"),
+        (["--search_method", "fisher_uniform"], "ranks"),
+        (["--palu"], "ranks"),
         (["--search_method", "fisher", "--head_group_size", "1", "--rank_multiple", "4"], "ranks"),
         (["--n_whiten_calib_samples", "3"], "moments"),
         (["--calib_seqlen", "80"], "moments"),
@@ -167,11 +167,22 @@ def test_use_cache_keeps_statistics_and_reuses_them():
     assert not Path("cache").exists()
     first = compress_rows("--use_cache", "--output_dir", "a")
     files = {path: path.stat().st_mtime_ns for path in Path("cache").rglob("*.safetensors")}
-    assert len(files) == 5 + 1
+    # Every layer's moments, Fisher information of outputs, probes.
+    assert len(files) == 5 + 1 + 1
     again = compress_rows("--use_cache", "--output_dir", "b")
     assert {path: path.stat().st_mtime_ns for path in Path("cache").rglob("*.safetensors")} == files
     assert ranks(first) == ranks(again)
     assert Path("a", "model.safetensors").read_bytes() == Path("b", "model.safetensors").read_bytes()
+
+
+def test_palu_is_one_flag_away():
+    own = ["--search_method", "fisher_uniform", "--decompose_method", "whiten", "--no-sequential"]
+    short, long = (compress_rows(*asked, "--output_dir", name) for asked, name in ((["--palu"], "a"), (own, "b")))
+    assert ranks(short) == ranks(long)
+    assert Path("a", "model.safetensors").read_bytes() == Path("b", "model.safetensors").read_bytes()
+    default = compress_rows("--output_dir", "c")
+    assert Path("a", "model.safetensors").read_bytes() != Path("c", "model.safetensors").read_bytes()
+    assert default["config"]["compression"]["search_method"] == "global"
 
 
 def test_key_cost_moves_ranks_from_keys_to_values():

@@ -11,11 +11,23 @@ def default_text(model_id: str | None) -> str:
 
 
 def asked_compression(args: argparse.Namespace, **given: Any) -> Any:
-    """The library's CompressionConfig of all flags that have a field's name; `given`: fields that have no flag."""
+    """The library's CompressionConfig of all flags that have a field's name; `given`: fields that have no flag.
+
+    Flags that were not given have its defaults, or with --palu its methods.
+
+    Raises:
+        PaluError: for a value that is not allowed, or a flag that --palu stands for.
+    """
     from palu import CompressionConfig
+    from palu.config import PALU_METHODS
+    from palu.core.errors import PaluError
 
     fields = {field.name for field in dataclasses.fields(CompressionConfig)}
-    asked = {name: value for name, value in vars(args).items() if name in fields}
-    if asked["calib_dataset"] is None:
-        asked["calib_dataset"] = default_text(args.model_id)
+    asked = {name: value for name, value in vars(args).items() if name in fields and value is not None}
+    asked.setdefault("calib_dataset", default_text(args.model_id))
+    if getattr(args, "palu", False):
+        twice = [name for name in PALU_METHODS if name in asked]
+        if twice:
+            raise PaluError(f"--palu says what --{twice[0]} is; leave one of them out")
+        asked |= PALU_METHODS
     return CompressionConfig(**(asked | given))

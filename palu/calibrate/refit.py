@@ -16,6 +16,19 @@ from palu.core.validate import require
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 
 
+def check_refit_windows(windows: Tensor) -> None:
+    """Refuse a single window, with which nothing can be foretold.
+
+    Raises:
+        PaluError: saying what to do.
+    """
+    require(
+        len(windows) > 1,
+        "sequential needs two or more calibration windows, the text holds one; give a longer one, a smaller "
+        "calib_seqlen, or turn it off (--no-sequential)",
+    )
+
+
 @torch.no_grad()
 def refit_outputs(
     compressed: PreTrainedModel, original: PreTrainedModel, windows: Tensor, progress: Progress = silent
@@ -39,7 +52,7 @@ def refit_outputs(
     Raises:
         PaluError: if there is but one window, or an activation is not finite, naming the layer.
     """
-    require(len(windows) > 1, "sequential needs two or more calibration windows")
+    check_refit_windows(windows)
     windows = windows.to(original.device)
     (wanted, wanted_arguments), (hidden, arguments) = embed(original, windows), embed(compressed, windows)
     layers = list(zip(original.model.layers, compressed.model.layers, wanted_arguments, arguments, strict=True))
