@@ -31,7 +31,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def add_model_flags(flag: Callable[..., Any]) -> None:
     """Which model, where to."""
     flag("--model_id", help="directory or hub name: Llama, Mistral, Qwen2 or Qwen3 (default: the bundled demo model)")
-    flag("--output_dir", help="the new checkpoint (default: {MODEL}_ratio-{r}_gs-{gs}-{search}-{decompose})")
+    flag("--output_dir", help="the new checkpoint (default: {MODEL}_ratio-{r}_gs-{gs}-{search}-{decompose}-sequential)")
     flag("--overwrite", action="store_true", help="replace an existing output directory")
     flag(
         "--dump_huggingface_model",
@@ -73,8 +73,8 @@ def add_rank_flags(flag: Callable[..., Any]) -> None:
         "--key_cost",
         type=float,
         default=1.0,
-        help="with global and global_bits: how much more a rank of keys costs than one of values; keys are rebuilt in "
-        "every decoding step, values are not (default: %(default)s)",
+        help="with global: how much more a rank of keys costs than one of values; keys are rebuilt in every decoding "
+        "step, values are not (default: %(default)s)",
     )
     flag(
         "--decompose_method",
@@ -160,8 +160,11 @@ def main(args: argparse.Namespace) -> None:
 def compression_config(args: argparse.Namespace) -> Any:
     """The library's CompressionConfig for the flags."""
     from palu import QuantizationConfig
+    from palu.core.errors import PaluError
 
     chosen = args.search_method == "global_bits"
+    if chosen and not args.lt_bits is args.lt_value_bits is None:
+        raise PaluError("search_method global_bits chooses the bits; give no lt_bits or lt_value_bits")
     return asked_compression(args, quantization=latent_settings(args, QuantizationConfig(), chosen))
 
 
@@ -186,7 +189,7 @@ def load_inputs(
 
 
 def checkpoint_name(model: str, config: Any) -> str:
-    """`{MODEL}_ratio-{r}_gs-{gs}-{search}-{decompose}`, with a value group size, Hadamard turn and bits where given."""
+    """`{MODEL}_ratio-{r}_gs-{gs}-{search}-{decompose}`, with a value group size, what else is done, and bits."""
     groups = f"gs-{config.head_group_size}"
     if config.value_group_size not in (None, config.head_group_size):
         groups += f"-vgs-{config.value_group_size}"

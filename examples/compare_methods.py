@@ -65,6 +65,7 @@ def main(args: argparse.Namespace) -> None:
     """Compress and measure everything, write the record, print the table."""
     import torch
 
+    from palu.calibrate.refit import check_refit_windows
     from palu.calibrate.text import DEMO_ASSETS
     from palu.calibrate.windows import check_seqlen
     from palu.checkpoint import check_weight_files, load_config, load_model, load_tokenizer, parse_dtype
@@ -95,6 +96,8 @@ def main(args: argparse.Namespace) -> None:
         tokenizer = load_tokenizer(source, args.trust_remote_code)
         windows = {name: evaluation_windows(tokenizer, name, model_config, args) for name in names}
         calibration = drawn_windows(tokenizer, model_config, list(configs.values()))
+        if any(config.sequential for config in configs.values()):
+            check_refit_windows(calibration.moments)
         saved = dtype if dtype != "auto" else (model_config.dtype or torch.float32)
         model = load_model(source, torch.float32 if device == "cpu" else saved, device, args.trust_remote_code)
     rows = list(measure(model, configs, calibration, windows, saved, args))

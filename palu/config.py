@@ -56,7 +56,8 @@ class CompressionConfig:
     n_whiten_calib_samples, calib_seqlen: windows and tokens per window for the input moments.
     n_fisher_calib_samples, fisher_seqlen: the same for the Fisher information; a length of None means 1024, or
         calib_seqlen where that is shorter.
-    n_probe_calib_samples: how many of the moments' windows the search `global` probes projections with.
+    n_probe_calib_samples: how many of the moments' windows the searches `global` and `global_bits` probe projections
+        with.
     calib_dataset: a data set's name, or a file or directory.
     lt_hadamard: turn every group's latents by a Hadamard matrix, and use only ranks that have one.
     quantization: how the compressed model's cache stores latents; clip ratios `auto` are searched on calibration text.
@@ -93,6 +94,9 @@ class CompressionConfig:
         require(valid, f"param_ratio_target {ratio!r} is the kept fraction and must lie in (0, 1]")
         if self.fisher_seqlen is None and is_count(self.calib_seqlen):
             object.__setattr__(self, "fisher_seqlen", min(DEFAULT_FISHER_SEQLEN, self.calib_seqlen))
+        for name in ("lt_hadamard", "fuse_values", "sequential", "regroup"):
+            require(isinstance(getattr(self, name), bool), f"{name} {getattr(self, name)!r} must be True or False")
+        require(not self.regroup or ratio < 1, "regroup does nothing at param_ratio_target 1")
         names = ("rank_multiple", "n_whiten_calib_samples", "n_fisher_calib_samples", "n_probe_calib_samples")
         counts = dict.fromkeys(names, 1)
         for name, least in (counts | {"calib_seqlen": 2, "fisher_seqlen": 2, "seed": 0}).items():
@@ -101,8 +105,8 @@ class CompressionConfig:
         cost = self.key_cost
         require(isinstance(cost, int | float) and 0 < cost < math.inf, f"key_cost {cost!r} must be a positive number")
         require(
-            cost == 1 or self.search_method in ("global", "global_bits"),
-            f"key_cost {cost} is for the search_method global or global_bits, which weigh it",
+            cost == 1 or self.search_method == "global",
+            f"key_cost {cost} is for the search_method global, which weighs it",
         )
         if self.search_method == "global_bits":
             require(self.lt_hadamard, "search_method global_bits plans for turned latents; give lt_hadamard")
@@ -110,7 +114,7 @@ class CompressionConfig:
             require(plain, "search_method global_bits chooses the bits; give no lt_bits or lt_value_bits")
         require(
             not self.sequential or self.n_whiten_calib_samples > 1,
-            "sequential needs n_whiten_calib_samples of two or more; or turn it off (--no-sequential)",
+            "sequential needs n_whiten_calib_samples of two or more; or turn sequential off",
         )
         require(self.seed < 2**63, f"seed {self.seed} must be below 2**63")
         for name, size in (("head_group_size", self.head_group_size), ("value_group_size", self.value_group_size)):
@@ -229,6 +233,7 @@ class LatentConfig:
         """
         found = len(self.layers)
         require(found == num_layers, f"'palu' block has ranks for {found} layers, the model has {num_layers}")
+        self.quantization.check_layers(num_layers)
         for index, layer in enumerate(self.layers):
             for side, ranks in (("key", layer.key), ("value", layer.value)):
                 where = f"'palu' block, layer {index}, {side}"

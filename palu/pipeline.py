@@ -90,6 +90,7 @@ def check_compression(model_config: Any, config: CompressionConfig, windows: Cal
     get_adapter(model_config)
     check_rope(model_config.rope_parameters["rope_type"])
     get_search(config.search_method).check(site_shapes(model_config, config), rank_budget(config))
+    config.quantization.check_layers(model_config.num_hidden_layers)
     heads = model_config.num_key_value_heads
     if config.regroup and config.group_size("key", heads) in (1, heads):
         raise PaluError(
@@ -290,7 +291,8 @@ def _fold(compressed: PreTrainedModel, config: CompressionConfig, plan: RankPlan
         fold_hadamard(compressed)
     if config.fuse_values:
         fold_values(compressed)
-    set_quantization(compressed, dataclasses.replace(config.quantization, layer_bits=plan.layer_bits()))
+    planned = {} if plan.bits is None else {"layer_bits": plan.layer_bits()}
+    set_quantization(compressed, dataclasses.replace(config.quantization, **planned))
 
 
 def _copy_rotary(compressed: nn.Module, model: nn.Module) -> None:

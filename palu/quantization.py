@@ -75,16 +75,10 @@ class QuantizationConfig:
         return self.clip_ratio == "auto" and self.clip_ratios is None and not self.is_full
 
     def bits(self, side: Side, layer: int) -> int:
-        """Bits of one side's latents in one layer.
-
-        Raises:
-            PaluError: if the layers' bits do not go so far.
-        """
+        """Bits of one side's latents in one layer."""
         if self.layer_bits is None:
             return self.key_bits if side == "key" else self.value_bits
-        by_layer = self.layer_bits[side]
-        require(layer < len(by_layer), f"'palu' block: 'layer_bits' holds {len(by_layer)} layers of {side}s")
-        return by_layer[layer]
+        return self.layer_bits[side][layer]
 
     def of(self, ranks: Sequence[int], side: Side, layer: int) -> Quantization | None:
         """How latents of one layer and side, of these group ranks, become codes; None if they stay as they are.
@@ -112,20 +106,25 @@ class QuantizationConfig:
     @property
     def choices(self) -> tuple[int, ...]:
         """Bits that a search may choose from."""
-        return ALLOWED_BITS
+        return tuple(PLANES)
+
+    def check_layers(self, num_layers: int) -> None:
+        """Refuse bits of layers that are not the model's.
+
+        Raises:
+            PaluError: with both numbers.
+        """
+        found = None if self.layer_bits is None else len(self.layer_bits["key"])
+        require(
+            found in (None, num_layers), f"'layer_bits' holds {found} layers of each side, the model has {num_layers}"
+        )
 
     def nbytes(self, ranks: Sequence[int], bits: int) -> int:
-        """Bytes per token of one layer's side with these group ranks in these bits, 16-bit numbers where there are no
-        codes.
-        """
-        if bits == FULL_BITS:
-            return FULL_BITS // 8 * sum(ranks)
+        """Bytes per token of one layer's side with these group ranks as codes of so many bits."""
         return Quantization(bits, quantization_widths(ranks, self.group_size), self.symmetric).bytes_per_token
 
     def noise(self, rank: int, bits: int) -> float:
         """Mean squared error of a group's codes over the variance of its latents, if these are normal and alike."""
-        if bits == FULL_BITS:
-            return 0.0
         clip_ratio = 1.0 if self.clip_ratio == "auto" else float(self.clip_ratio)
         return _noise(bits, quantization_widths([rank], self.group_size), self.symmetric, clip_ratio)
 
@@ -142,8 +141,8 @@ class QuantizationConfig:
         return replace(self, **dropped, **settings)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
+        """Plain values, for JSON; `layer_bits` only where it is given, which earlier versions do not know."""
+        return {name: value for name, value in asdict(self).items() if name != "layer_bits" or value is not None}
 
     @classmethod
     def from_dict(cls, entries: Any) -> "QuantizationConfig":
@@ -171,8 +170,9 @@ def _noise(bits: int, widths: tuple[int, ...], symmetric: bool, clip_ratio: floa
 
 def _are_layer_bits(bits: Any) -> bool:
     try:
-        return set(bits) == set(SIDES) and all(each in ALLOWED_BITS for side in SIDES for each in bits[side])
-    except TypeError:
+        allowed = all(is_count(each) and each in ALLOWED_BITS for side in SIDES for each in bits[side])
+        return set(bits) == set(SIDES) and allowed and 0 < len(bits["key"]) == len(bits["value"])
+    except (KeyError, TypeError):
         return False
 
 

@@ -52,8 +52,16 @@ BAD_COMPRESS = [
     ),
     (["--palu", "--decompose_method", "svd"], "--palu says what --decompose_method is; leave one of them out"),
     (["--palu", "--sequential"], "--palu says what --sequential is"),
-    (["--n_whiten_calib_samples", "1"], "sequential needs n_whiten_calib_samples of two or more; or turn it off"),
+    (
+        ["--n_whiten_calib_samples", "1"],
+        "sequential needs n_whiten_calib_samples of two or more; or turn sequential off",
+    ),
     (["--regroup"], "regroup does nothing in groups of one or of all 4 kv heads"),
+    (["--search_method", "global_bits", "--lt_hadamard", "--lt_bits", "16"], "chooses the bits; give no lt_bits"),
+    (
+        ["--search_method", "global_bits", "--lt_hadamard", "--key_cost", "2"],
+        "key_cost 2.0 is for the search_method",
+    ),
     (["--search_method", "global_bits"], "search_method global_bits plans for turned latents; give lt_hadamard"),
     (
         ["--search_method", "global_bits", "--lt_hadamard", "--param_ratio_target", "0.02"],

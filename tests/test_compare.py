@@ -90,6 +90,10 @@ def test_divergence_is_that_of_the_predictions_from_the_originals(batch_size, ch
         (["--methods", "uniform+svd+all+1"], "'uniform+svd+all+1' has two value_group_size"),
         (["--methods", "uniform+svd+some"], "'uniform+svd+some': 'some' is neither"),
         (["--methods", "best+whiten"], "search_method 'best' is unknown"),
+        (
+            ["--calib_dataset", "one.txt", "--methods", "uniform+whiten,uniform+whiten+sequential"],
+            "sequential needs two or more calibration windows, the text holds one",
+        ),
         (["--ratios", "0.3,2"], "param_ratio_target 2.0"),
         (["--lt_bits", "5"], "bits 5 must be one of"),
         (["--plain_bits", "16"], "plain bits 16 must be one of 2, 3, 4, 8"),
@@ -101,6 +105,7 @@ def test_divergence_is_that_of_the_predictions_from_the_originals(batch_size, ch
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_input_gets_one_line_and_code_2(argv, message, capsys):
+    Path("one.txt").write_text("It was a dark night, and a long one. " * 8)
     assert compare(*argv) == 2
     error = capsys.readouterr().err.strip()
     assert message in error

@@ -54,6 +54,14 @@ def test_heads_that_are_kin_are_found(method, heads, groups):
         assert grouped(order, size) == {frozenset(group) for group in groups}
 
 
+@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5, 0.9])
+def test_kin_are_found_where_the_ratio_is_of_bytes(ratio):
+    groups = [(0, 2), (1, 3)]
+    model = with_kin(tiny_model("llama"), groups)
+    for order in orders_of(model, 2, ratio, search_method="global_bits", lt_hadamard=True):
+        assert grouped(order, 2) == {frozenset(group) for group in groups}
+
+
 def test_no_other_way_to_share_a_few_heads_out_loses_less():
     model = tiny_model("llama")
     windows = random_windows(model, 8)
@@ -96,10 +104,9 @@ def test_heads_in_another_order_are_the_same_model(family):
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-@pytest.mark.parametrize("sequential", [False, True])
-def test_at_full_rank_regrouping_changes_nothing(family, sequential):
-    model = tiny_model(family)
-    found = compressed(model, regroup=True, sequential=sequential).model
+def test_at_full_rank_a_model_in_another_order_is_the_same_too(family):
+    model, orders = tiny_model(family), [(2, 0, 3, 1), (3, 2, 1, 0), (0, 1, 2, 3)]
+    found = compressed(in_order(model, orders), sequential=True).model
     windows = random_windows(model, seed=1)
     with torch.no_grad():
         assert torch.allclose(found(windows).logits, model(windows).logits, atol=1e-4)
@@ -121,6 +128,11 @@ def test_kin_that_were_apart_lose_less_together():
         for each in (apart, together)
     ]
     assert lost[1] < lost[0]
+
+
+def test_where_everything_is_kept_there_is_nothing_to_regroup_for():
+    with pytest.raises(palu.PaluError, match="regroup does nothing at param_ratio_target 1"):
+        palu.CompressionConfig(1.0, regroup=True)
 
 
 @pytest.mark.parametrize("size", [1, 4, "all"])

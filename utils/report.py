@@ -10,19 +10,19 @@ from utils.console import print_table
 def rank_table(results: dict[str, Any]) -> None:
     """The rank plan, one line a layer, and where the time went."""
     ranks = [row for row in results["rows"] if row["kind"] == "rank"]
-    lines, mixed = [], len({row["bits"] for row in ranks}) > 1
+    lines, coded = [], any(row["bits"] != 16 for row in ranks)
     for layer in sorted({row["layer"] for row in ranks}):
         cells: list[Any] = [layer]
         for side in ("key", "value"):
             mine = [row for row in ranks if row["layer"] == layer and row["side"] == side]
             kept = sum(row["rank"] for row in mine) / sum(row["group_dim"] for row in mine)
             cells += [" ".join(str(row["rank"]) for row in mine), f"{kept:.0%}"]
-            cells += [mine[0]["bits"]] if mixed else []
+            cells += [mine[0]["bits"]] if coded else []
         lines.append(cells)
     summary = next(row for row in results["rows"] if row["kind"] == "summary")
     print_table(
         f"Ranks per group: {summary['model']}",
-        ["layer", *(name for side in ("key", "value") for name in (f"{side} ranks", "kept", *(["bits"] * mixed)))],
+        ["layer", *(name for side in ("key", "value") for name in (f"{side} ranks", "kept", *(["bits"] * coded)))],
         lines,
         caption=f"{_kept_line(summary)}\n{_fusion_line([row for row in results['rows'] if row['kind'] == 'fusion'])}",
     )
@@ -33,7 +33,8 @@ def _kept_line(summary: dict[str, Any]) -> str:
     found, full = summary["latent_bytes_per_token"], summary["full_bytes_per_token"]
     kept = f"kept ratio {summary['kept_ratio']:.4f}"
     if summary["target_of"] == "bytes":
-        return f"{kept} of the numbers; {found:,} of {full:,} bytes per token, target {summary['target']} of 16 bits'"
+        budget = summary["target"] * 2 * summary["full_numbers"]
+        return f"{kept} of the numbers; {found:,} of {full:,} bytes per token, target {budget:,.0f}"
     return f"{kept} of target {summary['target']}; {found:,} of {full:,} bytes per token"
 
 

@@ -95,6 +95,7 @@ def compression_rows(model: str, compression: Any) -> list[dict[str, Any]]:
         "target_of": "bytes" if latent.compression["search_method"] == "global_bits" else "numbers",
         "kept_ratio": compression.kept_ratio,
         "latent_bytes_per_token": latent.bytes_per_token(itemsize),
+        "full_numbers": sum(shape.group_dim for shape in compression.shapes),
         "full_bytes_per_token": sum(shape.group_dim for shape in compression.shapes) * itemsize,
     }
     ranks = [

@@ -1,13 +1,13 @@
 """The output projections fitted again to what compressed attention hands them, layer after layer."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from palu.calibrate.stream import embed, through
+from palu.calibrate.stream import Stop, embed, exact_products, through
 from palu.core.errors import PaluError
 from palu.core.progress import Progress, silent
 from palu.core.validate import require
@@ -25,7 +25,7 @@ def check_refit_windows(windows: Tensor) -> None:
     require(
         len(windows) > 1,
         "sequential needs two or more calibration windows, the text holds one; give a longer one, a smaller "
-        "calib_seqlen, or turn it off (--no-sequential)",
+        "calib_seqlen, or turn sequential off",
     )
 
 
@@ -64,7 +64,7 @@ def refit_outputs(
             next(ticks)
             with _seen(layer.self_attn.o_proj) as expected:
                 wanted[place] = through(layer, wanted[place], its_arguments)
-            with _seen(output) as found:
+            with _seen(output, stop=True) as found, suppress(Stop):
                 through(own, hidden[place], own_arguments)
             halves[place % 2].add(found["inputs"], expected["outputs"].float() - found["outputs"].float())
         if not all(half.is_finite for half in halves):
@@ -87,8 +87,10 @@ class _Sums:
     def add(self, inputs: Tensor, missing: Tensor) -> None:
         """inputs [..., in_features], missing [..., out_features] in float32."""
         inputs, missing = inputs.flatten(0, -2).float(), missing.flatten(0, -2)
-        self.gram.addmm_(inputs.T, inputs)
-        self.cross.addmm_(missing.T, inputs)
+        # What is missing has more digits than TF32, whatever the model's number format.
+        with exact_products(torch.float32):
+            self.gram.addmm_(inputs.T, inputs)
+            self.cross.addmm_(missing.T, inputs)
 
     @property
     def is_finite(self) -> bool:
@@ -122,10 +124,16 @@ def _change(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
 
 
 @contextmanager
-def _seen(linear: nn.Linear) -> Iterator[dict[str, Tensor]]:
-    """What goes into a linear map and comes out of it while the context is open."""
+def _seen(linear: nn.Linear, stop: bool = False) -> Iterator[dict[str, Tensor]]:
+    """What goes into a linear map and comes out of it while the context is open; `stop`: nothing runs behind it."""
     seen: dict[str, Tensor] = {}
-    handle = linear.register_forward_hook(lambda module, args, output: seen.update(inputs=args[0], outputs=output))
+
+    def take(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.update(inputs=args[0], outputs=output)
+        if stop:
+            raise Stop
+
+    handle = linear.register_forward_hook(take)
     try:
         yield seen
     finally:

@@ -15,14 +15,11 @@ from palu.config import CompressionConfig, head_dim
 from palu.core.linalg import roots
 from palu.core.types import Site, SiteShape
 from palu.decompose import get_decomposition
-from palu.quantization import FULL_BITS
 
 # Up to so many ways to share heads out all are tried.
 MOST_WAYS = 100
 # Rounds of swaps between groups.
 MOST_ROUNDS = 20
-# What a search that chooses bits is taken to choose for keys: it is not known yet.
-USUAL_BITS = 4
 
 Groups = list[tuple[int, ...]]
 
@@ -46,7 +43,8 @@ def head_order(
     size, dim = config.group_size("key", heads), head_dim(model.config)
     ratio = config.param_ratio_target
     if config.search_method == "global_bits":
-        ratio = min(1.0, ratio * FULL_BITS / USUAL_BITS)
+        # Numbers that plans of so many bytes keep, about.
+        ratio = min(3.6 * ratio, (1 + ratio) / 2)
 
     def lost(group: Sequence[int]) -> float:
         rows = torch.cat([torch.arange(head * dim, (head + 1) * dim) for head in group]).to(energy.device)

@@ -11,6 +11,11 @@ from palu.core.hadamard import is_reachable
 from palu.core.types import RankPlan, SiteShape
 
 
+def rounded_up(ratio: float) -> float:
+    """To three digits, so that the ratio that a message names is enough."""
+    return math.ceil(ratio * 1000 - 1e-9) / 1000
+
+
 class Codes(Protocol):
     """What latents may become."""
 
@@ -74,8 +79,8 @@ class RankBudget:
             needed = least / sum(shape.group_dim for shape in shapes)
             raise PaluError(
                 f"param_ratio_target {self.kept_ratio} leaves {self.total(shapes)} ranks for {len(shapes)} groups, "
-                f"fewer than rank_multiple {self.rank_multiple} each; use a ratio of at least {needed:.3f} or a "
-                f"smaller rank_multiple"
+                f"fewer than rank_multiple {self.rank_multiple} each; use a ratio of at least "
+                f"{rounded_up(needed):.3f} or a smaller rank_multiple"
             )
 
 

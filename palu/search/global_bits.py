@@ -11,13 +11,15 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from palu.core.budget import RankBudget
+from palu.core.budget import RankBudget, rounded_up
 from palu.core.errors import PaluError
 from palu.core.types import Evidence, Projection, RankPlan, Site, SiteShape, Statistic, by_projection
 from palu.search.base import RankSearch
 from palu.search.damage_curve import DamageCurve, lower_hull, slope
 
 FULL_BYTES = 2
+# Nats that losing all energy costs at least, so that bytes are spent where no damage was measured.
+LEAST_DAMAGE = 1e-9
 
 
 class Choice(NamedTuple):
@@ -48,7 +50,8 @@ class GlobalBits(RankSearch):
         if least > budget.kept_ratio * full:
             raise PaluError(
                 f"param_ratio_target {budget.kept_ratio} leaves {budget.kept_ratio * full:.0f} bytes per token for "
-                f"{len(shapes)} groups; use a ratio of at least {least / full:.3f} or a smaller rank_multiple"
+                f"{len(shapes)} groups; use a ratio of at least {rounded_up(least / full):.3f} or a smaller "
+                "rank_multiple"
             )
 
     def __call__(self, shapes: Sequence[SiteShape], evidence: Evidence, budget: RankBudget) -> RankPlan:
@@ -56,11 +59,10 @@ class GlobalBits(RankSearch):
         self.check(shapes, budget)
         dims = {shape.site: shape.group_dim for shape in shapes}
         projections = by_projection(dims)
-        ways = {key: _choices(sites, dims, evidence, budget) for key, sites in projections.items()}
-        costs = {key: budget.key_cost if key[1] == "key" else 1.0 for key in ways}
+        ways = {key: choices(sites, dims, evidence, budget) for key, sites in projections.items()}
         place = dict.fromkeys(ways, 0)
         left = budget.kept_ratio * FULL_BYTES * sum(dims.values()) + 1e-9 - sum(way[0].nbytes for way in ways.values())
-        steps = [(slope(*pair) / costs[key], key, index) for key, way in ways.items() for index, pair in _steps(way)]
+        steps = [(slope(*pair), key, index) for key, way in ways.items() for index, pair in _steps(way)]
         # Along a hull steps only get flatter, so that sorting keeps each projection's in order.
         for _, key, index in sorted(steps):
             step = ways[key][index].nbytes - ways[key][index - 1].nbytes
@@ -79,16 +81,18 @@ def _steps(way: Sequence[Choice]) -> list[tuple[int, tuple[tuple[float, float], 
     return [(index, (one[:2], other[:2])) for index, (one, other) in enumerate(pairwise(way), start=1)]
 
 
-def _choices(sites: Sequence[Site], dims: dict[Site, int], evidence: Evidence, budget: RankBudget) -> list[Choice]:
+def choices(sites: Sequence[Site], dims: dict[Site, int], evidence: Evidence, budget: RankBudget) -> list[Choice]:
     """The choices for a projection that no mixture of two others beats, by rising bytes and falling damage."""
-    damage = DamageCurve(evidence.damage[sites[0].projection])
+    measured = DamageCurve(evidence.damage[sites[0].projection])
+    total = max(sum(evidence.energy[site].sum().item() for site in sites), 1e-300)
     found = {}
     for bits in budget.codes.choices:
         groups = [
             _lost(evidence.energy[site].tolist(), budget.allowed_ranks(dims[site]), bits, budget) for site in sites
         ]
         for ranks, energy in _widening(groups):
-            choice = Choice(budget.codes.nbytes(ranks, bits), damage(energy), ranks, bits)
+            damage = measured(energy) + LEAST_DAMAGE * energy / total
+            choice = Choice(budget.codes.nbytes(ranks, bits), damage, ranks, bits)
             if choice.nbytes not in found or choice.damage < found[choice.nbytes].damage:
                 found[choice.nbytes] = choice
     return [found[nbytes] for nbytes, _ in _falling(lower_hull([found[nbytes][:2] for nbytes in sorted(found)]))]
