@@ -62,6 +62,15 @@ def test_a_method_may_be_sequential():
     assert fitted < plain
 
 
+def test_a_text_too_short_to_refit_on_is_refused_before_anything_is_compressed(capsys):
+    Path("one.txt").write_text("It was a dark night, and a long one. " * 8)
+    assert compare("--calib_dataset", "one.txt", "--methods", "uniform+whiten,uniform+whiten+sequential") == 2
+    told, refused = capsys.readouterr().err.strip().splitlines()
+    assert "1 windows of 64 tokens, 2 were asked for" in told
+    assert refused.startswith("error: sequential needs two or more calibration windows, the text holds one")
+    assert not Path("out.json").exists()
+
+
 def test_a_method_may_have_a_value_group_size_of_its_own():
     few = ["--ratios", "0.5", "--plain_bits", "8", "--value_group_size"]
     assert compare("--methods", "uniform+svd+2,uniform+svd", *few, "1") == 0
@@ -90,10 +99,6 @@ def test_divergence_is_that_of_the_predictions_from_the_originals(batch_size, ch
         (["--methods", "uniform+svd+all+1"], "'uniform+svd+all+1' has two value_group_size"),
         (["--methods", "uniform+svd+some"], "'uniform+svd+some': 'some' is neither"),
         (["--methods", "best+whiten"], "search_method 'best' is unknown"),
-        (
-            ["--calib_dataset", "one.txt", "--methods", "uniform+whiten,uniform+whiten+sequential"],
-            "sequential needs two or more calibration windows, the text holds one",
-        ),
         (["--ratios", "0.3,2"], "param_ratio_target 2.0"),
         (["--lt_bits", "5"], "bits 5 must be one of"),
         (["--plain_bits", "16"], "plain bits 16 must be one of 2, 3, 4, 8"),
@@ -105,7 +110,6 @@ def test_divergence_is_that_of_the_predictions_from_the_originals(batch_size, ch
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_input_gets_one_line_and_code_2(argv, message, capsys):
-    Path("one.txt").write_text("It was a dark night, and a long one. " * 8)
     assert compare(*argv) == 2
     error = capsys.readouterr().err.strip()
     assert message in error
