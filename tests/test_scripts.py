@@ -20,6 +20,7 @@ from utils.results import read_results
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--n_whiten_calib_samples", "2", "--n_fisher_calib_samples", "1", "--calib_seqlen", "64"]
+SMALL += ["--n_probe_calib_samples", "1"]
 NAME = "demo_ratio-0.5_gs-4-global-fisher-sequential"
 
 
