@@ -163,7 +163,7 @@ def compression_config(args: argparse.Namespace) -> Any:
     from palu.core.errors import PaluError
 
     chosen = args.search_method == "global_bits"
-    if chosen and not args.lt_bits is args.lt_value_bits is None:
+    if chosen and (args.lt_bits, args.lt_value_bits) != (None, None):
         raise PaluError("search_method global_bits chooses the bits; give no lt_bits or lt_value_bits")
     return asked_compression(args, quantization=latent_settings(args, QuantizationConfig(), chosen))
 

@@ -1,6 +1,5 @@
 """Compression end to end: token windows -> statistics -> rank plan -> factors -> a compressed model."""
 
-import copy
 import dataclasses
 import logging
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from palu.calibrate.clip import search_clip_ratios
@@ -37,6 +36,7 @@ from palu.core.types import Evidence, Factors, Projection, RankPlan, Site, SiteS
 from palu.core.validate import require
 from palu.decompose import get_decomposition
 from palu.models import get_adapter
+from palu.models.rebuilt import rebuilt
 from palu.nn.fusion import fold_hadamard, fold_values, set_quantization
 from palu.nn.rotary import check_rope
 from palu.search import get_search
@@ -229,23 +229,27 @@ def _compress(
     if config.sequential:
         with _stage("refitting o_proj", stages, model.device):
             refit_outputs(compressed, model, windows.moments, progress)
-    _fold(compressed, config, plan)
+    with _stage("assembling", stages, model.device):
+        _fold(compressed, config, plan)
     return Compression(compressed, plan, shapes, plan.kept_ratio(shapes), windows.describe(), stages)
 
 
 @contextmanager
 def _stage(name: str, stages: list[dict[str, Any]], device: torch.device) -> Iterator[None]:
-    """Time a stage and take its peak GPU memory."""
+    """Time a stage and take its peak GPU memory; a stage that goes on later stays one row."""
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
     yield
-    row: dict[str, Any] = {"stage": name}
+    row = next((row for row in stages if row["stage"] == name), None)
+    if row is None:
+        row = {"stage": name, "seconds": 0.0}
+        stages.append(row)
     if on_gpu:
         torch.cuda.synchronize(device)
-        row["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(device)
-    stages.append(row | {"seconds": time.perf_counter() - started})
+        row["peak_gpu_bytes"] = max(row.get("peak_gpu_bytes", 0), torch.cuda.max_memory_allocated(device))
+    row["seconds"] += time.perf_counter() - started
 
 
 def _side_by_side(factors: dict[Site, Factors], plan: RankPlan) -> dict[Projection, tuple[Tensor, Tensor]]:
@@ -271,18 +275,12 @@ def _assemble(
     latent = LatentConfig.from_plan(plan, model.config.num_hidden_layers, record)
     latent_config = adapter.latent_config(model.config, latent)
     latent_config._attn_implementation = model.config._attn_implementation
-    with torch.device("meta"):
-        compressed = adapter.causal_lm_class(latent_config)
     state = dict(model.state_dict())
     for (layer, side), (down, up) in factors.items():
         prefix = f"model.layers.{layer}.self_attn.{'k' if side == 'key' else 'v'}_proj"
         del state[f"{prefix}.weight"]
         state[f"{prefix}.down.weight"], state[f"{prefix}.up"] = down, up
-    compressed.load_state_dict(state, strict=True, assign=True)
-    compressed.tie_weights()
-    _copy_rotary(compressed, model)
-    compressed.generation_config = copy.deepcopy(model.generation_config)
-    return compressed.eval()
+    return rebuilt(model, adapter.causal_lm_class, latent_config, state)
 
 
 def _fold(compressed: PreTrainedModel, config: CompressionConfig, plan: RankPlan) -> None:
@@ -293,8 +291,3 @@ def _fold(compressed: PreTrainedModel, config: CompressionConfig, plan: RankPlan
         fold_values(compressed)
     planned = {} if plan.bits is None else {"layer_bits": plan.layer_bits()}
     set_quantization(compressed, dataclasses.replace(config.quantization, **planned))
-
-
-def _copy_rotary(compressed: nn.Module, model: nn.Module) -> None:
-    """RoPE's frequencies are not part of the state dict; a copy, so that casting one model leaves the other alone."""
-    compressed.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)

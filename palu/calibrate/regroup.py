@@ -1,6 +1,5 @@
 """Which kv heads share a latent: those whose keys lose least together, put side by side in the weights."""
 
-import copy
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 
@@ -15,6 +14,7 @@ from palu.config import CompressionConfig, head_dim
 from palu.core.linalg import roots
 from palu.core.types import Site, SiteShape
 from palu.decompose import get_decomposition
+from palu.models.rebuilt import rebuilt
 
 # Up to so many ways to share heads out all are tried.
 MOST_WAYS = 100
@@ -76,14 +76,7 @@ def in_order(model: PreTrainedModel, orders: Iterable[Sequence[int]]) -> PreTrai
                     state[key] = _permuted(state[key], order, width, 0)
         key = f"model.layers.{layer}.self_attn.o_proj.weight"
         state[key] = _permuted(state[key], order, repeats * dim, 1)
-    with torch.device("meta"):
-        ordered = type(model)(model.config)
-    ordered.load_state_dict(state, strict=True, assign=True)
-    ordered.tie_weights()
-    # Frequencies are not in the state dict.
-    ordered.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)
-    ordered.generation_config = copy.deepcopy(model.generation_config)
-    return ordered.train(model.training)
+    return rebuilt(model, type(model), model.config, state)
 
 
 def _permuted(weight: Tensor, order: Sequence[int], width: int, dim: int) -> Tensor:
