@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -63,6 +63,24 @@ class Quantization:
         """Codes, scales and, if asymmetric, zero points."""
         parameters = len(self.widths) * (1 if self.symmetric else 2)
         return packed_width(self.width, self.bits) + 2 * parameters
+
+    def split(self, sizes: Sequence[int]) -> list["Quantization"]:
+        """The same of consecutive parts of the latents, `sizes` wide.
+
+        Raises:
+            ValueError: if a group would be cut.
+        """
+        parts, first = [], 0
+        for size in sizes:
+            last, width = first, 0
+            while width < size:
+                width, last = width + self.widths[last], last + 1
+            if width != size:
+                raise ValueError(f"quantisation groups {self.widths} cannot be split into parts {list(sizes)}")
+            clip_ratios = self.clip_ratios[first:last]
+            parts.append(replace(self, widths=self.widths[first:last], clip_ratios=clip_ratios))
+            first = last
+        return parts
 
     def runs(self) -> Iterator[tuple[int, int, int]]:
         """Groups side by side of equal width, as (first group, number of groups, width)."""

@@ -11,6 +11,7 @@ from palu.core.errors import PaluError
 from palu.core.types import RankPlan, Side
 from palu.core.validate import is_count, require
 from palu.quantization import QuantizationConfig
+from palu.token_sparsity import TokenSparsity
 
 FORMAT_VERSION = 1
 DEFAULT_FISHER_SEQLEN = 1024
@@ -162,13 +163,22 @@ class LatentConfig:
     compression: the CompressionConfig that made it, with the calibration as it really was (for the record).
     hadamard: whether every group's latents are turned by a Hadamard matrix.
     quantization: how the cache stores latents.
+    sparsity: which tokens the cache keeps; all if None.
     """
 
     layers: tuple[LayerRanks, ...]
     compression: Mapping[str, Any] = field(default_factory=dict)
     hadamard: bool = False
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    sparsity: TokenSparsity | None = None
     format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        exact = self.quantization.sinks or self.quantization.window
+        require(
+            self.sparsity is None or not exact,
+            "lt_sinks and lt_window are not for a cache that drops tokens; give no token_sparse_method",
+        )
 
     @classmethod
     def from_plan(cls, plan: RankPlan, num_layers: int, compression: Mapping[str, Any]) -> "LatentConfig":
@@ -200,6 +210,7 @@ class LatentConfig:
             compression=block.get("compression") or {},
             hadamard=bool(block.get("hadamard", False)),
             quantization=QuantizationConfig.from_dict(block.get("quantization") or {}),
+            sparsity=TokenSparsity.from_dict(block["sparsity"]) if block.get("sparsity") is not None else None,
         )
 
     def bytes_per_token(self, itemsize: int) -> int:
@@ -215,12 +226,14 @@ class LatentConfig:
         return total
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON block."""
+        """The JSON block; `sparsity` only where it is set, which earlier versions do not know."""
+        sparsity = {} if self.sparsity is None else {"sparsity": self.sparsity.to_dict()}
         layers = [asdict(layer) | {"key": list(layer.key), "value": list(layer.value)} for layer in self.layers]
         return {
             "format_version": self.format_version,
             "hadamard": self.hadamard,
             "quantization": self.quantization.to_dict(),
+            **sparsity,
             "layers": layers,
             "compression": dict(self.compression),
         }

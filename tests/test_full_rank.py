@@ -7,6 +7,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from palu.nn.latent_cache import LatentCache
 from palu.nn.latent_layer import LatentLayer
+from palu.nn.masks import decode_mask
 from tests.helpers import FAMILIES, compressed, left_padded_batch, random_windows, tiny_model
 
 TOLERANCE = 1e-4
@@ -164,7 +165,8 @@ def test_two_dimensional_masks_of_flash_attention_hide_padding_and_future(querie
     attention = latent.model.layers[0].self_attn
     padding = torch.ones(2, 20, dtype=torch.int64)
     padding[0, :9] = 0
-    mask = attention._decode_mask(padding, queries, 20, 20).expand(2, 1, queries, 20)
+    query = torch.empty(2, 8, queries, 16)
+    mask = decode_mask(padding, query, 20, 20, attention.sliding_window).expand(2, 1, queries, 20)
     for query in range(queries):
         position = 20 - queries + query
         visible = [t <= position and t > position - attention.sliding_window for t in range(20)]

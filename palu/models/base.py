@@ -14,7 +14,7 @@ from palu.config import LatentConfig, head_dim
 from palu.core.errors import PaluError
 from palu.models.remote_code import auto_map, write_remote_code
 from palu.nn.latent_attention import LatentAttention
-from palu.nn.latent_cache import LatentCache, adopt_cache
+from palu.nn.latent_cache import LatentCache, adopt_cache, check_dropped, new_token_mask
 from palu.nn.low_rank_linear import LowRankLinear
 from palu.nn.rotary import KeyRotation, check_rope
 
@@ -137,7 +137,8 @@ class LatentModelMixin(LatentPreTrainedMixin):
             adopt_cache(past_key_values, self.config)
         elif use_cache:
             past_key_values = LatentCache(self.config)
-        return super().forward(
+        new = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        output = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -145,8 +146,12 @@ class LatentModelMixin(LatentPreTrainedMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             key_rotation=KeyRotation(self.rotary_emb),
+            token_mask=new_token_mask(past_key_values, attention_mask, new),
             **kwargs,
         )
+        if new > 1:
+            check_dropped(past_key_values, new)
+        return output
 
 
 class LatentCausalLMMixin(LatentPreTrainedMixin):
@@ -176,6 +181,9 @@ class LatentCausalLMMixin(LatentPreTrainedMixin):
         elif generation_config.use_cache is not False:
             capacity = max_cache_length if wanted == "static" else None
             model_kwargs["past_key_values"] = LatentCache(self.config, max_length=max_cache_length, capacity=capacity)
+            sparse = self.config.latent.sparsity is not None
+            if generation_mode == GenerationMode.ASSISTED_GENERATION and sparse:
+                raise PaluError("assisted decoding needs a cache that drops no tokens; give no token_sparse_method")
             if generation_config.is_assistant:
                 model_kwargs["past_key_values"].activate_past_recording()
             return

@@ -12,12 +12,19 @@ from palu.core.hadamard import hadamard, hadamard_transform
 from palu.core.validate import require
 from palu.nn.latent_attention import LatentAttention
 from palu.quantization import QuantizationConfig
+from palu.token_sparsity import TokenSparsity
 
 
 def set_quantization(model: PreTrainedModel, quantization: QuantizationConfig) -> None:
     """Change how the caches that `model` makes from now on store latents; saved with the model's config."""
     latent = LatentConfig.from_dict(model.config.palu)
     model.config.palu = dataclasses.replace(latent, quantization=quantization).to_dict()
+
+
+def set_token_sparsity(model: PreTrainedModel, sparsity: TokenSparsity | None) -> None:
+    """Change which tokens the caches that `model` makes from now on keep; None: all. Saved with the model's config."""
+    latent = LatentConfig.from_dict(model.config.palu)
+    model.config.palu = dataclasses.replace(latent, sparsity=sparsity).to_dict()
 
 
 @torch.no_grad()

@@ -1,12 +1,19 @@
 """The cache of a compressed model: a transformers Cache whose layers hold latents."""
 
+import math
+
+from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, StaticCache
 
-from palu.config import LatentConfig
+from palu.config import LatentConfig, LayerRanks
 from palu.core.errors import PaluError
+from palu.core.validate import require
 from palu.nn.fixed_layer import FixedLatentLayer
 from palu.nn.latent_layer import LatentLayer, LayerQuantization
+from palu.nn.sparse_layer import SparseLatentLayer
+from palu.sparse.base import TokenPolicy
+from palu.sparse.registry import get_policy
 
 
 def layer_window(config: PreTrainedConfig, layer: int) -> int | None:
@@ -34,6 +41,9 @@ def latent_layers(
 ) -> list[LatentLayer]:
     """One cache layer per decoder layer; layers of the same window share their positions."""
     latent = config.latent
+    if latent.sparsity is not None:
+        require(capacity is None, "a cache of fixed capacity cannot drop tokens; give no token_sparse_method")
+        return sparse_layers(config, get_policy(latent.sparsity), max_length)
     leaders: dict[int | None, LatentLayer] = {}
     layers = []
     for index in range(len(latent.layers)):
@@ -47,6 +57,38 @@ def latent_layers(
         leaders.setdefault(window, layer)
         layers.append(layer)
     return layers
+
+
+def token_groups(ranks: LayerRanks, policy: TokenPolicy) -> list[tuple[int, int]]:
+    """Widths of the key and value latents of heads that keep their own tokens.
+
+    A token group has whole key groups and whole value groups; where a policy does not look at them, all heads are one.
+    """
+    count = math.gcd(len(ranks.key), len(ranks.value)) if policy.needs_votes else 1
+    sides = [
+        [sum(side[part * len(side) // count :][: len(side) // count]) for part in range(count)]
+        for side in (ranks.key, ranks.value)
+    ]
+    return list(zip(*sides, strict=True))
+
+
+def sparse_layers(
+    config: PreTrainedConfig, policy: TokenPolicy, max_length: int | None = None
+) -> list[SparseLatentLayer]:
+    """One cache layer per decoder layer that keeps the tokens that `policy` chooses."""
+    latent = config.latent
+    return [
+        SparseLatentLayer(
+            policy,
+            index,
+            len(latent.layers),
+            token_groups(ranks, policy),
+            layer_window(config, index),
+            max_length,
+            layer_quantization(latent, index),
+        )
+        for index, ranks in enumerate(latent.layers)
+    ]
 
 
 class LatentCache(Cache):
@@ -95,6 +137,35 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:
     capacity = cache.get_max_length() if isinstance(cache, StaticCache) else None
     cache.layers = latent_layers(config, capacity=capacity)
     cache.layer_class_to_replicate = None
+
+
+def new_token_mask(cache: Cache | None, attention_mask: Tensor | None, new: int) -> Tensor | None:
+    """Which of the new tokens of a cache that drops tokens are none but padding, bool [batch, new]; None: all are.
+
+    Raises:
+        PaluError: if the model's attention mask does not say.
+    """
+    sparse = cache is not None and any(isinstance(layer, SparseLatentLayer) for layer in cache.layers)
+    if not sparse or attention_mask is None:
+        return None
+    require(
+        isinstance(attention_mask, Tensor) and attention_mask.ndim == 2,
+        "a cache that drops tokens needs an attention mask [batch, length]; masks of every layer are not for it",
+    )
+    mask = attention_mask[:, -new:].bool()
+    # Where one new token follows, asking a GPU would cost more than the token.
+    return None if new == 1 or bool(mask.all()) else mask
+
+
+def check_dropped(cache: Cache | None, new: int) -> None:
+    """Refuse to go on if a token policy was set and did nothing after `new` tokens.
+
+    Raises:
+        PaluError: naming the layer.
+    """
+    for layer in [] if cache is None else cache.layers:
+        if isinstance(layer, SparseLatentLayer):
+            layer.check_dropped(new)
 
 
 def cache_nbytes(cache: Cache) -> int:

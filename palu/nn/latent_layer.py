@@ -26,6 +26,12 @@ class LayerQuantization(NamedTuple):
     sinks: int = 0
     window: int = 0
 
+    def split(self, key_sizes: list[int], value_sizes: list[int]) -> list["LayerQuantization"]:
+        """The same for parts of the latents, as wide as `key_sizes` and `value_sizes` say."""
+        keys = [None] * len(key_sizes) if self.key is None else self.key.split(key_sizes)
+        values = [None] * len(value_sizes) if self.value is None else self.value.split(value_sizes)
+        return [self._replace(key=key, value=value) for key, value in zip(keys, values, strict=True)]
+
     def new_buffer(self, quantization: Quantization | None) -> Buffer:
         """An empty buffer for one side."""
         if quantization is None:
@@ -36,6 +42,20 @@ class LayerQuantization(NamedTuple):
 
 
 UNQUANTIZED = LayerQuantization(None, None)
+
+
+class HeldTokens(NamedTuple):
+    """Tokens that new ones may attend to, of all heads or of one token group's.
+
+    keys, values: latents [batch, length, sum(ranks)]; positions: int32 [batch, length]; the first `filled` of them are
+    tokens, the new ones last. shared: whether other layers of the same window hold the same tokens.
+    """
+
+    keys: Latents
+    values: Latents
+    positions: Tensor
+    filled: int | Tensor
+    shared: bool = True
 
 
 class LatentLayer(CacheLayerMixin):
@@ -122,6 +142,10 @@ class LatentLayer(CacheLayerMixin):
         if not self.record_past:
             self._restrict_to_window()
         return keys, values
+
+    def by_group(self, keys: Latents, values: Latents) -> list[HeldTokens]:
+        """What `update` returned with its positions: one group, as all heads see the same tokens."""
+        return [HeldTokens(keys, values, self.positions, self.filled)]
 
     def _check_rows(self, key_states: Tensor) -> None:
         rows = self.batch_size

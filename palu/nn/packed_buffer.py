@@ -42,6 +42,11 @@ class PackedBuffer(BufferGroup):
         for part, tensor in zip(self.members, self.encode(tokens), strict=True):
             part.append(tensor, max_length)
 
+    def put(self, where: Tensor, tokens: Tensor) -> None:
+        """Replace the held tokens by latents [batch, held, width] where a mask [batch, held] says so."""
+        for part, tensor in zip(self.members, self.encode(tokens), strict=True):
+            part.put(where, tensor)
+
     def drop_front(self, count: int) -> None:
         """Forget the `count` oldest tokens."""
         for part in self.members:

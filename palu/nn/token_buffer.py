@@ -85,6 +85,15 @@ class TokenBuffer:
         """Forget the `count` newest tokens."""
         self.stop = max(self.start, self.stop - count)
 
+    def take(self, slots: Tensor) -> None:
+        """Keep only the tokens in `slots`, int64 [batch, kept]: every row its own."""
+        self.storage = self.tokens.gather(1, slots[..., None].expand(-1, -1, self.storage.shape[2]))
+        self.start, self.stop = 0, slots.shape[1]
+
+    def put(self, where: Tensor, tokens: Tensor) -> None:
+        """Replace the held tokens by others [batch, held, width] where a mask [batch, held] says so."""
+        self.storage, self.start, self.stop = torch.where(where[..., None], tokens, self.tokens), 0, len(self)
+
     def select_rows(self, rows: Tensor) -> None:
         """Keep, repeat or reorder rows of the batch; `rows` are indices or a boolean mask."""
         if self.storage is not None:

@@ -1,0 +1,35 @@
+"""The attention that the newest queries pay to cached tokens."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from palu.kernels.latent_scores.reference import latent_scores
+from palu.kernels.latents import LatentProjection, Latents
+from palu.kernels.rotation import Rotation
+
+
+def attention_votes(
+    query: Tensor,
+    latents: Latents,
+    key: LatentProjection,
+    rotation: Rotation,
+    visible: Tensor | None,
+    scaling: float,
+    key_norm: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    """Probabilities of every token, summed over queries and averaged over heads (SnapKV, arXiv 2404.14469, equation 1).
+
+    Args:
+        query: of the newest tokens, rotated, [batch, num_heads, queries, head_dim].
+        latents: of all cached tokens, those of the queries last.
+        visible: what each query may attend to, bool [batch, 1, queries, length]; None: all.
+
+    Returns:
+        float32 [batch, length].
+    """
+    scores = latent_scores(query * scaling, latents, key, rotation, key_norm).float()
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -torch.inf)
+    return torch.softmax(scores, dim=-1).sum(dim=2).mean(dim=1)

@@ -1,0 +1,1 @@
+"""Token policies: which tokens a latent cache keeps."""
