@@ -75,6 +75,7 @@ def main(args: argparse.Namespace) -> None:
         tokenizers.append(load_tokenizer(model, args.trust_remote_code))
         check_weight_files(model)
     clip_windows = check_latent_flags(configs[0], tokenizers[0], models[0], args)
+    check_token_policy(configs[0], args)
     check_plain_flags(configs, args)
     texts = {name: load_text(name, "evaluation", args.seed) for name in names}
     rows = []
@@ -127,6 +128,20 @@ def check_model(config: Any, path: str, seqlen: int) -> None:
         check_seqlen(seqlen, config, "--seqlen")
     except PaluError as error:
         raise PaluError(f"{path}: {error}") from error
+
+
+def check_token_policy(config: Any, args: argparse.Namespace) -> None:
+    """Refuse a token policy that would do nothing."""
+    from palu.core.errors import PaluError
+    from palu.models import is_latent
+    from utils.sparsity import asked_sparsity
+
+    sparsity = asked_sparsity(config.latent.sparsity, args) if is_latent(config) else None
+    if sparsity is not None and (args.prefill_chunk or args.seqlen) >= args.seqlen:
+        raise PaluError(
+            f"{sparsity.method} drops tokens between forward passes, and a window is one; give --prefill_chunk of "
+            f"fewer than the {args.seqlen} tokens of --seqlen"
+        )
 
 
 def check_plain_flags(configs: list[Any], args: argparse.Namespace) -> None:

@@ -4,6 +4,8 @@ import argparse
 import dataclasses
 from typing import Any
 
+from utils.sparsity import add_sparsity_flags, asked_sparsity
+
 # Flags that say how codes are made.
 NEED_BITS = ("lt_group_size", "lt_sym", "lt_clip_ratio", "lt_sinks", "lt_window")
 # Fewer calibration tokens than this determine no clip ratio.
@@ -11,7 +13,9 @@ LEAST_TOKENS = 256
 
 
 def add_latent_flags(parser: argparse.ArgumentParser, evaluates: bool = True) -> None:
-    """How the cache stores latents; `evaluates`: for a script that loads a compressed checkpoint."""
+    """How the cache stores latents; `evaluates`: for a script that loads a compressed checkpoint, whose cache may drop
+    tokens as well.
+    """
     flag = parser.add_argument_group(
         "latents in the cache" + (" (what is not given is as the checkpoint says)" if evaluates else "")
     ).add_argument
@@ -34,6 +38,7 @@ def add_latent_flags(parser: argparse.ArgumentParser, evaluates: bool = True) ->
     )
     if evaluates:
         flag("--lt_calib_dataset", help="text for --lt_clip_ratio auto (default: what the checkpoint was made with)")
+        add_sparsity_flags(parser)
 
 
 def clip_ratio(text: str) -> float | str:
@@ -88,8 +93,12 @@ def check_latent_flags(config: Any, tokenizer: Any, path: str, args: argparse.Na
     if not is_latent(config):
         if given:
             raise PaluError(f"{path} is not a compressed model; --{given[0]} needs one")
+        if asked_sparsity(None, args) is not None:
+            raise PaluError(f"{path} is not a compressed model; --token_sparse_method needs one")
         return None
     settings = _asked(config.latent, args)
+    # Refuses exact tokens together with a policy that drops tokens.
+    dataclasses.replace(config.latent, quantization=settings, sparsity=asked_sparsity(config.latent.sparsity, args))
     if args.lt_hadamard:
         _check_hadamard(config.latent, path)
     if settings.needs_search:
@@ -100,23 +109,29 @@ def check_latent_flags(config: Any, tokenizer: Any, path: str, args: argparse.Na
 
 
 def apply_latent_flags(model: Any, windows: Any, args: argparse.Namespace) -> None:
-    """Set how the cache of a loaded model stores latents, as the flags say; a stock model is left alone.
+    """Set how the cache of a loaded model stores latents, and of which tokens, as the flags say.
+
+    A stock model is left alone.
 
     Args:
         windows: what `check_latent_flags` returned.
     """
-    from palu import fold_hadamard, search_clip_ratios, set_quantization
+    from palu import fold_hadamard, search_clip_ratios, set_quantization, set_token_sparsity
     from palu.models import is_latent
     from utils.console import progress
 
     if not is_latent(model):
         return
     settings = _asked(model.config.latent, args)
+    sparsity = asked_sparsity(model.config.latent.sparsity, args)
+    # Off while the others change, which may exclude it.
+    set_token_sparsity(model, None)
     if args.lt_hadamard:
         fold_hadamard(model)
     set_quantization(model, settings)
     if settings.needs_search:
         search_clip_ratios(model, windows, progress)
+    set_token_sparsity(model, sparsity)
 
 
 def _asked(latent: Any, args: argparse.Namespace) -> Any:

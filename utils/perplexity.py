@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from utils.sparsity import sparsity_row
+
 
 def row_of(result: Any, model: Any, label: str, dataset: str, bits: int | None, key_axis: str) -> dict[str, Any]:
     """The flat row of one measurement; bits: of plain quantisation, None where the model's own cache was used."""
@@ -19,6 +21,7 @@ def row_of(result: Any, model: Any, label: str, dataset: str, bits: int | None, 
         **dataclasses.asdict(result),
         "kept_ratio": kept_ratio(model.config),
         **cached,
+        **sparsity_row(model.config),
         "plain": None if bits is None else key_axis,
         "dtype": str(model.dtype).removeprefix("torch."),
     }

@@ -5,6 +5,7 @@ from types import ModuleType
 from typing import Any
 
 from utils.console import print_table
+from utils.sparsity import sparsity_label
 
 
 def rank_table(results: dict[str, Any]) -> None:
@@ -91,7 +92,8 @@ def perplexity_table(results: dict[str, Any]) -> None:
 
 
 def _variant(row: dict[str, Any]) -> str:
-    return row["model"] + (f" (plain, keys per {row['plain']})" if row["plain"] else "")
+    policy = sparsity_label(row)
+    return row["model"] + (f" (plain, keys per {row['plain']})" if row["plain"] else "") + (policy and f", {policy}")
 
 
 def _bits(row: dict[str, Any]) -> str:
