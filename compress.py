@@ -14,7 +14,7 @@ from typing import Any
 
 from utils.cli import DATASET_HELP, add_common_flags, group_size, new_parser, resolve_device, run_script
 from utils.compression import asked_compression
-from utils.latent import add_latent_flags, latent_settings
+from utils.latent import add_latent_flags
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -165,7 +165,7 @@ def compression_config(args: argparse.Namespace) -> Any:
     chosen = args.search_method == "global_bits"
     if chosen and (args.lt_bits, args.lt_value_bits) != (None, None):
         raise PaluError("search_method global_bits chooses the bits; give no lt_bits or lt_value_bits")
-    return asked_compression(args, quantization=latent_settings(args, QuantizationConfig(), chosen))
+    return asked_compression(args, quantization=QuantizationConfig().changed_by_flags(vars(args), chosen))
 
 
 def load_inputs(

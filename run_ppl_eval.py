@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.cli import DATASET_HELP, add_common_flags, bit_list, new_parser, resolve_device, run_script
+from utils.evaluation import check_counts, labels, open_models
 from utils.latent import add_latent_flags, apply_latent_flags, check_latent_flags
 
 
@@ -58,7 +59,6 @@ def main(args: argparse.Namespace) -> None:
     import torch
 
     from palu.calibrate.text import load_text
-    from palu.checkpoint import check_weight_files, load_config, load_tokenizer
     from utils.console import console
     from utils.report import perplexity_table, plot_perplexity
     from utils.results import environment, results_path, write_results
@@ -68,12 +68,9 @@ def main(args: argparse.Namespace) -> None:
     device = resolve_device(args.device)
     torch.manual_seed(args.seed)
     path = results_path(args.results, "ppl", args.model_name_or_path)
-    tokenizers, configs = [], []
-    for model in models:
-        configs.append(load_config(model, args.trust_remote_code))
-        check_model(configs[-1], model, args.seqlen)
-        tokenizers.append(load_tokenizer(model, args.trust_remote_code))
-        check_weight_files(model)
+    configs, tokenizers = open_models(models, args.trust_remote_code)
+    for config, model in zip(configs, models, strict=True):
+        check_model(config, model, args.seqlen)
     clip_windows = check_latent_flags(configs[0], tokenizers[0], models[0], args)
     check_token_policy(configs[0], args)
     check_plain_flags(configs, args)
@@ -100,22 +97,10 @@ def check_flags(args: argparse.Namespace) -> list[str]:
 
     names = [name.strip() for name in args.datasets.split(",") if name.strip()]
     counts = {"--batch_size": args.batch_size, "--max_windows": args.max_windows, "--prefill_chunk": args.prefill_chunk}
-    for flag, value in counts.items():
-        if value is not None and value < 1:
-            raise PaluError(f"{flag} {value} must be at least 1")
+    check_counts(counts)
     if not names:
         raise PaluError("--datasets is empty")
     parse_dtype(args.dtype)
-    return names
-
-
-def labels(models: list[str]) -> list[str]:
-    """Directory names; whole paths where two are equal; a model beside itself is marked as the baseline."""
-    names = [Path(model).resolve().name if Path(model).exists() else model for model in models]
-    if len(set(names)) < len(names):
-        names = list(models)
-    if len(set(names)) < len(names):
-        names[1] += " (baseline)"
     return names
 
 
@@ -134,9 +119,9 @@ def check_token_policy(config: Any, args: argparse.Namespace) -> None:
     """Refuse a token policy that would do nothing."""
     from palu.core.errors import PaluError
     from palu.models import is_latent
-    from utils.sparsity import asked_sparsity
+    from palu.token_sparsity import changed_by_flags
 
-    sparsity = asked_sparsity(config.latent.sparsity, args) if is_latent(config) else None
+    sparsity = changed_by_flags(config.latent.sparsity, vars(args)) if is_latent(config) else None
     if sparsity is not None and (args.prefill_chunk or args.seqlen) >= args.seqlen:
         raise PaluError(
             f"{sparsity.method} drops tokens between forward passes, and a window is one; give --prefill_chunk of "

@@ -73,9 +73,16 @@ def check_weight_files(path: str | Path) -> None:
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype | str = "auto", device: str = "cpu", trust_remote_code: bool = False
+    path: str | Path,
+    dtype: torch.dtype | str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    attention: str | None = None,
 ) -> PreTrainedModel:
     """A causal language model, stock or compressed, in evaluation mode.
+
+    Args:
+        attention: transformers' name of an attention implementation, or None for its default.
 
     Raises:
         PaluError: if it cannot be loaded, or its tensors are not exactly those that its config asks for.
@@ -88,6 +95,7 @@ def load_model(
         trust_remote_code=trust_remote_code,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
+        **({} if attention is None else {"attn_implementation": attention}),
     )
     check_loading_info(path, info)
     return model.eval()

@@ -16,6 +16,14 @@ FULL_BITS = 16
 # Tokens of normal latents that errors of codes are measured on.
 NOISE_TOKENS = 512
 ALLOWED_BITS = (*PLANES, FULL_BITS)
+# Settings by the names that they have as flags, where users give them one by one.
+FLAGS = {
+    "lt_group_size": "group_size",
+    "lt_sym": "symmetric",
+    "lt_clip_ratio": "clip_ratio",
+    "lt_sinks": "sinks",
+    "lt_window": "window",
+}
 # Of each side, for every layer.
 LayerBits = Mapping[Side, Sequence[int]]
 # Of each side, for every layer, one ratio per quantisation group.
@@ -139,6 +147,25 @@ class QuantizationConfig:
         if not all(getattr(self, name) == value for name, value in settings.items() if name not in kept):
             dropped["clip_ratios"] = None
         return replace(self, **dropped, **settings)
+
+    def changed_by_flags(self, flags: Mapping[str, Any], bits_follow: bool = False) -> "QuantizationConfig":
+        """The same with what `lt_bits`, `lt_value_bits` and the flags of `FLAGS` ask for; those that are None do not.
+
+        bits_follow: bits are chosen later.
+
+        Raises:
+            PaluError: for a value that is not allowed, or a flag that would do nothing.
+        """
+        bits, value_bits = flags.get("lt_bits"), flags.get("lt_value_bits")
+        given = {setting: flags.get(flag) for flag, setting in FLAGS.items()}
+        given |= {"key_bits": bits, "value_bits": bits if value_bits is None else value_bits}
+        settings = self.changed(**{name: value for name, value in given.items() if value is not None})
+        useless = [flag for flag in FLAGS if flags.get(flag) is not None]
+        require(
+            not (settings.is_full and useless) or bits_follow,
+            f"--{''.join(useless[:1])} does nothing without quantised latents; give --lt_bits 2, 3, 4 or 8",
+        )
+        return settings
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; `layer_bits` only where it is given, which earlier versions do not know."""

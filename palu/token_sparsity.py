@@ -8,6 +8,19 @@ from typing import Any
 from palu.core.validate import is_count, require
 
 POOL_TYPES = ("mean", "max", "best")
+# The settings by the names that they have as flags, where users give them one by one.
+FLAGS = {
+    "token_sparse_method": "method",
+    "prompt_capacity": "capacity",
+    "prompt_capacity_rate": "capacity_rate",
+    "window_size": "window_size",
+    "kernel_size": "kernel_size",
+    "sink_tokens": "sink_tokens",
+    "pool_type": "pool_type",
+    "pyramid_beta": "pyramid_beta",
+    "skip_prefill_compression": "skip_prefill_compression",
+}
+NO_METHOD = "none"
 # What every method takes beside the capacity, with its defaults.
 METHOD_SETTINGS: dict[str, dict[str, Any]] = {
     "snapkv": {"window_size": 32, "kernel_size": 5, "sink_tokens": 0},
@@ -123,3 +136,20 @@ class TokenSparsity:
         valid = isinstance(entries, Mapping) and set(entries) <= known and "method" in entries
         require(valid, f"'palu' block: 'sparsity' must hold a method and may hold {', '.join(sorted(known))}")
         return cls(**entries)
+
+
+def changed_by_flags(sparsity: TokenSparsity | None, flags: Mapping[str, Any]) -> TokenSparsity | None:
+    """What the flags of `FLAGS` ask for; as it was where they ask for nothing. Those that are None are not given.
+
+    Raises:
+        PaluError: for a value that is not allowed, or a flag that would do nothing.
+    """
+    given = {setting: flags[flag] for flag, setting in FLAGS.items() if flags.get(flag) is not None}
+    method = given.pop("method", None)
+    if method not in (None, NO_METHOD):
+        return TokenSparsity(method, **given)
+    useless = [flag for flag, setting in FLAGS.items() if setting in given]
+    require(
+        not useless, f"{''.join(useless[:1])} does nothing without token_sparse_method {', '.join(METHOD_SETTINGS)}"
+    )
+    return sparsity if method is None else None

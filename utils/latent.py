@@ -4,10 +4,8 @@ import argparse
 import dataclasses
 from typing import Any
 
-from utils.sparsity import add_sparsity_flags, asked_sparsity
+from utils.sparsity import add_sparsity_flags
 
-# Flags that say how codes are made.
-NEED_BITS = ("lt_group_size", "lt_sym", "lt_clip_ratio", "lt_sinks", "lt_window")
 # Fewer calibration tokens than this determine no clip ratio.
 LEAST_TOKENS = 256
 
@@ -51,31 +49,6 @@ def clip_ratio(text: str) -> float | str:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'auto'") from None
 
 
-def latent_settings(args: argparse.Namespace, quantization: Any, bits_follow: bool = False) -> Any:
-    """A `QuantizationConfig` with the flags that were given; `bits_follow`: bits are chosen later.
-
-    Raises:
-        PaluError: for a value that is not allowed, or a flag that would do nothing.
-    """
-    from palu.core.errors import PaluError
-
-    given = {
-        "key_bits": args.lt_bits,
-        "value_bits": args.lt_bits if args.lt_value_bits is None else args.lt_value_bits,
-        "group_size": args.lt_group_size,
-        "symmetric": args.lt_sym,
-        "clip_ratio": args.lt_clip_ratio,
-        "sinks": args.lt_sinks,
-        "window": args.lt_window,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    settings = quantization.changed(**given)
-    useless = [flag for flag in NEED_BITS if getattr(args, flag) is not None]
-    if settings.is_full and useless and not bits_follow:
-        raise PaluError(f"--{useless[0]} does nothing without quantised latents; give --lt_bits 2, 3, 4 or 8")
-    return settings
-
-
 def check_latent_flags(config: Any, tokenizer: Any, path: str, args: argparse.Namespace) -> Any:
     """Refuse latent flags for a model that has no latents, and values that are not allowed, before any long work.
 
@@ -87,18 +60,20 @@ def check_latent_flags(config: Any, tokenizer: Any, path: str, args: argparse.Na
     """
     from palu.core.errors import PaluError
     from palu.models import is_latent
+    from palu.token_sparsity import changed_by_flags
 
     flags = {name: value for name, value in vars(args).items() if name.startswith("lt_")}
     given = [name for name, value in flags.items() if value is not None and value is not False]
     if not is_latent(config):
         if given:
             raise PaluError(f"{path} is not a compressed model; --{given[0]} needs one")
-        if asked_sparsity(None, args) is not None:
+        if changed_by_flags(None, vars(args)) is not None:
             raise PaluError(f"{path} is not a compressed model; --token_sparse_method needs one")
         return None
     settings = _asked(config.latent, args)
     # Refuses exact tokens together with a policy that drops tokens.
-    dataclasses.replace(config.latent, quantization=settings, sparsity=asked_sparsity(config.latent.sparsity, args))
+    sparsity = changed_by_flags(config.latent.sparsity, vars(args))
+    dataclasses.replace(config.latent, quantization=settings, sparsity=sparsity)
     if args.lt_hadamard:
         _check_hadamard(config.latent, path)
     if settings.needs_search:
@@ -118,12 +93,13 @@ def apply_latent_flags(model: Any, windows: Any, args: argparse.Namespace) -> No
     """
     from palu import fold_hadamard, search_clip_ratios, set_quantization, set_token_sparsity
     from palu.models import is_latent
+    from palu.token_sparsity import changed_by_flags
     from utils.console import progress
 
     if not is_latent(model):
         return
     settings = _asked(model.config.latent, args)
-    sparsity = asked_sparsity(model.config.latent.sparsity, args)
+    sparsity = changed_by_flags(model.config.latent.sparsity, vars(args))
     # Off while the others change, which may exclude it.
     set_token_sparsity(model, None)
     if args.lt_hadamard:
@@ -136,7 +112,7 @@ def apply_latent_flags(model: Any, windows: Any, args: argparse.Namespace) -> No
 
 def _asked(latent: Any, args: argparse.Namespace) -> Any:
     """The checkpoint's settings with the flags; clip ratios are to be searched again where they no longer hold."""
-    settings = latent_settings(args, latent.quantization)
+    settings = latent.quantization.changed_by_flags(vars(args))
     turned = args.lt_hadamard and not latent.hadamard
     if turned or args.lt_calib_dataset is not None:
         settings = dataclasses.replace(settings, clip_ratios=None)

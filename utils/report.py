@@ -108,6 +108,12 @@ def _bits(row: dict[str, Any]) -> str:
     return " ".join([bits, *(name for name, shown in settings.items() if shown)])
 
 
+def cache_label(row: dict[str, Any]) -> str:
+    """How a row's model keeps its cache, in a few words."""
+    policy = sparsity_label(row)
+    return f"{_bits(row)} bits" + (policy and f", {policy}")
+
+
 def plot_ranks(results: dict[str, Any], path: Path) -> None:
     """Kept fraction of every group: layers across, one row a group, keys above values."""
     plt = headless_pyplot()

@@ -12,7 +12,11 @@ from typing import Any
 
 from palu.core.errors import PaluError
 
-PACKAGES = ("palu-kv", "torch", "transformers", "triton", "safetensors", "numpy", "datasets", "lm-eval", "accelerate")
+PACKAGES = (
+    *("palu-kv", "torch", "transformers", "triton", "safetensors", "numpy", "datasets", "lm-eval", "accelerate"),
+    # LongBench's metrics; with the last of them fuzzywuzzy computes other ratios.
+    *("jieba", "rouge", "fuzzywuzzy", "python-Levenshtein"),
+)
 
 
 def environment(device: str, seed: int) -> dict[str, Any]:

@@ -3,17 +3,6 @@
 import argparse
 from typing import Any
 
-# Names of the flags and of the settings that they give.
-SETTINGS = {
-    "prompt_capacity": "capacity",
-    "prompt_capacity_rate": "capacity_rate",
-    "window_size": "window_size",
-    "kernel_size": "kernel_size",
-    "sink_tokens": "sink_tokens",
-    "pool_type": "pool_type",
-    "pyramid_beta": "pyramid_beta",
-    "skip_prefill_compression": "skip_prefill_compression",
-}
 METHODS = ("snapkv", "pyramidkv", "streaming", "pool")
 
 
@@ -50,32 +39,15 @@ def add_sparsity_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def asked_sparsity(saved: Any, args: argparse.Namespace) -> Any:
-    """The `TokenSparsity` that the flags ask for; `saved`, the checkpoint's, where they ask for none.
-
-    Raises:
-        PaluError: for a value that is not allowed, or a flag that would do nothing.
-    """
-    from palu.core.errors import PaluError
-    from palu.token_sparsity import TokenSparsity
-
-    given = {setting: getattr(args, flag) for flag, setting in SETTINGS.items() if getattr(args, flag) is not None}
-    if args.token_sparse_method not in (None, "none"):
-        return TokenSparsity(args.token_sparse_method, **given)
-    useless = [flag for flag in SETTINGS if getattr(args, flag) is not None]
-    if useless:
-        raise PaluError(f"--{useless[0]} does nothing without --token_sparse_method {', '.join(METHODS)}")
-    return saved if args.token_sparse_method is None else None
-
-
 def sparsity_row(config: Any) -> dict[str, Any]:
     """What a model's cache keeps, as entries of a row; nothing where it keeps all tokens."""
     from palu.models import is_latent
+    from palu.token_sparsity import FLAGS
 
     sparsity = config.latent.sparsity if is_latent(config) else None
     if sparsity is None:
         return {}
-    names = {setting: flag for flag, setting in SETTINGS.items()} | {"method": "token_sparse_method"}
+    names = {setting: flag for flag, setting in FLAGS.items()}
     return {names[name]: value for name, value in sparsity.to_dict().items()}
 
 

@@ -1,0 +1,82 @@
+"""How likely continuations are after contexts that have gone through the cache, as in generation."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from palu.nn.latent_cache import cache_nbytes
+
+Tokens = Sequence[int]
+
+
+class Continuation(NamedTuple):
+    """A continuation's log likelihood, natural, and whether greedy decoding would give it."""
+
+    log_likelihood: float
+    is_greedy: bool
+
+
+class Scores(NamedTuple):
+    """What was found of every continuation, and what the cache held of the contexts.
+
+    cache_bytes: of all rows together; cache_tokens: rows times the longest context.
+    """
+
+    continuations: list[Continuation]
+    cache_bytes: int
+    cache_tokens: int
+
+
+@torch.no_grad()
+def continuation_scores(
+    model: PreTrainedModel, contexts: Sequence[Tokens], continuations: Sequence[tuple[int, Tokens]]
+) -> Scores:
+    """Read the contexts into the model's own cache, then the continuations behind them.
+
+    What a cache does to its tokens after a prompt (dropping them, storing codes) thus shows in the scores.
+
+    Args:
+        contexts: token ids, one token at least; shorter ones are padded on the left.
+        continuations: the context that each belongs to, and its token ids, one at least.
+    """
+    lengths = torch.tensor([len(context) for context in contexts], device=model.device)
+    ids, mask = _padded(contexts, "left", model.device)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    output = model(ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+    cache = output.past_key_values
+    held = cache_nbytes(cache)
+    rows = torch.tensor([row for row, _ in continuations], device=model.device)
+    logits = output.logits[rows]
+    longest = max(len(tokens) for _, tokens in continuations)
+    if longest > 1:
+        cache.batch_select_indices(rows)
+        later, later_mask = _padded([tokens[:-1] or [0] for _, tokens in continuations], "right", model.device)
+        positions = lengths[rows, None] + torch.arange(later.shape[1], device=model.device)
+        both = torch.cat([mask[rows], later_mask], dim=1)
+        behind = model(later, attention_mask=both, position_ids=positions, past_key_values=cache, use_cache=True).logits
+        logits = torch.cat([logits, behind], dim=1)
+    found = [_scored(row, tokens) for row, (_, tokens) in zip(logits, continuations, strict=True)]
+    return Scores(found, held, ids.numel())
+
+
+def _padded(sequences: Sequence[Tokens], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids [rows, longest], zero where there is none, and the mask of those that are tokens."""
+    longest = max(len(sequence) for sequence in sequences)
+    ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        where = slice(longest - len(sequence), None) if side == "left" else slice(len(sequence))
+        ids[row, where] = torch.tensor(list(sequence))
+        mask[row, where] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _scored(logits: Tensor, tokens: Tokens) -> Continuation:
+    """From logits [at least as many as tokens, vocabulary]."""
+    wanted = torch.tensor(list(tokens), device=logits.device)
+    logs = torch.log_softmax(logits[: len(wanted)].float(), dim=-1)
+    greedy = bool((logs.argmax(dim=-1) == wanted).all())
+    return Continuation(logs.gather(1, wanted[:, None]).double().sum().item(), greedy)

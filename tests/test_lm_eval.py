@@ -1,0 +1,180 @@
+"""run_lm_eval.py, lm-eval's model class `palu`, and scores behind a cache that drops tokens."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import palu
+import run_lm_eval
+from palu.calibrate.text import DEMO_ASSETS
+from palu.core.errors import PaluError
+from palu.evaluate.continuation import continuation_scores
+from palu.token_sparsity import TokenSparsity
+from tests.conftest import ROOT
+from tests.helpers import compressed, invoke, random_windows, tiny_model
+
+TASKS = ("--include_path", "tests/lm_eval_tasks", "--tasks", "palu_facts,palu_facts_generate", "--device", "cpu")
+BASE = DEMO_ASSETS / "model"
+
+
+@pytest.fixture(autouse=True)
+def in_the_checkout(monkeypatch):
+    """The example tasks name their data relative to it."""
+    monkeypatch.chdir(ROOT)
+
+
+def values(record, model):
+    return {(row["task"], row["metric"]): row["value"] for row in record["rows"] if row["model"] == model}
+
+
+def test_the_stock_model_scores_what_lm_eval_itself_gives_it(demo_checkpoint, tmp_path):
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    results, output = tmp_path / "r.json", tmp_path / "harness"
+    flags = ("--baseline", BASE, "--results", results, "--save_results", "--output_dir", output)
+    assert invoke(run_lm_eval, "--model_name_or_path", demo_checkpoint, *TASKS, *flags) == 0
+    record = json.loads(results.read_text())
+    expected = lm_eval.simple_evaluate(
+        model="hf",
+        model_args=f"pretrained={BASE}",
+        tasks=["palu_facts", "palu_facts_generate"],
+        task_manager=TaskManager(include_path="tests/lm_eval_tasks"),
+        batch_size=8,
+        device="cpu",
+    )["results"]
+    found = values(record, "model")
+    assert found["palu_facts", "acc"] == expected["palu_facts"]["acc,none"]
+    assert found["palu_facts", "acc_norm"] == expected["palu_facts"]["acc_norm,none"]
+    assert found["palu_facts_generate", "exact_match"] == expected["palu_facts_generate"]["exact_match,none"]
+    bytes_held = {row["model"]: row["kv_bytes_per_token"] for row in record["rows"]}
+    assert bytes_held == {"checkpoint": 5 * 2 * 256 * 2 / 2 + 4, "model": 5 * 2 * 256 * 2 * 1.0}
+    saved = json.loads((output / "model" / "results.json").read_text())
+    assert saved["results"]["palu_facts"]["acc,none"] == expected["palu_facts"]["acc,none"]
+    assert len((output / "checkpoint" / "samples_palu_facts.jsonl").read_text().splitlines()) == 24
+    assert results.with_suffix(".png").is_file()
+
+
+def test_policies_and_codes_show_in_what_the_cache_holds(demo_checkpoint, tmp_path, capsys):
+    policy = ("--token_sparse_method", "streaming", "--prompt_capacity", 6, "--sink_tokens", 2, "--lt_bits", 4)
+    results = tmp_path / "r.json"
+    flags = (*policy, "--limit", 6, "--results", results, "--batch_size", 4)
+    assert invoke(run_lm_eval, "--model_name_or_path", demo_checkpoint, *TASKS, *flags) == 0
+    row = json.loads(results.read_text())["rows"][0]
+    assert row["token_sparse_method"] == "streaming"
+    assert row["bits"] == 4
+    assert row["rows"] == 6
+    assert row["kv_bytes_per_token"] < 600
+    assert "4 bits, streaming 6" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--tasks", "palu_fact"), "'palu_fact' is no task of lm-eval or --include_path; close: palu_facts"),
+        (("--tasks", ","), "--tasks is empty"),
+        (("--limit", "0"), "--limit 0 must be a whole number of rows, or a fraction between 0 and 1"),
+        (("--batch_size", "0"), "--batch_size 0 must be at least 1"),
+        (("--batch_size", "many"), "'many' is neither a number nor auto nor auto:N"),
+        (("--num_fewshot", "-1"), "--num_fewshot -1 must be 0 or more"),
+        (("--include_path", "nowhere"), "--include_path nowhere is not a directory"),
+        (("--token_sparse_method", "snapkv"), "give either prompt_capacity or prompt_capacity_rate"),
+        (("--kernel_size", "3"), "kernel_size does nothing without token_sparse_method"),
+        (
+            ("--token_sparse_method", "snapkv", "--prompt_capacity", "64", "--lt_bits", "4", "--lt_window", "8"),
+            "lt_sinks and lt_window are not for a cache that drops tokens",
+        ),
+    ],
+)
+def test_bad_flags_are_refused_in_one_line(demo_checkpoint, flags, message, capsys):
+    assert invoke(run_lm_eval, "--model_name_or_path", demo_checkpoint, *TASKS, *flags) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_policies_are_refused_for_a_stock_model(capsys):
+    policy = ("--token_sparse_method", "snapkv", "--prompt_capacity", 64)
+    assert invoke(run_lm_eval, "--model_name_or_path", BASE, *TASKS, *policy) == 2
+    assert "is not a compressed model; --token_sparse_method needs one" in capsys.readouterr().err
+
+
+def test_lm_eval_finds_the_model_class_by_name(demo_checkpoint, tmp_path):
+    command = [str(Path(sys.executable).with_name("palu-lm-eval")), "run", "--model", "palu"]
+    settings = f"pretrained={demo_checkpoint},lt_bits=4,token_sparse_method=snapkv,prompt_capacity=40"
+    command += ["--model_args", settings, "--tasks", "palu_facts", "--include_path", "tests/lm_eval_tasks"]
+    command += ["--limit", "4", "--device", "cpu", "--output_path", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "palu_facts" in done.stdout
+    from importlib.metadata import entry_points
+
+    assert [point.value for point in entry_points(group="lm_eval.models", name="palu")] == [
+        "palu.evaluate.harness:PaluLM"
+    ]
+
+
+def test_two_processes_share_the_rows_and_find_the_same(demo_checkpoint, tmp_path):
+    alone, shared = tmp_path / "alone.json", tmp_path / "shared.json"
+    flags = ["--model_name_or_path", str(demo_checkpoint), *map(str, TASKS), "--limit", "6"]
+    assert invoke(run_lm_eval, *flags, "--results", alone) == 0
+    command = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "run_lm_eval.py", *flags, "--results", str(shared)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    expected, found = (json.loads(path.read_text())["rows"] for path in (alone, shared))
+    assert [row["value"] for row in found] == [row["value"] for row in expected]
+    assert done.stdout.count("record: ") == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+def test_scores_behind_a_context_equal_those_of_one_forward_pass(family):
+    model = tiny_model(family)
+    ids = random_windows(model, 3, 30)
+    contexts = [ids[0, :20].tolist(), ids[1, :13].tolist(), ids[2, :1].tolist()]
+    continuations = [(0, ids[0, 20:30].tolist()), (2, ids[2, 1:8].tolist()), (1, [7]), (0, ids[0, 20:22].tolist())]
+    for each in (model, compressed(model).model):
+        scores = continuation_scores(each, contexts, continuations)
+        for (row, tokens), score in zip(continuations, scores.continuations, strict=True):
+            whole = torch.tensor([contexts[row] + tokens])
+            logs = model(whole).logits[0, -len(tokens) - 1 : -1].log_softmax(dim=-1)
+            wanted = torch.tensor(tokens)
+            assert score.log_likelihood == pytest.approx(logs.gather(1, wanted[:, None]).sum().item(), abs=1e-3)
+            assert score.is_greedy == bool((logs.argmax(-1) == wanted).all())
+
+
+@torch.no_grad()
+def test_scores_change_with_what_a_policy_drops():
+    latent = compressed(tiny_model("llama")).model
+    ids = random_windows(latent, 2, 40)
+    call = (latent, ids[:, :30].tolist(), [(row, ids[row, 30:].tolist()) for row in (0, 1, 0)])
+    whole = continuation_scores(*call)
+    palu.set_token_sparsity(latent, TokenSparsity("snapkv", capacity=10, window_size=4))
+    dropped = continuation_scores(*call)
+    assert whole.continuations[0] == whole.continuations[2]
+    assert dropped.cache_bytes < 0.4 * whole.cache_bytes
+    assert all(
+        abs(one.log_likelihood - other.log_likelihood) > 1e-3
+        for one, other in zip(whole.continuations, dropped.continuations, strict=True)
+    )
+
+
+def test_whole_texts_cannot_be_scored_with_a_policy(demo_checkpoint):
+    from palu.evaluate.harness import PaluLM
+
+    lm = PaluLM(str(demo_checkpoint), device="cpu", token_sparse_method="streaming", prompt_capacity=64)
+    with pytest.raises(PaluError, match="tasks of whole texts have none"):
+        lm.loglikelihood_rolling([])

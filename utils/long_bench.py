@@ -1,0 +1,120 @@
+"""LongBench's answers on disk, and tables and plots of its scores."""
+
+import hashlib
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from utils.console import print_table, progress
+from utils.report import cache_label, headless_pyplot, save_figure
+
+# What changes answers beside model and settings.
+PACKAGES = ("torch", "transformers", "lm-eval")
+
+
+def answers_folder(model: Any, label: str, args: Any) -> Path:
+    """Where a model's answers are kept: named after everything that they depend on, but for the data set."""
+    from palu.calibrate.store import weights_fingerprint
+
+    identity = {
+        "config": model.config.to_dict(),
+        "weights": weights_fingerprint(model),
+        "dtype": str(model.dtype),
+        "device": model.device.type,
+        "attention": model.config._attn_implementation,
+        "versions": {package: metadata.version(package) for package in PACKAGES},
+    }
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    folder = Path(args.output_dir) / f"{label.replace('/', '--')}_{key}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+class Answers:
+    """A model's answers to one data set, kept on disk.
+
+    Args:
+        folder: of the model.
+        limit: tokens of a prompt; as_chat: whether it is put into the chat template.
+        restart: forget what an earlier run left.
+    """
+
+    def __init__(self, folder: Path, task: Any, limit: int, as_chat: bool, restart: bool) -> None:
+        from palu.evaluate.prediction_log import PredictionLog
+
+        self.task, self.limit, self.as_chat = task, limit, as_chat
+        identity = json.dumps(
+            [[task.prompt(row) for row in task.rows], limit, as_chat, task.max_new_tokens, task.stops]
+        )
+        key = hashlib.sha256(identity.encode()).hexdigest()[:12]
+        path = folder / f"{task.name}_{key}.jsonl"
+        if restart:
+            path.unlink(missing_ok=True)
+        self.log = PredictionLog(path)
+
+    def complete(self, model: Any, tokenizer: Any, label: str, limit: int | None) -> dict[int, dict[str, Any]]:
+        """Make the answers that are missing among the first `limit` rows; returns those rows' entries."""
+        from palu.evaluate.long_bench import answer, prompt_tokens
+
+        wanted = range(len(self.task.rows))[:limit]
+        missing = [row for row in wanted if row not in self.log.made]
+        for row in progress(missing, f"{label} on {self.task.name}", len(missing)):
+            ids, length = prompt_tokens(tokenizer, self.task.prompt(self.task.rows[row]), self.as_chat, self.limit)
+            prediction, held = answer(model, tokenizer, ids, self.task)
+            entry = {"prediction": prediction, "prompt_tokens": length, "kv_bytes_per_token": held}
+            self.log.append(row, entry | {"answers": self.task.rows[row]["answers"]})
+        return {row: self.log.made[row] for row in wanted}
+
+
+def long_bench_table(results: dict[str, Any]) -> None:
+    """A line per data set and range of lengths, a column per model; the average and the cache's bytes at the end."""
+    rows = results["rows"]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    values = {(row["task"], row["lengths"], row["model"]): row for row in rows}
+    lines: list[list[Any]] = []
+    for task, lengths in dict.fromkeys(key[:2] for key in values):
+        found = [values[task, lengths, model] for model in models]
+        name = task if lengths == "all" else f"  {lengths}"
+        counts = [found[0]["rows"], found[0]["cut"]] if lengths == "all" else [None, None]
+        lines.append([name, found[0]["metric"], *counts, *_cells([row["value"] for row in found])])
+    means = [_mean(rows, model, "value") for model in models]
+    lines.append([f"average of {len({row['task'] for row in rows})}", None, None, None, *_cells(means)])
+    held = [_mean(rows, model, "kv_bytes_per_token") for model in models]
+    ratio = [f"{held[0] / held[-1] - 1:+.2%}"] if len(models) > 1 else []
+    lines.append(["KV bytes per token", None, None, None, *(f"{each:,.0f}" for each in held), *ratio])
+    names = ["model", "baseline", "diff"] if len(models) > 1 else ["model"]
+    caption = "\n".join(f"{name}: {_named(rows, model)}" for name, model in zip(names, models, strict=False))
+    print_table("LongBench, 0 to 100", ["data set", "metric", "rows", "cut", *names], lines, caption)
+
+
+def _cells(found: list[float]) -> list[str]:
+    cells = [f"{value:.2f}" for value in found]
+    return cells if len(found) == 1 else [*cells, f"{found[0] - found[-1]:+.2f}"]
+
+
+def _named(rows: list[dict[str, Any]], model: str) -> str:
+    return f"{model}, {cache_label(next(row for row in rows if row['model'] == model))}"
+
+
+def _mean(rows: list[dict[str, Any]], model: str, what: str) -> float:
+    """Over data sets, each counted once."""
+    found = [row[what] for row in rows if row["model"] == model and row["lengths"] == "all"]
+    return sum(found) / len(found)
+
+
+def plot_long_bench(results: dict[str, Any], path: Path) -> None:
+    """Bars of every data set's score, models side by side."""
+    plt = headless_pyplot()
+    rows = [row for row in results["rows"] if row["lengths"] == "all"]
+    models, tasks = (list(dict.fromkeys(row[what] for row in rows)) for what in ("model", "task"))
+    figure, axis = plt.subplots(figsize=(max(5.0, 0.9 * len(tasks) + 2), 3.8), layout="constrained")
+    width = 0.8 / len(models)
+    for place, model in enumerate(models):
+        at = [index + (place - (len(models) - 1) / 2) * width for index in range(len(tasks))]
+        axis.bar(at, [row["value"] for row in rows if row["model"] == model], width, label=_named(rows, model))
+    axis.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
+    axis.set_ylabel("score, 0 to 100")
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend(fontsize=7)
+    save_figure(figure, path)
