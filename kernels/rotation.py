@@ -158,8 +158,9 @@ def _made_once(
 class Rotation:
     """Positions of cached tokens and the rotary embedding that turns their keys.
 
-    positions: integers [batch or 1, length]; frequencies: the embedding's inverse frequencies [head_dim / 2];
-    attention_scaling: what cos and sin are multiplied with (yarn); tolerance: of interpolated cosines and sines.
+    positions: integers [batch or 1, length], or [batch or 1, length, groups] where consecutive equal groups of heads
+    see tokens of their own; frequencies: the embedding's inverse frequencies [head_dim / 2]; attention_scaling: what
+    cos and sin are multiplied with (yarn); tolerance: of interpolated cosines and sines.
     Tables are made when they are first asked for and shared by all layers that are given the same object.
     """
 
@@ -168,6 +169,17 @@ class Rotation:
     attention_scaling: float = 1.0
     tolerance: float = TOLERANCE
     _tables: dict = field(default_factory=dict, repr=False)
+
+    @property
+    def groups(self) -> int:
+        """Groups of heads that see tokens of their own; 1 where all see the same."""
+        return 1 if self.positions.ndim == 2 else self.positions.shape[2]
+
+    def positions_of(self, groups: int) -> Tensor:
+        """Positions of so many groups of heads, [batch or 1, length, groups]: a multiple of those there are, or any."""
+        if self.groups == 1:
+            return self.positions.view(*self.positions.shape[:2], 1).expand(-1, -1, groups)
+        return self.positions.repeat_interleave(groups // self.groups, dim=2)
 
     def narrow(self, start: int, length: int) -> "Rotation":
         """The tokens start .. start + length, with views of the tables made so far."""
@@ -182,7 +194,7 @@ class Rotation:
         return Rotation(positions, self.frequencies, self.attention_scaling, self.tolerance, tables)
 
     def tables(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin of every pair, scaled: [batch or 1, length, head_dim]."""
+        """cos and sin of every pair, scaled: [batch or 1, length, head_dim], or [.., length, groups, head_dim]."""
 
         def make() -> tuple[Tensor, ...]:
             # float32 products as in transformers, so that both round alike.
@@ -193,6 +205,15 @@ class Rotation:
             return tuple(table.to(dtype) for table in tables)
 
         return self.kept(("all", dtype), make)
+
+    def by_head(self, dtype: torch.dtype, num_heads: int) -> tuple[Tensor, Tensor]:
+        """The same for so many heads, [batch or 1, 1 or num_heads, length, head_dim]."""
+        if self.groups == 1:
+            cos, sin = (table.view(*table.shape[:2], table.shape[-1])[:, None] for table in self.tables(dtype))
+        else:
+            count = num_heads // self.groups
+            cos, sin = (table.transpose(1, 2).repeat_interleave(count, dim=1) for table in self.tables(dtype))
+        return cos, sin
 
     def kept(self, key: tuple, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Tables of these positions, [batch or 1, length, ...] (but for those of `seen`), made once for all layers."""

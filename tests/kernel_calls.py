@@ -65,9 +65,11 @@ def defined(query, key_latents, value_latents, key, value, rotation, mask, scali
     keys = up["key"]
     if rotation is not None:
         first, second = keys.chunk(2, -1)
-        angles = rotation.positions[..., None].double() * rotation.frequencies.double()
+        positions = rotation.positions if rotation.positions.ndim == 3 else rotation.positions[..., None]
+        angles = positions[..., None].double() * rotation.frequencies.double()
         turn = torch.complex(angles.cos(), angles.sin()) * rotation.attention_scaling
-        rotated = torch.complex(first, second) * turn[:, :, None]
+        # Consecutive kv heads share the positions of their group.
+        rotated = torch.complex(first, second) * turn.repeat_interleave(shape.num_kv_heads // positions.shape[2], dim=2)
         keys = torch.cat([rotated.real, rotated.imag], -1)
     output = torch.full((shape.batch, shape.queries, shape.num_heads, shape.head_dim), float("nan")).double()
     for head in range(shape.num_heads):

@@ -8,6 +8,7 @@ import palu
 from palu.checkpoint import save_checkpoint
 from palu.kernels.decode_attention import launch
 from palu.nn.latent_cache import LatentCache
+from palu.token_sparsity import METHOD_SETTINGS
 from tests.helpers import FAMILIES, compressed, left_padded_batch, random_windows, tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -44,6 +45,33 @@ def test_a_models_steps_go_through_the_kernels_and_agree_with_the_reference(fami
     assert len(calls) == 15 * len(latent.model.layers)
     first = [torch.stack(output.logits)[:4] for output in (got, expected)]
     assert torch.allclose(*first, atol=1e-3)
+    assert torch.equal(got.sequences, expected.sequences)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama-3.1", "qwen3", "mistral"])
+@pytest.mark.parametrize("method", METHOD_SETTINGS)
+@pytest.mark.parametrize("bits", [16, 4])
+def test_caches_that_drop_tokens_go_through_the_kernels_and_agree_with_the_reference(family, method, bits, monkeypatch):
+    window = {"sliding_window": 30} if family == "mistral" else {}
+    model = tiny_model(family, head_dim=64, hidden_size=512, **window).cuda()
+    latent = compressed(model, 0.75, rank_multiple=16, fuse_values=False).model
+    palu.set_quantization(latent, palu.QuantizationConfig(bits, bits))
+    palu.set_token_sparsity(latent, palu.TokenSparsity(method, capacity_rate=0.5, window_size=4))
+    batch = {name: tensor.cuda() for name, tensor in left_padded_batch(model, 40).items()}
+    calls = []
+    computed = launch.decode_attention
+    monkeypatch.setattr(launch, "decode_attention", lambda *args: calls.append(1) or computed(*args))
+    settings = {"max_new_tokens": 16, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    got = latent.generate(**batch, **settings)
+    # Windows of positions differ from group to group of heads, which the kernels' masks cannot say.
+    steps = 15 * len(latent.model.layers)
+    assert len(calls) == (0 if family == "mistral" and method != "streaming" else steps)
+    monkeypatch.setenv("PALU_FORCE_REFERENCE", "1")
+    before = len(calls)
+    expected = latent.generate(**batch, **settings)
+    assert len(calls) == before
+    assert torch.allclose(*(torch.stack(output.logits)[:4] for output in (got, expected)), atol=1e-3)
     assert torch.equal(got.sequences, expected.sequences)
 
 

@@ -8,7 +8,8 @@ from palu.kernels.decode_attention.op import decode_attention
 from palu.kernels.decode_attention.spec import SHAPES, TOLERANCE, Shape
 from palu.kernels.latents import LatentProjection
 from palu.kernels.quantize import Quantization, quantization_widths, quantize
-from tests.kernel_calls import KERNEL_SHAPES, RandomNorm, close, defined, name_of, on_device, random_call
+from palu.kernels.rotation import Rotation
+from tests.kernel_calls import KERNEL_SHAPES, RandomNorm, close, defined, name_of, on_device, quantized, random_call
 
 pytestmark = pytest.mark.usefixtures("empty_memory_is_nan")
 
@@ -92,6 +93,27 @@ def test_kernels_equal_the_definition(shape, dtype, variant, gapless, monkeypatc
         moved_norm = None if norm is None else norm.to(moved[0].device)
         assert launch.can_take(*moved[:-1], moved[-1], moved_norm)
         assert close(launch.decode_attention(*moved, scaling, moved_norm), expected, dtype)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("variant", ["plain", "key norm"])
+@pytest.mark.parametrize("shape", [shape for shape in KERNEL_SHAPES if len(shape.key_ranks) > 1], ids=name_of)
+def test_groups_of_heads_may_see_tokens_of_their_own(shape, bits, dtype, variant):
+    """Every key group with its own positions, or two groups that share them."""
+    call = list(random_call(shape, getattr(torch, dtype), False))
+    norm = RandomNorm(shape.head_dim) if variant == "key norm" else None
+    scaling, groups = shape.head_dim**-0.5, len(shape.key_ranks)
+    packed, held = quantized(call[1:3], bits, *call[3:5])
+    for own in {groups, groups // 2}:
+        positions = torch.randint(0, 300, (shape.batch, shape.length, own))
+        rotation = Rotation(positions if own > 1 else positions[..., 0], call[5].frequencies)
+        expected = defined(call[0], *held, *call[3:5], rotation, call[6], scaling, shape, norm)
+        moved = on_device(call[0], *packed, *call[3:5], rotation, call[6])
+        moved_norm = None if norm is None else norm.to(moved[0].device)
+        assert close(launch.decode_attention(*moved, scaling, moved_norm), expected, dtype)
+        assert close(decode_attention(*moved, scaling, moved_norm, with_probabilities=True)[0], expected, dtype)
 
 
 def test_kernels_leave_to_the_reference_what_they_cannot_take():

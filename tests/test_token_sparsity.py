@@ -30,7 +30,7 @@ def compressed_with(model, sparsity, **options):
 
 def positions_of(cache, layer, group=0):
     """Positions that one token group holds, a list per row."""
-    held = cache.layers[layer].groups[group].position_buffer.tokens[..., 0]
+    held = cache.layers[layer].position_buffer.tokens[..., group]
     return [[int(p) for p in row if p >= 0] for row in held]
 
 
@@ -158,7 +158,7 @@ def test_half_the_tokens_take_half_the_bytes(method, bits):
     per_token = latent.config.latent.bytes_per_token(4)
     palu.set_token_sparsity(latent, TokenSparsity(method, capacity_rate=0.5))
     cache = latent(ids).past_key_values
-    groups = sum(len(layer.groups) for layer in cache.layers)
+    groups = sum(layer.token_groups for layer in cache.layers)
     assert cache.nbytes() == pytest.approx(2 * 100 * (per_token + 4 * groups), rel=0.02)
     assert cache.allocated_nbytes() == cache.nbytes()
     assert cache.get_seq_length() == 200
@@ -175,12 +175,13 @@ def test_kept_codes_are_the_codes_that_were_there():
     cache = latent(ids).past_key_values
     layer, reference = cache.layers[0], whole.layers[0]
     for side, widths in zip(("key_buffer", "value_buffer"), layer.widths, strict=True):
-        buffer = getattr(reference, side)
-        expected = buffer.last(60).dequantized(torch.float32).split(widths, dim=-1)
-        for group, latents in zip(layer.groups, expected, strict=True):
-            held = getattr(group, side).last(20).dequantized(torch.float32)
-            slots = group.position_buffer.tokens.long().expand(-1, -1, held.shape[2])
-            assert torch.equal(held, latents.gather(1, slots))
+        expected, held = (
+            getattr(each, side).last(count).dequantized(torch.float32).split(widths, dim=-1)
+            for each, count in ((reference, 60), (layer, 20))
+        )
+        for group, (whole_latents, kept) in enumerate(zip(expected, held, strict=True)):
+            slots = layer.position_buffer.tokens[..., group, None].long().expand(-1, -1, kept.shape[2])
+            assert torch.equal(kept, whole_latents.gather(1, slots))
     assert positions_of(cache, 0, 0) != positions_of(cache, 0, 1)
 
 
@@ -262,19 +263,18 @@ def test_pooled_merging_equals_windows_taken_one_by_one(pool_type, monkeypatch):
     positions = torch.stack([(torch.arange(length) - each).clamp(min=0) for each in padding])
     layer.update(keys, values, positions, mask)
     assert layer.is_due(length)
-    layer.drop(lambda group: votes, length)
-    group = layer.groups[0]
+    layer.drop(lambda: votes[:, None], length)
     for row, pad in enumerate(padding):
         row_votes = votes[row, pad:].tolist()
         row_votes[-4:] = [0.0] * 4
         count = min(17, length - pad)
-        for side, buffer in ((keys, group.key_buffer), (values, group.value_buffer)):
+        for side, buffer in ((keys, layer.key_buffer), (values, layer.value_buffer)):
             expected, places = plain_pooled(
                 side[row, pad:], positions[row, pad:].tolist(), row_votes, 3, 4, count, pool_type
             )
             assert (buffer.tokens[row, -count:].double() - expected).abs().max() < 1e-6
-            assert group.position_buffer.tokens[row, -count:, 0].tolist() == places
-        assert (group.position_buffer.tokens[row, :-count] == -1).all()
+            assert layer.position_buffer.tokens[row, -count:, 0].tolist() == places
+        assert (layer.position_buffer.tokens[row, :-count] == -1).all()
 
 
 def test_windows_are_as_equal_as_can_be():
@@ -327,7 +327,7 @@ def test_key_and_value_groups_of_different_sizes_share_their_tokens():
     cache = latent.generate(
         random_windows(latent, 2, 30), max_new_tokens=3, return_dict_in_generate=True
     ).past_key_values
-    assert [len(layer.groups) for layer in cache.layers] == [2, 2, 2]
+    assert [layer.token_groups for layer in cache.layers] == [2, 2, 2]
     assert cache.layers[0].widths == [[32, 32], [32, 32]]
 
 

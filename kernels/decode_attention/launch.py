@@ -117,7 +117,9 @@ def decode_attention(
         visible = visible.reshape(-1, mask.shape[-1])
     # Triton launches on the current device, which need not be that of the layer.
     with torch.cuda.device_of(query):
-        if _hopper_takes(query, key_latents, value_latents, key, value, key_norm):
+        if (rotation is None or rotation.groups == 1) and _hopper_takes(
+            query, key_latents, value_latents, key, value, key_norm
+        ):
             # Here, so that other GPUs and other versions need no Gluon.
             from palu.kernels.decode_attention.hopper.launch import launch as launch_hopper
 

@@ -46,7 +46,8 @@ def decode_attention(
         raise ValueError(f"{key_latents.shape[1]} key latents but {value_latents.shape[1]} value latents")
     if uses_kernels(query) and torch.compiler.is_compiling():
         call = (key_latents, value_latents, key, value)
-        if not with_probabilities and travels(*call, key_norm):
+        together = rotation is None or rotation.groups == 1
+        if not with_probabilities and together and travels(*call, key_norm):
             return compiled_decode_attention(query, *call, rotation, mask, scaling, key_norm, head_dim), None
     elif uses_kernels(query):
         # Here, so that machines without a GPU need no Triton.

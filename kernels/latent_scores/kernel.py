@@ -29,8 +29,8 @@ def scores_kernel(
     query, latents, scales, up, bias, norm, table, positions, frequencies, basis, mask,
     starts, slow_weights, slow_biases, fast_weights, fast_biases, scores, rank_of, offset_of, byte_of, plane_of,
     block_step, length, blocks,
-    latents_b, latents_t, scales_b, scales_t, up_stride, table_b, table_t, positions_b, positions_t, mask_b, mask_t,
-    rows_per_start, stored, stored_from, norm_epsilon, scaling,
+    latents_b, latents_t, scales_b, scales_t, up_stride, table_b, table_t, positions_b, positions_t, positions_g,
+    mask_b, mask_t, rows_per_start, stored, stored_from, norm_epsilon, scaling,
     MODE: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
     HEADS_PER_GROUP: tl.constexpr, KV: tl.constexpr, QUERIES: tl.constexpr, QUERY_SLOTS: tl.constexpr,
     SLOTS: tl.constexpr, QUERY_ROWS: tl.constexpr, FAST: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
@@ -120,9 +120,10 @@ def scores_kernel(
             exact_stretch(
                 query, latents, scales, up, bias, norm, positions, frequencies, mask, scores, rank_of, offset_of,
                 byte_of, plane_of, row, head_block, first_token, first_token + last * TILE, length, latents_b,
-                latents_t, scales_b, scales_t, up_stride, positions_b, positions_t, mask_b, mask_t, stored, stored_from,
-                norm_epsilon, scaling, HEAD_DIM, HEADS, KV_HEADS, HEADS_PER_GROUP, KV, QUERIES, QUERY_SLOTS, SLOTS,
-                QUERY_ROWS, TILE, RANK, BITS, ASYMMETRIC, MASK, HAS_BIAS, HAS_NORM, DTYPE, ASSEMBLY, DIVISOR,
+                latents_t, scales_b, scales_t, up_stride, positions_b, positions_t, positions_g, mask_b, mask_t, stored,
+                stored_from, norm_epsilon, scaling, HEAD_DIM, HEADS, KV_HEADS, HEADS_PER_GROUP, KV, QUERIES,
+                QUERY_SLOTS, SLOTS, QUERY_ROWS, TILE, RANK, BITS, ASYMMETRIC, MASK, HAS_BIAS, HAS_NORM, DTYPE,
+                ASSEMBLY, DIVISOR,
             )  # fmt: skip
         elif highest == HIDDEN:
             token = first_token + tl.arange(0, PIECE)

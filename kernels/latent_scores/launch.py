@@ -93,7 +93,7 @@ def launch_scores(
     heads = head_blocks(kv_heads // groups, groups, num_heads // kv_heads, memory)
     parts = stretches(latents)
     interpolation = None
-    if key.up is not None and key_norm is None:
+    if key.up is not None and key_norm is None and rotation.groups == 1:
         interpolation = rotation.interpolation(heads.queries, compute_dtype(query, parts))
     scaling *= LOG2_E * (1.0 if rotation is None else rotation.attention_scaling)
     step = Step(query, key, key_norm, interpolation, rows_per_latent, scaling, heads)
@@ -184,14 +184,14 @@ def _launch_part(
         table = fast_table(rotation, interpolation.fast, dtype)
         basis = interpolation.basis
     pieces = cdiv(length, found.piece)
-    positions = side.rank if rotation is None else rotation.positions
+    positions = side.rank if rotation is None else rotation.positions_of(groups)
     scores_kernel[(min(pieces, programs), heads.count, rows)](
         query, *tensors, up, up if key.bias is None else key.bias, up if key_norm is None else key_norm.weight, table,
         positions, up if rotation is None else rotation.frequencies.to(device, torch.float32), basis,
         up if mask is None else mask, starts, *weights, found.scores, *side,
         min(pieces, programs), length, blocks, *strides, 0 if absorbed else up.stride(0),
         *((0, 0) if interpolation is None else row_strides(table)),
-        *((0, 0) if rotation is None else row_strides(positions)),
+        *((0, 0, 0) if rotation is None else (*row_strides(positions), positions.stride(2))),
         *((0, 0) if mask is None else row_strides(mask)),
         1 if interpolation is None else rows // starts.shape[0], found.scores.shape[3],
         first_piece * found.piece, 0.0 if key_norm is None else key_norm.variance_epsilon, scaling,

@@ -55,8 +55,7 @@ def _block_scores(
         keys = key_norm(keys)
     keys = keys.transpose(1, 2)
     if rotation is not None:
-        cos, sin = rotation.tables(query.dtype)
-        keys = rotate(keys, cos[:, None], sin[:, None])
+        keys = rotate(keys, *rotation.by_head(query.dtype, keys.shape[1]))
     num_kv_heads = keys.shape[1]
     grouped = query.reshape(batch, num_kv_heads, -1, head_dim)
     return (grouped @ keys.transpose(-1, -2)).view(batch, num_heads, queries, -1)

@@ -262,7 +262,7 @@ def _exact_tile(
 def exact_stretch(
     query, latents, scales, up, bias, norm, positions, frequencies, mask, scores, rank_of, offset_of, byte_of, plane_of,
     row, head_block, first, last, length, latents_b, latents_t, scales_b, scales_t, up_stride, positions_b, positions_t,
-    mask_b, mask_t, stored, stored_from, norm_epsilon, scaling,
+    positions_g, mask_b, mask_t, stored, stored_from, norm_epsilon, scaling,
     HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEADS_PER_GROUP: tl.constexpr,
     KV: tl.constexpr, QUERIES: tl.constexpr, QUERY_SLOTS: tl.constexpr, SLOTS: tl.constexpr, QUERY_ROWS: tl.constexpr,
     TILE: tl.constexpr, RANK: tl.constexpr, BITS: tl.constexpr, ASYMMETRIC: tl.constexpr, MASK: tl.constexpr,
@@ -289,7 +289,7 @@ def exact_stretch(
         seen, added = visible_tokens(mask, row * mask_b, token, mask_t, token < length, MASK)
         score = tl.zeros((TILE, SLOTS), tl.float32)
         if tl.max(seen.to(tl.int32), 0) > 0:
-            at = positions + at_row * positions_b + token * positions_t
+            at = positions + at_row * positions_b + token * positions_t + group * positions_g
             position = tl.load(at, mask=seen, other=0).to(tl.float32)
             at_token = token[:, None].to(tl.int64) * latents_t
             score = _exact_tile(

@@ -190,8 +190,8 @@ def weight_kernel(
                     exact_stretch(
                         query, latents, scales, up, bias, up, positions, frequencies, mask, scores, rank_of, offset_of,
                         byte_of, plane_of, row, head_block, block * SPAN, tl.minimum(length, (block + 1) * SPAN),
-                        length, latents_b, latents_t, scales_b, scales_t, up_stride, positions_b, positions_t, mask_b,
-                        mask_t, stored, stored_from, 0.0, scaling, HEAD_DIM, HEADS, KV_HEADS, HEADS_PER_GROUP, KV,
-                        QUERIES, QUERY_SLOTS, SLOTS, QUERY_ROWS, TILE, RANK, BITS, ASYMMETRIC, MASK, HAS_BIAS, False,
-                        DTYPE, ASSEMBLY, DIVISOR,
+                        length, latents_b, latents_t, scales_b, scales_t, up_stride, positions_b, positions_t, 0,
+                        mask_b, mask_t, stored, stored_from, 0.0, scaling, HEAD_DIM, HEADS, KV_HEADS, HEADS_PER_GROUP,
+                        KV, QUERIES, QUERY_SLOTS, SLOTS, QUERY_ROWS, TILE, RANK, BITS, ASYMMETRIC, MASK, HAS_BIAS,
+                        False, DTYPE, ASSEMBLY, DIVISOR,
                     )  # fmt: skip

@@ -27,11 +27,6 @@ class BufferGroup:
         """Rows of the batch, -1 before the first token."""
         return max(member.rows for member in self.members)
 
-    def take(self, slots: Tensor) -> None:
-        """Keep only the tokens in `slots` of every row."""
-        for member in self.members:
-            member.take(slots)
-
     def select_rows(self, rows: Tensor) -> None:
         """Keep, repeat or reorder rows of the batch."""
         for member in self.members:

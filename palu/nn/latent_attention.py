@@ -1,7 +1,6 @@
 """The only attention forward: prefill on rebuilt keys and values, decode on the latents themselves."""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +10,12 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from palu.config import LayerRanks
 from palu.kernels.decode_attention.op import decode_attention
-from palu.kernels.latents import LatentProjection, dense
+from palu.kernels.latents import Latents, dense
 from palu.kernels.query_rotation.op import rotate_queries
-from palu.kernels.reconstruct.reference import reconstruct
 from palu.kernels.rotation import Rotation, rotate
 from palu.nn.latent_cache import layer_window
-from palu.nn.latent_layer import HeldTokens, LatentLayer
 from palu.nn.low_rank_linear import LowRankLinear
-from palu.nn.masks import additive_mask, decode_mask
+from palu.nn.masks import additive_mask, by_heads, decode_mask
 from palu.nn.rotary import KeyRotation
 from palu.nn.sparse_layer import SparseLatentLayer
 from palu.nn.votes import attention_votes
@@ -27,19 +24,6 @@ from palu.nn.votes import attention_votes
 FEW_TOKENS = 8
 # Rebuilt keys and values of prefill are held for so many kv heads at a time that they take about this much memory.
 REBUILT_BYTES = 256 << 20
-
-
-class HeadGroup(NamedTuple):
-    """Heads that attend to the same cached tokens.
-
-    heads: the query heads; key, value: the up sides of theirs; tokens: what they attend to; rotation: of its keys.
-    """
-
-    heads: slice
-    key: LatentProjection
-    value: LatentProjection
-    tokens: HeldTokens
-    rotation: Rotation
 
 
 class LatentAttention(nn.Module):
@@ -84,21 +68,29 @@ class LatentAttention(nn.Module):
         """[batch, length, hidden_size] -> the same, and the attention weights where the implementation returns them."""
         query = self._heads(self.q_proj(hidden_states), self.q_norm)
         query = rotate_queries(query, *position_embeddings)
-        latents = self.k_proj.latents(hidden_states), self.v_proj.latents(hidden_states)
-        layer, tokens = None, [HeldTokens(*latents, position_ids, hidden_states.shape[1])]
+        key_latents = self.k_proj.latents(hidden_states)
+        value_latents = self.v_proj.latents(hidden_states)
+        positions, filled, kind, layer = position_ids, key_latents.shape[1], self.sliding_window, None
         if past_key_values is not None:
-            latents = past_key_values.update(*latents, self.layer_idx, position_ids, token_mask)
+            key_latents, value_latents = past_key_values.update(
+                key_latents, value_latents, self.layer_idx, position_ids, token_mask
+            )
             layer = past_key_values.layers[self.layer_idx]
-            tokens = layer.by_group(*latents)
-        groups = [self._head_group(index, tokens, query, key_rotation) for index in range(len(tokens))]
-        results = [
-            self._attend(query[:, group.heads], group, self._mask(attention_mask, layer, index, query), **kwargs)
-            for index, group in enumerate(groups)
-        ]
-        output, weights = results[0] if len(results) == 1 else _joined(results)
-        if isinstance(layer, SparseLatentLayer) and layer.is_due(query.shape[2]):
-            layer.drop(lambda index: self._votes(query, groups[index], layer, index), query.shape[2])
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+            positions, filled = layer.positions.to(query.device), layer.filled
+        is_sparse = isinstance(layer, SparseLatentLayer)
+        if is_sparse and layer.has_dropped:
+            # Masks and positions of a layer that keeps tokens of its own are its own.
+            attention_mask, kind = self._own_mask(layer, query), (self.sliding_window, self.layer_idx)
+        rotation = key_rotation(positions, kind)
+        if self._decodes(query.shape[2], attention_mask):
+            mask = decode_mask(attention_mask, query, key_latents.shape[1], filled, self.sliding_window)
+            output, weights = self._decode(query, key_latents, value_latents, rotation, mask)
+        else:
+            output, weights = self._prefill(query, key_latents, value_latents, rotation, attention_mask, **kwargs)
+        if is_sparse and layer.is_due(query.shape[2]):
+            layer.drop(lambda: self._votes(query, key_latents, rotation, layer), query.shape[2])
+        output = output.reshape(*hidden_states.shape[:-1], -1)
+        return self.o_proj(output), weights
 
     @property
     def value_widths(self) -> list[int]:
@@ -111,54 +103,38 @@ class LatentAttention(nn.Module):
         states = states.view(*states.shape[:-1], -1, self.head_dim)
         return (states if norm is None else norm(states)).transpose(1, 2)
 
-    def _head_group(self, index: int, tokens: list[HeldTokens], query: Tensor, key_rotation: KeyRotation) -> HeadGroup:
-        """The heads of one of the token groups; all heads, where there is one only."""
-        parts, count = len(tokens), query.shape[1] // len(tokens)
-        held = tokens[index]
-        # Groups and layers that keep tokens of their own do not share positions.
-        kind = self.sliding_window if held.shared else (self.layer_idx, index)
-        rotation = key_rotation(held.positions.to(query.device), kind)
-        key, value = self.k_proj.projection_part(index, parts), self.v_proj.projection_part(index, parts)
-        return HeadGroup(slice(index * count, (index + 1) * count), key, value, held, rotation)
-
-    def _mask(self, mask: Tensor | None, layer: LatentLayer | None, index: int, query: Tensor) -> Tensor | None:
-        """What one token group's heads may attend to: as the model says, until tokens are dropped."""
-        if not isinstance(layer, SparseLatentLayer) or not layer.has_dropped:
-            return mask
-        visible = layer.visible(index, query.shape[2])
-        return additive_mask(visible, query.dtype) if self.config._attn_implementation == "eager" else visible
-
-    def _attend(self, query: Tensor, group: HeadGroup, mask: Tensor | None, **kwargs) -> tuple[Tensor, Tensor | None]:
-        """Attention of some heads, [batch, length, features] side by side, and weights where there are any."""
-        if not self._decodes(query.shape[2], mask):
-            return self._prefill(query, group, mask, **kwargs)
-        length = group.tokens.keys.shape[1]
-        mask = decode_mask(mask, query, length, group.tokens.filled, self.sliding_window)
-        return self._decode(query, group, mask)
-
     def _prefill(
-        self, query: Tensor, group: HeadGroup, attention_mask: Tensor | None, **kwargs
+        self,
+        query: Tensor,
+        key_latents: Latents,
+        value_latents: Latents,
+        rotation: Rotation,
+        attention_mask: Tensor | None,
+        **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """Rebuild keys and values, as many heads at a time as fit, and use the model's attention implementation."""
         implementation = self.config._attn_implementation
         if "flash" in implementation and attention_mask is not None and attention_mask.ndim == 4:
-            # Behind dropped tokens a query's window is none of neighbouring slots, which flash attention takes only.
+            # Flash attention takes windows of neighbouring slots only, which kept tokens are not.
             implementation = "sdpa"
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         kv_heads = query.shape[1] // self.num_key_value_groups
-        batch, length, _ = group.tokens.keys.shape
+        batch, length, _ = key_latents.shape
         step = max(1, REBUILT_BYTES // (2 * batch * length * self.head_dim * query.element_size()))
         outputs = []
         for first in range(0, kv_heads, step):
             heads = range(first, min(first + step, kv_heads))
-            queries = query[:, heads.start * self.num_key_value_groups : heads.stop * self.num_key_value_groups]
+            these = slice(heads.start * self.num_key_value_groups, heads.stop * self.num_key_value_groups)
+            mask = attention_mask
+            if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:
+                mask = mask[:, these]
             outputs.append(
                 attend(
                     self,
-                    queries,
-                    self._rebuilt_keys(group, heads),
-                    self._rebuilt_values(group, heads, query.dtype),
-                    attention_mask,
+                    query[:, these],
+                    self._rebuilt_keys(key_latents, heads, rotation),
+                    self._rebuilt_values(value_latents, heads, query.dtype),
+                    mask,
                     dropout=self.attention_dropout if self.training else 0.0,
                     scaling=self.scaling,
                     sliding_window=self.sliding_window,
@@ -167,40 +143,52 @@ class LatentAttention(nn.Module):
             )
         output = torch.cat([output for output, _ in outputs], dim=2)
         weights = None if outputs[0][1] is None else torch.cat([weights for _, weights in outputs], dim=1)
-        return _of_latents(output, group.value.ranks) if group.value.up is None else output.flatten(2), weights
+        return self._of_latents(output) if self.v_proj.up is None else output, weights
 
-    def _rebuilt_keys(self, group: HeadGroup, heads: range) -> Tensor:
-        """Rotated keys of some of a group's kv heads, [batch, heads, length, head_dim]."""
-        span = heads.start * self.head_dim, heads.stop * self.head_dim
-        key = reconstruct(group.tokens.keys, group.key.up, group.key.ranks, group.key.bias, span)
-        return rotate(self._heads(key, self.k_norm), *(table[:, None] for table in group.rotation.tables(key.dtype)))
+    def _rebuilt_keys(self, latents: Latents, heads: range, rotation: Rotation) -> Tensor:
+        """Rotated keys of some kv heads, [batch, heads, length, head_dim]."""
+        key = self.k_proj.rebuild(latents, (heads.start * self.head_dim, heads.stop * self.head_dim))
+        tables = rotation.by_head(key.dtype, self.config.num_key_value_heads)
+        if rotation.groups > 1:
+            tables = (table[:, heads.start : heads.stop] for table in tables)
+        return rotate(self._heads(key, self.k_norm), *tables)
 
-    def _rebuilt_values(self, group: HeadGroup, heads: range, dtype: torch.dtype) -> Tensor:
+    def _rebuilt_values(self, latents: Latents, heads: range, dtype: torch.dtype) -> Tensor:
         """Values of some kv heads, [batch, heads, length, head_dim]; the latents themselves where up is folded away."""
-        latents, value = group.tokens.values, group.value
-        if value.up is not None:
-            span = heads.start * self.head_dim, heads.stop * self.head_dim
-            return self._heads(reconstruct(latents, value.up, value.ranks, value.bias, span), None)
-        ranks = value.ranks
-        query_heads = group.heads.stop - group.heads.start
-        heads_per_group = query_heads // self.num_key_value_groups // len(ranks)
+        if self.v_proj.up is not None:
+            value = self.v_proj.rebuild(latents, (heads.start * self.head_dim, heads.stop * self.head_dim))
+            return self._heads(value, None)
+        ranks = self.v_proj.ranks
+        heads_per_group = self.config.num_key_value_heads // len(ranks)
         groups = range(heads.start // heads_per_group, (heads.stop - 1) // heads_per_group + 1)
         padded = {}
-        for index in groups:
-            values = dense(latents, dtype, sum(ranks[:index]), ranks[index])
-            padded[index] = nn.functional.pad(values, (0, self.head_dim - ranks[index]))
+        for group in groups:
+            values = dense(latents, dtype, sum(ranks[:group]), ranks[group])
+            padded[group] = nn.functional.pad(values, (0, self.head_dim - ranks[group]))
         return torch.stack([padded[head // heads_per_group] for head in heads], dim=1)
 
-    def _decode(self, query: Tensor, group: HeadGroup, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _of_latents(self, output: Tensor) -> Tensor:
+        """Attention output over padded latents [batch, length, heads, head_dim] to the heads' latents side by side."""
+        heads = zip(output.unbind(2), self.value_widths, strict=True)
+        return torch.cat([head[..., :width] for head, width in heads], dim=-1)
+
+    def _decode(
+        self,
+        query: Tensor,
+        key_latents: Latents,
+        value_latents: Latents,
+        rotation: Rotation,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
         """Attend to the latents: keys rebuilt block by block, values absorbed."""
         is_eager = self.config._attn_implementation == "eager"
         output, weights = decode_attention(
             query,
-            group.tokens.keys,
-            group.tokens.values,
-            group.key,
-            group.value,
-            group.rotation,
+            key_latents,
+            value_latents,
+            self.k_proj.projection,
+            self.v_proj.projection,
+            rotation,
             mask,
             self.scaling,
             key_norm=self.k_norm,
@@ -208,35 +196,23 @@ class LatentAttention(nn.Module):
         )
         return output, weights if is_eager else None
 
-    def _votes(self, query: Tensor, group: HeadGroup, layer: SparseLatentLayer, index: int) -> Tensor:
-        """The attention that the newest queries pay to a token group's tokens, [batch, length]."""
-        count = min(query.shape[2], layer.policy.settings.window_size)
-        return attention_votes(
-            query[:, group.heads, -count:],
-            group.tokens.keys,
-            group.key,
-            group.rotation,
-            layer.visible(index, count),
-            self.scaling,
-            self.k_norm,
-        )
-
     def _decodes(self, queries: int, attention_mask: object) -> bool:
         """Whether this call can attend to the latents: few new tokens, and a mask of a kind that is understood."""
         dense_mask = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.ndim in (2, 4))
         return queries <= FEW_TOKENS and dense_mask and not self.training
 
+    def _own_mask(self, layer: SparseLatentLayer, query: Tensor) -> Tensor | None:
+        """What new tokens may attend to of those that a layer has kept, in the form that attention takes."""
+        visible = by_heads(layer.visible(query.shape[2]), query.shape[1])
+        if self._decodes(query.shape[2], visible) or self.config._attn_implementation != "eager":
+            return visible
+        return additive_mask(visible, query.dtype)
 
-def _joined(results: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
-    """Outputs of token groups side by side. Weights, of tokens that differ from group to group, are none."""
-    return torch.cat([output for output, _ in results], dim=-1), None
-
-
-def _of_latents(output: Tensor, ranks: Sequence[int]) -> Tensor:
-    """Attention output over padded latents [batch, length, heads, head_dim] to the heads' latents side by side."""
-    per_group = output.shape[2] // len(ranks)
-    heads = zip(output.unbind(2), (rank for rank in ranks for _ in range(per_group)), strict=True)
-    return torch.cat([head[..., :width] for head, width in heads], dim=-1)
+    def _votes(self, query: Tensor, key_latents: Latents, rotation: Rotation, layer: SparseLatentLayer) -> Tensor:
+        """The attention that the newest queries pay to the tokens, [batch, token groups, length]."""
+        count = min(query.shape[2], layer.policy.settings.window_size)
+        call = (query[:, :, -count:], key_latents, self.k_proj.projection, rotation)
+        return attention_votes(*call, layer.visible(count), self.scaling, self.k_norm, layer.token_groups)
 
 
 def _low_rank(projection: nn.Linear, ranks: tuple[int, ...], fused: bool = False) -> LowRankLinear:

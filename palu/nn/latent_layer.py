@@ -26,12 +26,6 @@ class LayerQuantization(NamedTuple):
     sinks: int = 0
     window: int = 0
 
-    def split(self, key_sizes: list[int], value_sizes: list[int]) -> list["LayerQuantization"]:
-        """The same for parts of the latents, as wide as `key_sizes` and `value_sizes` say."""
-        keys = [None] * len(key_sizes) if self.key is None else self.key.split(key_sizes)
-        values = [None] * len(value_sizes) if self.value is None else self.value.split(value_sizes)
-        return [self._replace(key=key, value=value) for key, value in zip(keys, values, strict=True)]
-
     def new_buffer(self, quantization: Quantization | None) -> Buffer:
         """An empty buffer for one side."""
         if quantization is None:
@@ -42,20 +36,6 @@ class LayerQuantization(NamedTuple):
 
 
 UNQUANTIZED = LayerQuantization(None, None)
-
-
-class HeldTokens(NamedTuple):
-    """Tokens that new ones may attend to, of all heads or of one token group's.
-
-    keys, values: latents [batch, length, sum(ranks)]; positions: int32 [batch, length]; the first `filled` of them are
-    tokens, the new ones last. shared: whether other layers of the same window hold the same tokens.
-    """
-
-    keys: Latents
-    values: Latents
-    positions: Tensor
-    filled: int | Tensor
-    shared: bool = True
 
 
 class LatentLayer(CacheLayerMixin):
@@ -75,6 +55,8 @@ class LatentLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
     keeps_positions = True
+    # Groups of heads that may come to hold different tokens.
+    token_groups = 1
 
     def __init__(
         self,
@@ -131,21 +113,21 @@ class LatentLayer(CacheLayerMixin):
         self.value_buffer.append(value_states, self.max_length)
         if self.holds_positions:
             positions = position_ids.to(torch.int32).expand(key_states.shape[0], -1)
-            self.position_buffer.append(positions[..., None], self.max_length)
+            self.position_buffer.append(positions[..., None].expand(-1, -1, self.token_groups), self.max_length)
         visible = len(self.key_buffer)
         if self.is_sliding:
             visible = min(visible, self.sliding_window - 1 + new)
         if self.holds_positions:
-            self.visible_positions = self.position_buffer.tokens[:, -visible:, 0]
+            self.visible_positions = self._seen_positions(visible)
         keys, values = self.key_buffer.last(visible), self.value_buffer.last(visible)
         self.filled = visible
         if not self.record_past:
             self._restrict_to_window()
         return keys, values
 
-    def by_group(self, keys: Latents, values: Latents) -> list[HeldTokens]:
-        """What `update` returned with its positions: one group, as all heads see the same tokens."""
-        return [HeldTokens(keys, values, self.positions, self.filled)]
+    def _seen_positions(self, visible: int) -> Tensor:
+        """Positions of the newest tokens, [batch, visible], and by token group where these differ."""
+        return self.position_buffer.last(visible)[..., 0]
 
     def _check_rows(self, key_states: Tensor) -> None:
         rows = self.batch_size

@@ -26,7 +26,6 @@ class LowRankLinear(nn.Module):
         self.down = nn.Linear(in_features, sum(ranks), bias=False)
         self.up = None if fused else nn.Parameter(torch.empty(out_features // len(ranks), sum(ranks)))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias and not fused else None
-        self._parts: dict = {}
         if self.up is not None:
             nn.init.normal_(self.up, std=0.02)
 
@@ -34,9 +33,9 @@ class LowRankLinear(nn.Module):
         """What the cache holds: [batch, length, in_features] -> [batch, length, sum(ranks)]."""
         return self.down(inputs)
 
-    def rebuild(self, latents: Latents) -> Tensor:
-        """[batch, length, sum(ranks)] -> [batch, length, out_features]."""
-        return reconstruct(latents, self.up, self.ranks, self.bias)
+    def rebuild(self, latents: Latents, span: tuple[int, int] | None = None) -> Tensor:
+        """[batch, length, sum(ranks)] -> [batch, length, outputs], all of them or those from span[0] to span[1]."""
+        return reconstruct(latents, self.up, self.ranks, self.bias, span)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The projection itself: [batch, length, in_features] -> [batch, length, out_features]."""
@@ -46,29 +45,6 @@ class LowRankLinear(nn.Module):
     def projection(self) -> LatentProjection:
         """The up side, as the decode kernels take it."""
         return LatentProjection(up=self.up, ranks=self.ranks, bias=self.bias)
-
-    def projection_part(self, part: int, parts: int) -> LatentProjection:
-        """The up side of one of so many equal parts of the groups, as views that stay the same objects."""
-        if parts == 1:
-            return self.projection
-        if self.up is not None and self.up.requires_grad and torch.is_grad_enabled():
-            return self._cut(part, parts)
-        # Kernels keep what they make of a factor as long as the factor: a view must live as long.
-        memory = None if self.up is None else (self.up.data_ptr(), self.up.device, self.up.dtype)
-        if self._parts.get("of") != (parts, memory):
-            self._parts = {"of": (parts, memory)}
-        if part not in self._parts:
-            self._parts[part] = self._cut(part, parts)
-        return self._parts[part]
-
-    def _cut(self, part: int, parts: int) -> LatentProjection:
-        count = len(self.ranks) // parts
-        ranks = self.ranks[part * count : (part + 1) * count]
-        first = sum(self.ranks[: part * count])
-        up = None if self.up is None else self.up[:, first : first + sum(ranks)]
-        size = self.out_features // parts
-        bias = None if self.bias is None else self.bias[part * size : (part + 1) * size]
-        return LatentProjection(up, ranks, bias)
 
     def extra_repr(self) -> str:
         shape = f"out_features={self.out_features}, ranks={list(self.ranks)}, bias={self.bias is not None}"

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 def decode_mask(
     attention_mask: Tensor | None, query: Tensor, length: int, filled: int | Tensor, sliding_window: int | None
 ) -> Tensor | None:
-    """A mask [batch or 1, 1, queries, length] from what the attention implementations are given.
+    """A mask [batch or 1, 1 or num_heads, queries, length] from what the attention implementations are given.
 
     Without a 4D mask the newest queries of the `filled` slots are the queries themselves, each sees what came before
     it, and a 2D mask (flash attention's convention) hides padding.
@@ -35,8 +35,13 @@ def decode_mask(
     return visible[None, None] & padding[:, None, None]
 
 
-def additive_mask(visible: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def by_heads(mask: Tensor | None, num_heads: int) -> Tensor | None:
+    """A mask of consecutive equal groups of heads, [batch, groups, ...], for every head; one of all stays one."""
+    if mask is None or mask.shape[1] == 1:
+        return mask
+    return mask.repeat_interleave(num_heads // mask.shape[1], dim=1)
+
+
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """Zero where a boolean mask is true, the smallest number elsewhere, as eager attention wants it."""
-    if visible is None:
-        return None
     return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)

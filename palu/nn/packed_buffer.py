@@ -1,11 +1,14 @@
 """Token buffers that hold latents as packed codes: all of them, or all but the first and the newest tokens."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from palu.kernels.latents import Latents, MixedLatents
+from palu.kernels.packing import pack, unpack
 from palu.kernels.quantize import PackedLatents, Quantization, encode, encode_into
 from palu.nn.buffer_group import BufferGroup
-from palu.nn.token_buffer import TokenBuffer
+from palu.nn.token_buffer import TokenBuffer, taken
 
 
 class PackedBuffer(BufferGroup):
@@ -41,6 +44,15 @@ class PackedBuffer(BufferGroup):
         """Quantise latents [batch, new, width] and add them at the back."""
         for part, tensor in zip(self.members, self.encode(tokens), strict=True):
             part.append(tensor, max_length)
+
+    def take(self, slots: Tensor, widths: Sequence[int]) -> None:
+        """As of `TokenBuffer`, of latents as wide as `widths` say; the codes stay what they are."""
+        codes, parameters = self.members
+        bits, parts = self.quantization.bits, self.quantization.split(widths)
+        each = 1 if self.quantization.symmetric else 2
+        parameters.take(slots, [each * len(part.widths) for part in parts])
+        unpacked = unpack(codes.tokens, self.quantization.width, bits)
+        codes.storage, codes.start, codes.stop = pack(taken(unpacked, slots, widths), bits), 0, slots.shape[1]
 
     def put(self, where: Tensor, tokens: Tensor) -> None:
         """Replace the held tokens by latents [batch, held, width] where a mask [batch, held] says so."""

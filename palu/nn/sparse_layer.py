@@ -1,27 +1,29 @@
 """A cache layer that keeps only some tokens: every token group its own, as a policy says."""
 
 from collections.abc import Callable, Sequence
+from itertools import starmap
 
 import torch
 from torch import Tensor
 
 from palu.core.errors import PaluError
 from palu.kernels.latents import Latents, dense
-from palu.nn.latent_layer import HeldTokens, LatentLayer, LayerQuantization
+from palu.nn.latent_layer import LatentLayer, LayerQuantization
 from palu.sparse.base import TokenPolicy
 from palu.sparse.keep import Tokens, Windows, best_tokens
 
 # Position of a slot without a token.
 NOWHERE = -1
-# Gives the attention that the newest queries pay to a token group's tokens, float32 [batch, length].
-Votes = Callable[[int], Tensor]
+# Gives the attention that the newest queries pay to the tokens, float32 [batch, token groups, length].
+Votes = Callable[[], Tensor]
 
 
 class SparseLatentLayer(LatentLayer):
     """Latents of the tokens that a policy keeps.
 
-    Every token group (heads whose key and value groups have no head in common with others') is a growing cache of its
-    own, whose positions are -1 where a row has no token. Up to the first drop it holds what a `LatentLayer` does.
+    A slot holds one token of every token group (heads whose key and value groups have no head in common with others),
+    which may be different tokens; each has its position. Rows that keep fewer tokens than others have slots without any
+    in front, at position -1. Up to the first drop the layer holds what a `LatentLayer` does.
 
     Args:
         policy: decides how many tokens stay, and which.
@@ -42,12 +44,10 @@ class SparseLatentLayer(LatentLayer):
         max_length: int | None,
         quantization: LayerQuantization,
     ) -> None:
-        self.widths = [list(sizes) for sizes in zip(*widths, strict=True)]
-        self.groups = [
-            LatentLayer(None, sliding_window, max_length, codes) for codes in quantization.split(*self.widths)
-        ]
-        super().__init__(None, sliding_window, max_length)
+        super().__init__(None, sliding_window, max_length, quantization)
         self.policy, self.place = policy, (layer, num_layers)
+        self.widths = [list(sizes) for sizes in zip(*widths, strict=True)]
+        self.token_groups = len(widths)
         self._forget_rows()
 
     def _forget_rows(self) -> None:
@@ -57,19 +57,15 @@ class SparseLatentLayer(LatentLayer):
         self.has_gaps = self.has_dropped = False
 
     @property
-    def buffers(self) -> tuple:
-        """The buffers of all token groups."""
-        return tuple(buffer for group in self.groups for buffer in group.buffers)
-
-    @property
-    def batch_size(self) -> int:
-        """Rows of the cache, -1 before the first update."""
-        return self.groups[0].batch_size
-
-    @property
     def held(self) -> int:
-        """Slots of every token group."""
-        return len(self.groups[0].key_buffer)
+        """Slots that are held."""
+        return len(self.key_buffer)
+
+    @property
+    def positions(self) -> Tensor:
+        """Positions of what the last `update` returned, int32 [batch, length], by token group once these differ."""
+        positions = self.visible_positions.clamp(min=0)
+        return positions if self.has_dropped and self.token_groups > 1 else positions[..., 0]
 
     def update(
         self,
@@ -79,49 +75,43 @@ class SparseLatentLayer(LatentLayer):
         token_mask: Tensor | None = None,
         *args,
         **kwargs,
-    ) -> tuple[list[Latents], list[Latents]]:
-        """Append latents as `LatentLayer.update`; returns each token group's.
+    ) -> tuple[Latents, Latents]:
+        """Append latents as `LatentLayer.update`.
 
         Args:
             token_mask: which of the new tokens are none but padding, bool [batch, new]; all are tokens if None.
         """
-        self._check_rows(key_states)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
         batch, new, _ = key_states.shape
-        positions = position_ids.expand(batch, -1)
-        arrived = [new] * batch if token_mask is None else token_mask.sum(dim=1).tolist()
+        arrived = [new] * batch
         if token_mask is not None:
-            positions = positions.masked_fill(~token_mask, NOWHERE)
-        self.cumulative_length += new
-        keys, values = key_states.split(self.widths[0], dim=-1), value_states.split(self.widths[1], dim=-1)
-        updated = [group.update(*parts, positions) for group, *parts in zip(self.groups, keys, values, strict=True)]
+            arrived = token_mask.sum(dim=1).tolist()
+            position_ids = position_ids.expand(batch, -1).masked_fill(~token_mask, NOWHERE)
+        latents = super().update(key_states, value_states, position_ids)
         before = zip(self.seen or [0] * batch, self.tokens or [0] * batch, arrived, strict=True)
         counts = [(seen + more, min(held + more, self.held)) for seen, held, more in before]
         self.seen, self.tokens = map(list, zip(*counts, strict=True))
         self.has_gaps = min(self.tokens) < self.held
-        return [keys for keys, _ in updated], [values for _, values in updated]
+        return latents
 
-    def by_group(self, keys: list[Latents], values: list[Latents]) -> list[HeldTokens]:
-        """What `update` returned with every token group's positions."""
-        return [
-            HeldTokens(key, value, group.positions.clamp(min=0), key.shape[1], shared=False)
-            for key, value, group in zip(keys, values, self.groups, strict=True)
-        ]
+    def _seen_positions(self, visible: int) -> Tensor:
+        return self.position_buffer.last(visible)
 
-    def visible(self, group: int, queries: int) -> Tensor | None:
-        """What the newest `queries` tokens may attend to, bool [batch, 1, queries, length]; None: all of one's."""
+    def visible(self, queries: int) -> Tensor | None:
+        """What the newest `queries` tokens may attend to; None: all up to one's own.
+
+        bool [batch, 1 or token groups, queries, length].
+        """
         if queries == 1 and not self.has_gaps and not self.is_sliding:
             return None
-        positions = self.groups[group].positions
-        slots = torch.arange(positions.shape[1], device=positions.device)
-        own = slots[-queries:, None]
-        valid = positions >= 0
-        mask = (slots <= own) & valid[:, None] & valid[:, -queries:, None]
+        groups = self.token_groups if self.is_sliding else 1
+        positions = self.visible_positions[..., :groups].transpose(1, 2)
+        slots = torch.arange(positions.shape[2], device=positions.device)
+        own, valid = slots[-queries:, None], positions >= 0
+        mask = (slots <= own) & valid[:, :, None] & valid[:, :, -queries:, None]
         if self.is_sliding:
-            mask = mask & (positions[:, -queries:, None] - positions[:, None] < self.sliding_window)
+            mask = mask & (positions[:, :, -queries:, None] - positions[:, :, None] < self.sliding_window)
         # Padding sees itself, so that no row of a softmax is empty.
-        return (mask | (slots == own))[:, None]
+        return mask | (slots == own)
 
     def _targets(self, new: int) -> list[int]:
         """Tokens that each row is to hold after `new` have come; fewer than it does where it is due."""
@@ -140,25 +130,54 @@ class SparseLatentLayer(LatentLayer):
         """Bring the rows that are due after `new` tokens down to their budgets, in every token group."""
         before, settings = self.held, self.policy.settings
         self.tokens = self._targets(new)
+        positions = self.position_buffer.tokens
+        # Rows hold as many tokens of one group as of another, behind slots without any.
+        tokens, counts = Tokens.of(positions[..., 0] >= 0, settings), torch.tensor(self.tokens, device=positions.device)
+        scores = [self.policy.score(each, tokens.places) for each in self._votes(votes, tokens)]
         most = max(self.tokens)
-        for index, group in enumerate(self.groups):
-            positions = group.position_buffer.tokens[..., 0]
-            tokens, counts = Tokens.of(positions >= 0, settings), torch.tensor(self.tokens, device=positions.device)
-            scores = self.policy.score(self._votes(votes, index, tokens), tokens.places)
-            if settings.pool_type is None:
-                _select(group, *best_tokens(scores, tokens, counts, most))
-            else:
-                windows = Windows.of(tokens, counts, most, settings)
-                _merge(group, scores, windows, settings.pool_type)
-            group.max_length = None if group.max_length is None else group.max_length - (before - self.held)
+        if settings.pool_type is None:
+            chosen = [best_tokens(each, tokens, counts, most) for each in scores]
+            self._select(torch.stack([slots for slots, _ in chosen], dim=2), chosen[0][1])
+        else:
+            self._merge(scores, Windows.of(tokens, counts, most, settings))
+        self.max_length = None if self.max_length is None else self.max_length - (before - self.held)
         self.has_gaps, self.has_dropped = min(self.tokens) < most, True
 
-    def _votes(self, votes: Votes, group: int, tokens: Tokens) -> Tensor | None:
-        """For the tokens that are still in the sliding window; the newest ones, which stay in any case, have none."""
+    def _votes(self, votes: Votes, tokens: Tokens) -> list[Tensor | None]:
+        """Each token group's, of what is still in the sliding window; the newest, which stay in any case, have none."""
         if not self.policy.needs_votes:
-            return None
+            return [None] * self.token_groups
         newest = tokens.behind <= self.policy.settings.window_size
-        return votes(group)[:, -newest.shape[1] :].masked_fill(newest, 0)
+        return [each[:, -newest.shape[1] :].masked_fill(newest, 0) for each in votes().unbind(1)]
+
+    def _select(self, slots: Tensor, kept: Tensor) -> None:
+        """Keep the tokens in `slots` [batch, count, token groups] where `kept` [batch, count] says so."""
+        widths = [*self.widths, [1] * self.token_groups]
+        for buffer, sizes in zip((self.key_buffer, self.value_buffer, self.position_buffer), widths, strict=True):
+            buffer.take(slots, sizes)
+        self.position_buffer.put(~kept, torch.full_like(self.position_buffer.tokens, NOWHERE))
+
+    def _merge(self, scores: list[Tensor], windows: Windows) -> None:
+        """Every window of tokens becomes one; what is alone in its window stays as it is."""
+        merged, pool_type = windows.sizes > 1, self.policy.settings.pool_type
+        pooled = {} if pool_type == "best" else self._pooled(scores, windows)
+        slots = torch.stack([windows.representatives(each) for each in scores], dim=2)
+        self._select(slots, windows.sizes > 0)
+        for buffer, tokens in pooled.items():
+            buffer.put(merged, tokens)
+
+    def _pooled(self, scores: list[Tensor], windows: Windows) -> dict:
+        """Of every buffer, the mean or maximum of every window; of positions the mean, weighed by the scores."""
+        by_group = zip(self.position_buffer.tokens.unbind(2), scores, strict=True)
+        pooled = {self.position_buffer: torch.stack(list(starmap(windows.mean_positions, by_group)), dim=2)}
+        for buffer in (self.key_buffer, self.value_buffer):
+            latents = dense(buffer.last(len(buffer)), torch.float32)
+            if self.policy.settings.pool_type == "mean":
+                tokens = windows.total(latents) / windows.sizes.clamp(min=1)[..., None]
+            else:
+                tokens = windows.largest(latents).masked_fill(windows.sizes[..., None] == 0, 0)
+            pooled[buffer] = tokens.to(self.dtype)
+        return pooled
 
     def check_dropped(self, new: int) -> None:
         """Refuse to go on with tokens that should have been dropped after `new` had come.
@@ -195,34 +214,3 @@ class SparseLatentLayer(LatentLayer):
         super().batch_repeat_interleave(repeats)
         self.seen = [seen for seen in self.seen for _ in range(repeats)]
         self.tokens = [held for held in self.tokens for _ in range(repeats)]
-
-
-def _select(group: LatentLayer, slots: Tensor, kept: Tensor) -> None:
-    """Keep the tokens in `slots` [batch, count] where `kept` says so."""
-    for buffer in group.buffers:
-        buffer.take(slots)
-    positions = group.position_buffer
-    positions.put(~kept, torch.full_like(positions.tokens, NOWHERE))
-
-
-def _merge(group: LatentLayer, scores: Tensor, windows: Windows, pool_type: str) -> None:
-    """Every window of tokens becomes one; what is alone in its window stays as it is."""
-    merged = windows.sizes > 1
-    pooled = {} if pool_type == "best" else _pooled(group, scores, windows, pool_type)
-    _select(group, windows.representatives(scores), windows.sizes > 0)
-    for buffer, tokens in pooled.items():
-        buffer.put(merged, tokens)
-
-
-def _pooled(group: LatentLayer, scores: Tensor, windows: Windows, pool_type: str) -> dict:
-    """Of every buffer, the mean or maximum of every window; of positions the mean, weighed by the scores."""
-    positions = group.position_buffer.tokens[..., 0]
-    pooled = {group.position_buffer: windows.mean_positions(positions, scores)[..., None]}
-    for buffer in (group.key_buffer, group.value_buffer):
-        latents = dense(buffer.last(len(buffer)), torch.float32)
-        if pool_type == "mean":
-            tokens = windows.total(latents) / windows.sizes.clamp(min=1)[..., None]
-        else:
-            tokens = windows.largest(latents).masked_fill(windows.sizes[..., None] == 0, 0)
-        pooled[buffer] = tokens.to(group.dtype)
-    return pooled

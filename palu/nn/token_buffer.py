@@ -1,5 +1,7 @@
 """A tensor of tokens that grows at the back and shrinks at either end without copying at every step."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -85,9 +87,9 @@ class TokenBuffer:
         """Forget the `count` newest tokens."""
         self.stop = max(self.start, self.stop - count)
 
-    def take(self, slots: Tensor) -> None:
-        """Keep only the tokens in `slots`, int64 [batch, kept]: every row its own."""
-        self.storage = self.tokens.gather(1, slots[..., None].expand(-1, -1, self.storage.shape[2]))
+    def take(self, slots: Tensor, widths: Sequence[int]) -> None:
+        """Keep only the tokens in `slots`, int64 [batch, kept, groups]: every row and group of columns its own."""
+        self.storage = taken(self.tokens, slots, widths)
         self.start, self.stop = 0, slots.shape[1]
 
     def put(self, where: Tensor, tokens: Tensor) -> None:
@@ -122,3 +124,15 @@ class TokenBuffer:
     def allocated_nbytes(self) -> int:
         """Bytes of the storage, the room to grow included."""
         return 0 if self.storage is None else self.storage.nbytes
+
+
+def taken(tokens: Tensor, slots: Tensor, widths: Sequence[int]) -> Tensor:
+    """Tokens [batch, length, sum(widths)] from `slots` [batch, kept, groups], one group of columns after the other."""
+    parts = tokens.split(list(widths), dim=2)
+    return torch.cat(
+        [
+            part.gather(1, slots[..., group, None].expand(-1, -1, width))
+            for group, (part, width) in enumerate(zip(parts, widths, strict=True))
+        ],
+        dim=2,
+    )

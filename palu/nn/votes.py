@@ -18,18 +18,21 @@ def attention_votes(
     visible: Tensor | None,
     scaling: float,
     key_norm: Callable[[Tensor], Tensor] | None,
+    groups: int,
 ) -> Tensor:
-    """Probabilities of every token, summed over queries and averaged over heads (SnapKV, arXiv 2404.14469, equation 1).
+    """Probabilities of every token, summed over queries and averaged over a token group's heads (SnapKV, arXiv
+    2404.14469, equation 1).
 
     Args:
         query: of the newest tokens, rotated, [batch, num_heads, queries, head_dim].
         latents: of all cached tokens, those of the queries last.
-        visible: what each query may attend to, bool [batch, 1, queries, length]; None: all.
+        visible: what each query may attend to, bool [batch, 1 or groups, queries, length]; None: all.
+        groups: of heads, consecutive and equal.
 
     Returns:
-        float32 [batch, length].
+        float32 [batch, groups, length].
     """
-    scores = latent_scores(query * scaling, latents, key, rotation, key_norm).float()
+    scores = latent_scores(query * scaling, latents, key, rotation, key_norm).float().unflatten(1, (groups, -1))
     if visible is not None:
-        scores = scores.masked_fill(~visible, -torch.inf)
-    return torch.softmax(scores, dim=-1).sum(dim=2).mean(dim=1)
+        scores = scores.masked_fill(~visible[:, :, None], -torch.inf)
+    return torch.softmax(scores, dim=-1).sum(dim=3).mean(dim=2)
