@@ -96,12 +96,12 @@ def test_kernels_equal_the_definition(shape, dtype, variant, gapless, monkeypatc
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("bits", [16, 4])
 @pytest.mark.parametrize("variant", ["plain", "key norm"])
-@pytest.mark.parametrize("shape", [shape for shape in KERNEL_SHAPES if len(shape.key_ranks) > 1], ids=name_of)
-def test_groups_of_heads_may_see_tokens_of_their_own(shape, bits, dtype, variant):
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3], *KERNEL_SHAPES[len(SHAPES) :][:2]], ids=name_of)
+def test_groups_of_heads_may_see_tokens_of_their_own(shape, bits, variant):
     """Every key group with its own positions, or two groups that share them."""
+    dtype = "float16"
     call = list(random_call(shape, getattr(torch, dtype), False))
     norm = RandomNorm(shape.head_dim) if variant == "key norm" else None
     scaling, groups = shape.head_dim**-0.5, len(shape.key_ranks)
