@@ -121,10 +121,15 @@ def find_tasks(asked: str, include_path: str | None) -> tuple[Any, list[str]]:
     from utils.console import working
     from utils.harness import task_manager
 
+    names = [name.strip() for name in asked.split(",") if name.strip()]
+    folders = [] if include_path is None else [include_path]
     with working("looking for tasks"):
-        manager = task_manager(include_path)
+        # A folder's own tasks are enough where they are all that is asked for.
+        manager = task_manager(*folders, defaults=False)
+        if not all(manager.match_tasks([name]) for name in names):
+            manager = task_manager(*folders)
     tasks: list[str] = []
-    for name in (name.strip() for name in asked.split(",") if name.strip()):
+    for name in names:
         matched = manager.match_tasks([name])
         if not matched:
             close = difflib.get_close_matches(name, manager.all_tasks, n=3)

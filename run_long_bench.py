@@ -110,10 +110,10 @@ def open_tasks(args: argparse.Namespace) -> list[Any]:
     from palu.core.errors import PaluError
     from palu.evaluate.long_bench import DEFAULT_TASKS, load_task, task_names
     from utils.console import progress, working
-    from utils.harness import task_manager
+    from utils.harness import long_bench_manager
 
     with working("looking for tasks"):
-        manager = task_manager()
+        manager = long_bench_manager()
     known = task_names(manager)
     names = DEFAULT_TASKS if args.datasets is None else [name.strip() for name in args.datasets.split(",")]
     if "all" in names:

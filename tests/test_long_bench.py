@@ -18,7 +18,7 @@ from palu.evaluate.long_bench import DEFAULT_TASKS, load_task, mean_scores, prom
 from palu.evaluate.prediction_log import PredictionLog
 from tests.conftest import ROOT
 from tests.helpers import in_an_empty_folder, invoke  # noqa: F401
-from utils.harness import task_manager
+from utils.harness import long_bench_manager
 
 BASE = DEMO_ASSETS / "model"
 STORY = "The old man lived by the sea. He had a boat, a dog and a lamp. Every morning he went out to fish. "
@@ -27,7 +27,7 @@ ROWS = {
     "triviaqa": [(STORY * 4, f"Passage {n}\nWhere did he live?\nAnswer:", ["by the sea"], None, 50) for n in range(3)],
     "trec": [(STORY, "Question: Who lived?\nType:", ["Human being"], ["Human being", "Place", "Number"], 20)],
     "lcc": [("def add(a, b):\n    return a + b\n", "", ["def sub(a, b):"], None, 10)],
-    "gov_report_e": [(STORY * 2, "", [STORY], None, length) for length in (100, 5000, 9000, 9001)],
+    "passage_count_e": [(STORY * 2, "", ["4"], None, length) for length in (100, 5000, 9000, 9001)],
 }
 
 
@@ -47,7 +47,7 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def manager():
-    return task_manager()
+    return long_bench_manager()
 
 
 def run(model, data_dir, *flags):
@@ -66,20 +66,20 @@ def test_all_data_sets_are_known_by_name(manager):
 
 
 def test_a_run_writes_scores_answers_and_a_plot(demo_checkpoint, data_dir, tmp_path, capsys):
-    flags = ("--datasets", "qasper,triviaqa,gov_report_e", "--limit", 3, "--max_length", 60, "--baseline", BASE)
+    flags = ("--datasets", "qasper,triviaqa,passage_count_e", "--limit", 3, "--max_length", 60, "--baseline", BASE)
     assert run(demo_checkpoint, data_dir, *flags, "--results", tmp_path / "r.json", "--dtype", "float32") == 0
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
     mine = [row for row in rows if row["model"] == "checkpoint"]
     assert [(row["task"], row["lengths"], row["rows"]) for row in mine] == [
         ("qasper", "all", 3),
         ("triviaqa", "all", 3),
-        ("gov_report_e", "all", 3),
-        ("gov_report_e", "0-4k", 3),
-        ("gov_report_e", "4-8k", 3),
-        ("gov_report_e", "8k+", 3),
+        ("passage_count_e", "all", 3),
+        ("passage_count_e", "0-4k", 3),
+        ("passage_count_e", "4-8k", 3),
+        ("passage_count_e", "8k+", 3),
     ]
     assert {row["cut"] for row in mine if row["task"] == "qasper"} == {3}
-    by_length = {row["lengths"]: row["value"] for row in mine if row["task"] == "gov_report_e"}
+    by_length = {row["lengths"]: row["value"] for row in mine if row["task"] == "passage_count_e"}
     assert by_length["all"] == pytest.approx(sum(by_length[key] for key in ("0-4k", "4-8k", "8k+")) / 3)
     assert {row["kv_bytes_per_token"] for row in mine} == {5 * 2 * 256 * 4 / 2 + 4}
     assert (tmp_path / "r.png").is_file()
@@ -91,7 +91,7 @@ def test_a_run_writes_scores_answers_and_a_plot(demo_checkpoint, data_dir, tmp_p
 
 
 def test_a_rerun_makes_nothing_anew_and_more_rows_go_on(demo_checkpoint, data_dir, monkeypatch):
-    assert run(demo_checkpoint, data_dir, "--datasets", "qasper", "--limit", 2) == 0
+    assert run(demo_checkpoint, data_dir, "--datasets", "triviaqa", "--limit", 2) == 0
     first = predictions("results/long_bench")
     import utils.long_bench
     from palu.evaluate import long_bench
@@ -99,15 +99,15 @@ def test_a_rerun_makes_nothing_anew_and_more_rows_go_on(demo_checkpoint, data_di
     made = []
     original = long_bench.answer
     monkeypatch.setattr(long_bench, "answer", lambda *args: made.append(1) or original(*args))
-    assert run(demo_checkpoint, data_dir, "--datasets", "qasper", "--limit", 2) == 0
+    assert run(demo_checkpoint, data_dir, "--datasets", "triviaqa", "--limit", 2) == 0
     assert not made
-    assert run(demo_checkpoint, data_dir, "--datasets", "qasper") == 0
+    assert run(demo_checkpoint, data_dir, "--datasets", "triviaqa") == 0
     assert len(made) == 1
     later = predictions("results/long_bench")
     assert all(later[name].startswith(text) for name, text in first.items())
-    assert run(demo_checkpoint, data_dir, "--datasets", "qasper", "--lt_bits", 4) == 0
+    assert run(demo_checkpoint, data_dir, "--datasets", "triviaqa", "--lt_bits", 4) == 0
     assert len(made) == 4
-    assert run(demo_checkpoint, data_dir, "--datasets", "qasper", "--restart") == 0
+    assert run(demo_checkpoint, data_dir, "--datasets", "triviaqa", "--restart") == 0
     assert len(made) == 7
     assert utils.long_bench.PACKAGES
 
@@ -174,7 +174,7 @@ def test_prompts_are_cut_in_the_middle(demo_tokenizer):
 
 def test_chat_templates_go_where_the_benchmark_wants_them(manager, data_dir, demo_tokenizer, monkeypatch):
     plain = {name: load_task(manager, name, data_dir).plain for name in ROWS}
-    assert plain == {"qasper": False, "triviaqa": True, "trec": True, "lcc": True, "gov_report_e": False}
+    assert plain == {"qasper": False, "triviaqa": True, "trec": True, "lcc": True, "passage_count_e": False}
     monkeypatch.setattr(demo_tokenizer, "chat_template", "{% for m in messages %}[{{ m.content }}]{% endfor %}>")
     ids, _ = prompt_tokens(demo_tokenizer, "Who?", True, 100)
     assert demo_tokenizer.decode(ids) == demo_tokenizer.decode(
@@ -205,7 +205,7 @@ def test_prompts_are_lm_evals(manager, data_dir):
     ("flags", "message"),
     [
         (("--datasets", "qasp"), "'qasp' is no data set of LongBench; use all or 2wikimqa"),
-        (("--datasets", "musique"), "musique.jsonl does not exist; data sets in that directory: gov_report_e, lcc"),
+        (("--datasets", "musique"), "musique.jsonl does not exist; data sets in that directory: lcc, passage_count_e"),
         (("--datasets", "lcc", "--max_length", "0"), "--max_length 0 must be at least 1"),
         (("--datasets", "lcc", "--max_length", "99999"), "--max_length 99999 exceeds its 2048 positions"),
         (("--datasets", "lcc", "--chat_template"), "its tokenizer has no chat template"),

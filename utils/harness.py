@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 
-def task_manager(include_path: str | None = None) -> Any:
-    """All tasks of lm-eval and those in a folder."""
+def task_manager(*folders: str | Path, defaults: bool = True) -> Any:
+    """The tasks of lm-eval in some folders, with all that it comes with (reading these takes seconds) or without."""
     from palu.core.hub import hub_reachable
 
     if not hub_reachable():
@@ -16,7 +16,14 @@ def task_manager(include_path: str | None = None) -> Any:
         os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=include_path)
+    return TaskManager(include_path=[str(folder) for folder in folders], include_defaults=defaults)
+
+
+def long_bench_manager() -> Any:
+    """LongBench's tasks alone."""
+    from importlib.util import find_spec
+
+    return task_manager(Path(find_spec("lm_eval.tasks").origin).with_name("longbench"), defaults=False)
 
 
 def save_harness_results(found: dict[str, Any], folder: Path) -> None:
