@@ -10,15 +10,21 @@ Under `accelerate launch` every process evaluates its share of the rows.
 """
 
 import argparse
+import numbers
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from utils.cli import add_common_flags, new_parser, resolve_device, run_script
-from utils.evaluation import check_counts, described, labels, open_models
+from utils.evaluation import check_counts, check_writable, free_memory, labels, open_models
 from utils.latent import add_latent_flags, apply_latent_flags, check_latent_flags
+from utils.perplexity import described
 
 # Of Palu's table 2.
 DEFAULT_TASKS = "openbookqa,hellaswag,piqa,arc_easy,arc_challenge,winogrande"
+OUTPUT_DIR = "results/lm_eval"
+# What lm-eval seeds the drawing of few-shot examples with, and numpy and torch.
+HARNESS_SEED = 1234
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -41,7 +47,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag(
         "--save_results", action="store_true", help="also write lm-eval's own JSON and all answers, under --output_dir"
     )
-    flag("--output_dir", default="results/lm_eval", help="where to, one folder a model (default: %(default)s)")
+    flag("--output_dir", help=f"where to, a folder for every model and setting (default: {OUTPUT_DIR})")
     add_latent_flags(parser)
     add_common_flags(parser)
     return parser.parse_args(argv)
@@ -72,23 +78,24 @@ def main(args: argparse.Namespace) -> None:
     path = results_path(args.results, "lm_eval", args.model_name_or_path)
     configs, tokenizers = open_models(models, args.trust_remote_code)
     clip_windows = check_latent_flags(configs[0], tokenizers[0], models[0], args)
-    manager, tasks = find_tasks(args.tasks, args.include_path)
+    manager, tasks = find_tasks(args.tasks, args.include_path, has_policy(configs[0], args))
     rows: list[dict[str, Any]] = []
-    for model, label in zip(models, labels(models), strict=True):
-        lm = open_harness(model, device, args)
-        if model is models[0] and not rows:
-            apply_latent_flags(lm.model, clip_windows, args)
-        found = evaluate(lm, manager, tasks, label, args)
-        # Only the first process of several has the results.
-        if found is not None:
-            rows += accuracy_rows(found, lm, label, args.limit)
-    if not rows:
-        return
-    results = {"rows": rows, "config": vars(args), "environment": environment(device, args.seed)}
-    write_results(path, results)
-    plot_accuracy(results, path.with_suffix(".png"))
-    accuracy_table(results)
-    console.print(f"record: {path}, plot: {path.with_suffix('.png')}", highlight=False, soft_wrap=True)
+    for index, (model, label) in enumerate(zip(models, labels(models), strict=True)):
+
+        def prepare(loaded: Any, index: int = index) -> None:
+            if index == 0:
+                apply_latent_flags(loaded, clip_windows, args)
+
+        rows += measure(model, label, manager, tasks, device, prepare, args)
+        free_memory()
+        # Only the first process of several has rows; what is measured so far is kept if the next model fails.
+        if rows:
+            results = {"rows": rows, "config": vars(args), "environment": environment(device, args.seed)}
+            write_results(path, results)
+    if rows:
+        plot_accuracy(results, path.with_suffix(".png"))
+        accuracy_table(results)
+        console.print(f"record: {path}, plot: {path.with_suffix('.png')}", highlight=False, soft_wrap=True)
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -104,71 +111,83 @@ def check_flags(args: argparse.Namespace) -> None:
         raise PaluError(f"--num_fewshot {args.num_fewshot} must be 0 or more")
     if args.include_path is not None and not Path(args.include_path).is_dir():
         raise PaluError(f"--include_path {args.include_path} is not a directory")
-    if args.save_results and Path(args.output_dir).is_file():
-        raise PaluError(f"--output_dir {args.output_dir} is a file")
+    if args.output_dir is not None and not args.save_results:
+        raise PaluError("--output_dir does nothing without --save_results")
+    check_writable("--output_dir", args.output_dir or OUTPUT_DIR)
     parse_dtype(args.dtype)
 
 
-def find_tasks(asked: str, include_path: str | None) -> tuple[Any, list[str]]:
+def has_policy(config: Any, args: argparse.Namespace) -> bool:
+    """Whether the model will drop tokens."""
+    from palu.models import is_latent
+    from palu.token_sparsity import changed_by_flags
+
+    return is_latent(config) and changed_by_flags(config.latent.sparsity, vars(args)) is not None
+
+
+def find_tasks(asked: str, include_path: str | None, drops_tokens: bool) -> tuple[Any, list[str]]:
     """lm-eval's task manager and the names of the tasks, whose data sets are there.
 
     Raises:
-        PaluError: naming a task that is unknown, or whose data cannot be had.
+        PaluError: naming a task that is unknown, whose data cannot be had, or that has nothing to drop tokens of.
     """
     import difflib
 
     from palu.core.errors import PaluError
     from utils.console import working
-    from utils.harness import task_manager
+    from utils.harness import load_tasks, task_manager
 
     names = [name.strip() for name in asked.split(",") if name.strip()]
-    folders = [] if include_path is None else [include_path]
-    with working("looking for tasks"):
-        # A folder's own tasks are enough where they are all that is asked for.
-        manager = task_manager(*folders, defaults=False)
-        if not all(manager.match_tasks([name]) for name in names):
-            manager = task_manager(*folders)
-    tasks: list[str] = []
-    for name in names:
-        matched = manager.match_tasks([name])
-        if not matched:
-            close = difflib.get_close_matches(name, manager.all_tasks, n=3)
-            hint = f"; close: {', '.join(close)}" if close else "; lm_eval ls tasks lists all"
-            raise PaluError(f"--tasks: {name!r} is no task of lm-eval or --include_path{hint}")
-        tasks += [task for task in matched if task not in tasks]
-    if not tasks:
+    if not names:
         raise PaluError("--tasks is empty")
-    for task in tasks:
-        with working(f"loading the data of {task}"):
-            try:
-                manager.load([task])
-            except Exception as error:  # data set loaders and task code raise whatever they like
-                reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-                raise PaluError(f"task {task}: its data cannot be loaded: {reason.strip()}") from error
+    folders = [] if include_path is None else [include_path]
+    with working("loading tasks and their data"):
+        # A folder's own tasks are enough where they are all that is asked for, and need no others.
+        manager = task_manager(*folders, defaults=False)
+        if not all(manager.match_tasks([name]) for name in names) or not load_tasks(manager, names, False):
+            manager = task_manager(*folders)
+        for name in names:
+            if not manager.match_tasks([name]):
+                close = difflib.get_close_matches(name, manager.all_tasks, n=3)
+                hint = f"; close: {', '.join(close)}" if close else "; lm_eval ls tasks lists all"
+                raise PaluError(f"--tasks: {name!r} is no task of lm-eval or --include_path{hint}")
+        tasks = list(dict.fromkeys(task for name in names for task in manager.match_tasks([name])))
+        loaded = load_tasks(manager, tasks, True)
+    whole = [name for name, task in loaded.items() if task.OUTPUT_TYPE == "loglikelihood_rolling"]
+    if drops_tokens and whole:
+        raise PaluError(f"task {whole[0]} scores whole texts, of which a token policy drops nothing")
     return manager, tasks
 
 
-def open_harness(model: str, device: str, args: argparse.Namespace) -> Any:
-    """The model as lm-eval sees it."""
+def measure(
+    path: str,
+    label: str,
+    manager: Any,
+    tasks: list[str],
+    device: str,
+    prepare: Callable[[Any], None],
+    args: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """One row per task and metric of one model; none in all processes but the first.
+
+    Args:
+        prepare: changes the loaded model before it is measured.
+    """
+    import lm_eval
+
     from palu.evaluate.harness import PaluLM
     from utils.console import working
+    from utils.harness import save_harness_results
 
-    with working(f"loading {model}"):
-        return PaluLM(
-            model,
+    with working(f"loading {path}"):
+        lm = PaluLM(
+            path,
             device=device,
             dtype=args.dtype,
             batch_size=args.batch_size,
             trust_remote_code=args.trust_remote_code,
         )
-
-
-def evaluate(lm: Any, manager: Any, tasks: list[str], label: str, args: argparse.Namespace) -> dict[str, Any] | None:
-    """lm-eval's results, saved if that is asked for; None in all processes but the first."""
-    import lm_eval
-
-    from utils.harness import save_harness_results
-
+    prepare(lm.model)
     found = lm_eval.simple_evaluate(
         model=lm,
         tasks=tasks,
@@ -178,29 +197,41 @@ def evaluate(lm: Any, manager: Any, tasks: list[str], label: str, args: argparse
         device=str(lm.device),
         limit=args.limit,
         log_samples=args.save_results,
+        # Those of lm-eval where the seed is 0, so that it draws the same few-shot examples.
         random_seed=args.seed,
-        numpy_random_seed=args.seed % 2**32,
-        torch_random_seed=args.seed,
-        fewshot_random_seed=args.seed,
+        numpy_random_seed=(HARNESS_SEED + args.seed) % 2**32,
+        torch_random_seed=HARNESS_SEED + args.seed,
+        fewshot_random_seed=HARNESS_SEED + args.seed,
     )
-    if found is not None and args.save_results:
-        save_harness_results(found, Path(args.output_dir) / label.replace("/", "--"))
-    return found
+    if found is None:
+        return []
+    model = described(lm.model, label)
+    if args.save_results:
+        save_harness_results(found, model, Path(args.output_dir or OUTPUT_DIR))
+    return accuracy_rows(found, model | {"kv_bytes_per_token": lm.kv_bytes_per_token}, args.limit)
 
 
-def accuracy_rows(found: dict[str, Any], lm: Any, label: str, limit: float | None) -> list[dict[str, Any]]:
-    """One row per task and metric."""
+def accuracy_rows(found: dict[str, Any], model: dict[str, Any], limit: float | None) -> list[dict[str, Any]]:
+    """One row per task, or group of tasks, and metric.
+
+    Raises:
+        PaluError: if there is none.
+    """
+    from palu.core.errors import PaluError
+
     rows = []
     for task, values in found["results"].items():
-        metrics = {key.partition(","): value for key, value in values.items() if isinstance(value, int | float)}
-        for (metric, _, name), value in metrics.items():
-            if not name or metric.endswith("_stderr"):
+        for key, value in values.items():
+            metric, _, name = key.partition(",")
+            if not name or metric.endswith("_stderr") or not isinstance(value, numbers.Real):
                 continue
             stderr = values.get(f"{metric}_stderr,{name}")
-            row = described(lm.model, label) | {"task": task, "metric": metric, "filter": name, "value": value}
-            row |= {"stderr": stderr if isinstance(stderr, int | float) else None, "limit": limit}
+            row = model | {"task": task, "metric": metric, "filter": name, "value": float(value)}
+            row |= {"stderr": float(stderr) if isinstance(stderr, numbers.Real) else None, "limit": limit}
             row |= {"rows": values.get("sample_len"), "num_fewshot": found["n-shot"].get(task)}
-            rows.append(row | {"kv_bytes_per_token": lm.kv_bytes_per_token})
+            rows.append(row | {"is_group": bool(found.get("group_subtasks", {}).get(task))})
+    if not rows:
+        raise PaluError("these tasks have no metric that is a number")
     return rows
 
 

@@ -1,11 +1,11 @@
-"""LongBench with a model, stock or compressed: greedy answers to long prompts, scored as the benchmark does.
+"""LongBench with a model, stock or compressed: greedy answers to long prompts, scored by the benchmark's metrics.
 
     python run_long_bench.py --model_name_or_path DIR
     python run_long_bench.py --model_name_or_path DIR --datasets qasper,hotpotqa_e --data_dir LongBench/data
     python run_long_bench.py --model_name_or_path DIR --token_sparse_method snapkv --prompt_capacity 1024 --flash2
 
-Prompts and metrics are lm-eval's, rows come from the hub or from --data_dir. Every answer is written to disk as it is
-made: a run that was interrupted goes on where it stopped when the same command is given again.
+Prompts, stop rules and metrics are lm-eval's, rows come from the hub or from --data_dir. Every answer is written to
+disk as it is made: a run that was interrupted goes on where it stopped when the same command is given again.
 """
 
 import argparse
@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from utils.cli import add_common_flags, new_parser, resolve_device, run_script
-from utils.evaluation import check_counts, described, labels, open_models
+from utils.evaluation import check_counts, check_writable, free_memory, labels, open_models
 from utils.latent import add_latent_flags, apply_latent_flags, check_latent_flags
+from utils.perplexity import described
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -69,14 +70,16 @@ def main(args: argparse.Namespace) -> None:
     tasks = open_tasks(args)
     for config, tokenizer, model in zip(configs, tokenizers, models, strict=True):
         check_model(config, tokenizer, model, tasks, args)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for index, (model, label) in enumerate(zip(models, labels(models), strict=True)):
         loaded = open_model(model, device, args)
         if index == 0:
             apply_latent_flags(loaded, clip_windows, args)
         rows += measure(loaded, tokenizers[index], label, tasks, args)
-    results = {"rows": rows, "config": vars(args), "environment": environment(device, args.seed)}
-    write_results(path, results)
+        del loaded
+        free_memory()
+        results = {"rows": rows, "config": vars(args), "environment": environment(device, args.seed)}
+        write_results(path, results)
     plot_long_bench(results, path.with_suffix(".png"))
     long_bench_table(results)
     console.print(f"record: {path}, plot: {path.with_suffix('.png')}", highlight=False, soft_wrap=True)
@@ -92,12 +95,9 @@ def check_flags(args: argparse.Namespace, device: str) -> None:
     check_counts({"--max_length": args.max_length, "--limit": args.limit})
     if args.data_dir is not None and not Path(args.data_dir).is_dir():
         raise PaluError(f"--data_dir {args.data_dir} is not a directory")
-    if Path(args.output_dir).is_file():
-        raise PaluError(f"--output_dir {args.output_dir} is a file")
+    check_writable("--output_dir", args.output_dir)
     if args.flash2 and (device == "cpu" or not is_flash_attn_2_available()):
         raise PaluError("--flash2 needs a GPU and the package flash-attn")
-    if args.flash2 and args.dtype == "float32":
-        raise PaluError("--flash2 needs --dtype float16 or bfloat16")
     parse_dtype(args.dtype)
 
 
@@ -116,13 +116,13 @@ def open_tasks(args: argparse.Namespace) -> list[Any]:
         manager = long_bench_manager()
     known = task_names(manager)
     names = DEFAULT_TASKS if args.datasets is None else [name.strip() for name in args.datasets.split(",")]
-    if "all" in names:
-        names = [name for name in known if not name.endswith("_e")]
+    whole = [name for name in known if not name.endswith("_e")]
+    names = list(dict.fromkeys(each for name in names for each in (whole if name == "all" else [name])))
     for name in names:
         if name not in known:
             raise PaluError(f"--datasets: {name!r} is no data set of LongBench; use all or {', '.join(known)}")
     data_dir = None if args.data_dir is None else Path(args.data_dir)
-    return [load_task(manager, name, data_dir) for name in progress(dict.fromkeys(names), "reading rows", len(names))]
+    return [load_task(manager, name, data_dir) for name in progress(names, "reading rows", len(names))]
 
 
 def check_model(config: Any, tokenizer: Any, path: str, tasks: list[Any], args: argparse.Namespace) -> None:
@@ -139,6 +139,9 @@ def check_model(config: Any, tokenizer: Any, path: str, tasks: list[Any], args: 
             f"{path}: answers of {longest} tokens leave no room for prompts in its {config.max_position_embeddings} "
             "positions"
         )
+    dtype = str(config.dtype) if args.dtype == "auto" else args.dtype
+    if args.flash2 and dtype.removeprefix("torch.") not in ("float16", "bfloat16"):
+        raise PaluError(f"{path}: --flash2 needs --dtype float16 or bfloat16, not {dtype}")
     if args.chat_template and not tokenizer.chat_template:
         raise PaluError(f"{path}: its tokenizer has no chat template; leave out --chat_template")
 
@@ -158,7 +161,7 @@ def measure(model: Any, tokenizer: Any, label: str, tasks: list[Any], args: argp
     from palu.evaluate.long_bench import mean_scores
     from utils.long_bench import Answers, answers_folder
 
-    folder = answers_folder(model, label, args)
+    folder = answers_folder(model, tokenizer, label, args)
     rows = []
     for task in tasks:
         positions = model.config.max_position_embeddings - task.max_new_tokens
@@ -166,14 +169,15 @@ def measure(model: Any, tokenizer: Any, label: str, tasks: list[Any], args: argp
         as_chat = bool(tokenizer.chat_template) and not task.plain if args.chat_template is None else args.chat_template
         answers = Answers(folder, task, limit, as_chat, args.restart)
         made = answers.complete(model, tokenizer, label, args.limit)
-        held = sum(entry["kv_bytes_per_token"] for entry in made.values()) / len(made)
         means = mean_scores(task, {row: entry["prediction"] for row, entry in made.items()})
-        for lengths, score in means.items():
+        for lengths, mean in means.items():
+            inside = [made[row] for row in mean.rows]
+            held = sum(entry["kv_bytes_per_token"] for entry in inside) / len(inside)
             rows.append(
                 described(model, label)
-                | {"task": task.name, "metric": task.metric, "lengths": lengths, "value": score, "rows": len(made)}
-                | {"cut": sum(entry["prompt_tokens"] > limit for entry in made.values()), "max_length": limit}
-                | {"chat_template": as_chat, "limit": args.limit, "kv_bytes_per_token": held}
+                | {"task": task.name, "metric": task.metric, "lengths": lengths, "value": mean.score}
+                | {"rows": len(inside), "cut": sum(entry["prompt_tokens"] > limit for entry in inside)}
+                | {"max_length": limit, "chat_template": as_chat, "limit": args.limit, "kv_bytes_per_token": held}
                 | {"answers": str(answers.log.path)}
             )
     return rows

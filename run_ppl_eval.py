@@ -122,6 +122,8 @@ def check_token_policy(config: Any, args: argparse.Namespace) -> None:
     from palu.token_sparsity import changed_by_flags
 
     sparsity = changed_by_flags(config.latent.sparsity, vars(args)) if is_latent(config) else None
+    if sparsity is not None and sparsity.skip_prefill_compression:
+        raise PaluError("--skip_prefill_compression drops nothing before decoding, and perplexity decodes nothing")
     if sparsity is not None and (args.prefill_chunk or args.seqlen) >= args.seqlen:
         raise PaluError(
             f"{sparsity.method} drops tokens between forward passes, and a window is one; give --prefill_chunk of "

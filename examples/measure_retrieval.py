@@ -6,12 +6,13 @@
 
 Two probes, made from the seed for any tokenizer: `needle`, one sentence that matters among many that do not, and
 `recall`, the value of one of many keys. A trial is won if the right answer is likelier than all of seven distractors.
-Measured are the baseline, the model with latents as they are, with codes if --lt_bits is given, and with a token policy
-if --token_sparse_method is.
+Measured are the baseline, the model with latents as they are, with codes if --lt_bits is given (or saved with the
+checkpoint), and with a token policy if --token_sparse_method is.
 """
 
 import argparse
 import dataclasses
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +21,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import add_common_flags, new_parser, resolve_device, run_script
-from utils.evaluation import check_counts, described, labels, open_models
+from utils.evaluation import check_counts, free_memory, labels, open_models
 from utils.latent import add_latent_flags, apply_latent_flags, check_latent_flags
+from utils.perplexity import described
 
 PROBES = ("needle", "recall")
 
@@ -63,9 +65,9 @@ def main(args: argparse.Namespace) -> None:
     depths = [place / max(1, args.depths - 1) for place in range(args.depths)]
     makers = [TrialMaker(tokenizer, args.seed) for tokenizer in tokenizers]
     for maker in makers:
-        # Lengths too short for a question show here.
-        for probe in probes:
-            maker.trial(probe, min(lengths), 0.0, 0)
+        # Lengths too short for a question show here: each trial fills its length with other words.
+        for probe, depth, number in itertools.product(probes, depths, range(args.trials)):
+            maker.trial(probe, lengths[0], depth, number)
     rows = []
     for model, label, maker in variants(models, makers, device, clip_windows, args):
         row = described(model, label)
@@ -94,6 +96,8 @@ def check_flags(args: argparse.Namespace) -> tuple[list[str], list[int]]:
     if not all(text.isdigit() and int(text) > 0 for text in texts):
         raise PaluError(f"--lengths {args.lengths!r} must be numbers of tokens such as 512,1024")
     parse_dtype(args.dtype)
+    if args.skip_prefill_compression:
+        raise PaluError("--skip_prefill_compression drops nothing before decoding, and answers are scored without any")
     return probes, sorted({int(text) for text in texts})
 
 
@@ -112,7 +116,6 @@ def variants(
     models: list[str], makers: list[Any], device: str, clip_windows: Any, args: argparse.Namespace
 ) -> Iterator[tuple[Any, str, Any]]:
     """The models one after the other, each set to one way of caching: a model, its label, its maker of trials."""
-    from palu import set_token_sparsity
     from palu.checkpoint import load_model, parse_dtype
     from palu.models import is_latent
     from utils.console import working
@@ -121,17 +124,30 @@ def variants(
     for index in reversed(range(len(models))):
         with working(f"loading {models[index]}"):
             model = load_model(models[index], parse_dtype(args.dtype), device, args.trust_remote_code)
-        yield model, names[index], makers[index]
         if index > 0 or not is_latent(model):
-            continue
-        apply_latent_flags(model, clip_windows, args)
-        sparsity = model.config.latent.sparsity
-        set_token_sparsity(model, None)
-        if not model.config.latent.quantization.is_full:
             yield model, names[index], makers[index]
-        if sparsity is not None:
-            set_token_sparsity(model, sparsity)
-            yield model, names[index], makers[index]
+        else:
+            apply_latent_flags(model, clip_windows, args)
+            for _ in ways_of_caching(model):
+                yield model, names[index], makers[index]
+        del model
+        free_memory()
+
+
+def ways_of_caching(model: Any) -> Iterator[None]:
+    """Set a compressed model to latents as they are, then to its codes, then to its token policy, where it has them."""
+    from palu import QuantizationConfig, set_quantization, set_token_sparsity
+
+    quantization, sparsity = model.config.latent.quantization, model.config.latent.sparsity
+    set_token_sparsity(model, None)
+    set_quantization(model, QuantizationConfig())
+    yield
+    set_quantization(model, quantization)
+    if not quantization.is_full:
+        yield
+    if sparsity is not None:
+        set_token_sparsity(model, sparsity)
+        yield
 
 
 if __name__ == "__main__":

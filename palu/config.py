@@ -177,7 +177,7 @@ class LatentConfig:
         exact = self.quantization.sinks or self.quantization.window
         require(
             self.sparsity is None or not exact,
-            "lt_sinks and lt_window are not for a cache that drops tokens; give no token_sparse_method",
+            "lt_sinks and lt_window are not for a cache that drops tokens; give token_sparse_method none, or neither",
         )
 
     @classmethod

@@ -139,7 +139,9 @@ class TokenSparsity:
 
 
 def changed_by_flags(sparsity: TokenSparsity | None, flags: Mapping[str, Any]) -> TokenSparsity | None:
-    """What the flags of `FLAGS` ask for; as it was where they ask for nothing. Those that are None are not given.
+    """What the flags of `FLAGS` ask for: a policy, changes of the one that was there, or nothing new.
+
+    Those that are None are not given.
 
     Raises:
         PaluError: for a value that is not allowed, or a flag that would do nothing.
@@ -148,6 +150,11 @@ def changed_by_flags(sparsity: TokenSparsity | None, flags: Mapping[str, Any]) -
     method = given.pop("method", None)
     if method not in (None, NO_METHOD):
         return TokenSparsity(method, **given)
+    if method is None and sparsity is not None and given:
+        kept = sparsity.to_dict()
+        if {"capacity", "capacity_rate"} & set(given):
+            kept = {name: value for name, value in kept.items() if name not in ("capacity", "capacity_rate")}
+        return TokenSparsity(**(kept | given))
     useless = [flag for flag, setting in FLAGS.items() if setting in given]
     require(
         not useless, f"{''.join(useless[:1])} does nothing without token_sparse_method {', '.join(METHOD_SETTINGS)}"

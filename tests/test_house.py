@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ["compress.py", "run_ppl_eval.py"]
+SCRIPTS = ["compress.py", "run_ppl_eval.py", "run_lm_eval.py", "run_long_bench.py"]
 
 
 def run(*command, **options):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,12 +33,14 @@ def values(record, model):
     return {(row["task"], row["metric"]): row["value"] for row in record["rows"] if row["model"] == model}
 
 
-def test_the_stock_model_scores_what_lm_eval_itself_gives_it(demo_checkpoint, tmp_path):
+@pytest.mark.parametrize("shots", [None, 2])
+def test_the_stock_model_scores_what_lm_eval_itself_gives_it(demo_checkpoint, tmp_path, shots):
     import lm_eval
     from lm_eval.tasks import TaskManager
 
     results, output = tmp_path / "r.json", tmp_path / "harness"
-    flags = ("--baseline", BASE, "--results", results, "--save_results", "--output_dir", output)
+    flags = ["--baseline", BASE, "--results", results, "--save_results", "--output_dir", output]
+    flags += [] if shots is None else ["--num_fewshot", shots]
     assert invoke(run_lm_eval, "--model_name_or_path", demo_checkpoint, *TASKS, *flags) == 0
     record = json.loads(results.read_text())
     expected = lm_eval.simple_evaluate(
@@ -47,6 +50,7 @@ def test_the_stock_model_scores_what_lm_eval_itself_gives_it(demo_checkpoint, tm
         task_manager=TaskManager(include_path="tests/lm_eval_tasks"),
         batch_size=8,
         device="cpu",
+        num_fewshot=shots,
     )["results"]
     found = values(record, "model")
     assert found["palu_facts", "acc"] == expected["palu_facts"]["acc,none"]
@@ -54,9 +58,12 @@ def test_the_stock_model_scores_what_lm_eval_itself_gives_it(demo_checkpoint, tm
     assert found["palu_facts_generate", "exact_match"] == expected["palu_facts_generate"]["exact_match,none"]
     bytes_held = {row["model"]: row["kv_bytes_per_token"] for row in record["rows"]}
     assert bytes_held == {"checkpoint": 5 * 2 * 256 * 2 / 2 + 4, "model": 5 * 2 * 256 * 2 * 1.0}
-    saved = json.loads((output / "model" / "results.json").read_text())
+    (folder,) = output.glob("model_*")
+    saved = json.loads((folder / "results.json").read_text())
     assert saved["results"]["palu_facts"]["acc,none"] == expected["palu_facts"]["acc,none"]
-    assert len((output / "checkpoint" / "samples_palu_facts.jsonl").read_text().splitlines()) == 24
+    assert saved["palu"]["model"] == "model"
+    (samples,) = output.glob("checkpoint_*/samples_palu_facts.jsonl")
+    assert len(samples.read_text().splitlines()) == 24
     assert results.with_suffix(".png").is_file()
 
 
@@ -78,6 +85,7 @@ def test_policies_and_codes_show_in_what_the_cache_holds(demo_checkpoint, tmp_pa
     [
         (("--tasks", "palu_fact"), "'palu_fact' is no task of lm-eval or --include_path; close: palu_facts"),
         (("--tasks", ","), "--tasks is empty"),
+        (("--output_dir", "here"), "--output_dir does nothing without --save_results"),
         (("--limit", "0"), "--limit 0 must be a whole number of rows, or a fraction between 0 and 1"),
         (("--batch_size", "0"), "--batch_size 0 must be at least 1"),
         (("--batch_size", "many"), "'many' is neither a number nor auto nor auto:N"),
@@ -119,24 +127,145 @@ def test_lm_eval_finds_the_model_class_by_name(demo_checkpoint, tmp_path):
     ]
 
 
+def launched(*flags, **environment):
+    command = [str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
+    command += ["run_lm_eval.py", *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+
+
 def test_two_processes_share_the_rows_and_find_the_same(demo_checkpoint, tmp_path):
     alone, shared = tmp_path / "alone.json", tmp_path / "shared.json"
-    flags = ["--model_name_or_path", str(demo_checkpoint), *map(str, TASKS), "--limit", "6"]
+    policy = ("--token_sparse_method", "streaming", "--prompt_capacity_rate", 0.5)
+    flags = [
+        "--model_name_or_path",
+        demo_checkpoint,
+        *TASKS[:3],
+        "palu_facts",
+        "--device",
+        "cpu",
+        "--limit",
+        7,
+        *policy,
+    ]
     assert invoke(run_lm_eval, *flags, "--results", alone) == 0
-    command = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "run_lm_eval.py", *flags, "--results", str(shared)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-    )
+    done = launched(*flags, "--results", shared, ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr
     expected, found = (json.loads(path.read_text())["rows"] for path in (alone, shared))
     assert [row["value"] for row in found] == [row["value"] for row in expected]
     assert done.stdout.count("record: ") == 1
+    # Of seven rows of four answers each, the first process has four rows.
+    assert "16/16" in done.stderr
+    assert "28/28" not in done.stderr
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(demo_checkpoint):
+    done = launched("--model_name_or_path", demo_checkpoint, *TASKS)
+    assert done.returncode != 0
+    assert "error: these 2 processes do not know of each other" in done.stderr
+
+
+def scored(checkpoint, batch_size, **settings):
+    """Log likelihoods of a task's answers, and the bytes that caches held per token."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    from palu.evaluate.harness import PaluLM
+
+    lm = PaluLM(str(checkpoint), device="cpu", dtype="float32", batch_size=batch_size, max_length=256, **settings)
+    manager = TaskManager(include_path="tests/lm_eval_tasks", include_defaults=False)
+    found = lm_eval.simple_evaluate(model=lm, tasks=["palu_facts"], task_manager=manager, limit=6)["samples"]
+    likelihoods = [response[0][0] for sample in found["palu_facts"] for response in sample["resps"]]
+    return torch.tensor(likelihoods, dtype=torch.float64), lm.kv_bytes_per_token
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"lt_bits": 2, "lt_window": 6},
+        {"lt_bits": 2, "lt_sinks": 3},
+        {"token_sparse_method": "streaming", "prompt_capacity": 8},
+        {"token_sparse_method": "pool", "prompt_capacity": 8, "window_size": 2, "lt_bits": 8},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())) or "as saved",
+)
+def test_scores_do_not_depend_on_the_batch(demo_checkpoint, settings, monkeypatch):
+    alone, bytes_alone = scored(demo_checkpoint, 1, **settings)
+    together, _ = scored(demo_checkpoint, 5, **settings)
+    found, bytes_found = scored(demo_checkpoint, "auto:2", max_batch_size=4, **settings)
+    assert (alone - together).abs().max() < 0.01
+    assert (alone - found).abs().max() < 0.01
+    assert bytes_found == pytest.approx(bytes_alone, rel=0.3)
+
+
+def test_a_damaged_stock_model_is_refused(tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(BASE, damaged)
+    (file,) = damaged.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, file, {"format": "pt"})
+    assert invoke(run_lm_eval, "--model_name_or_path", damaged, *TASKS) == 2
+    assert "1 missing tensors: model.layers.1.mlp.up_proj.weight" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_checkpoint_that_is_saved_without_a_cache_is_measured_all_the_same(tmp_path):
+    copy = tmp_path / "model"
+    shutil.copytree(BASE, copy)
+    config = json.loads((copy / "config.json").read_text()) | {"use_cache": False}
+    (copy / "config.json").write_text(json.dumps(config))
+    flags = ("--limit", 2, "--results", tmp_path / "r.json")
+    assert invoke(run_lm_eval, "--model_name_or_path", copy, *TASKS, *flags) == 0
+    assert json.loads((tmp_path / "r.json").read_text())["rows"][0]["kv_bytes_per_token"] == 5120
+
+
+def test_clip_ratios_of_latents_as_they_were_are_forgotten_when_these_are_turned(demo_checkpoint, tmp_path):
+    from palu.checkpoint import load_model
+    from palu.evaluate.harness import PaluLM
+
+    model = load_model(demo_checkpoint)
+    sides = {
+        side: [[0.9] * len(getattr(layer, side)) for layer in model.config.latent.layers] for side in ("key", "value")
+    }
+    palu.set_quantization(model, palu.QuantizationConfig(4, 4, clip_ratio="auto", clip_ratios=sides))
+    model.save_pretrained(tmp_path / "saved")
+    shutil.copy(demo_checkpoint / "tokenizer.json", tmp_path / "saved")
+    shutil.copy(demo_checkpoint / "tokenizer_config.json", tmp_path / "saved")
+    assert PaluLM(str(tmp_path / "saved"), device="cpu").model.config.latent.quantization.clip_ratios == sides
+    with pytest.raises(PaluError, match="has to be searched"):
+        PaluLM(str(tmp_path / "saved"), device="cpu", lt_hadamard=True)
+
+
+def test_means_are_over_tasks_and_of_one_filter_each(capsys):
+    from utils.accuracy import accuracy_table
+
+    common = {
+        "model": "m",
+        "metric": "exact_match",
+        "stderr": None,
+        "limit": None,
+        "kv_bytes_per_token": 0.0,
+        "bits": 16,
+    }
+    common |= {"value_bits": 16, "hadamard": False}
+    rows = [
+        common | {"task": task, "filter": name, "value": value, "is_group": task == "all"}
+        for task, name, value in (
+            ("a", "strict", 0.1),
+            ("a", "flexible", 0.5),
+            ("b", "strict", 0.3),
+            ("b", "flexible", 0.7),
+            ("all", "strict", 0.9),
+        )
+    ]
+    accuracy_table({"rows": rows})
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[-2] for line in lines if line[:1] == ["mean"]] == ["0.2000", "0.6000"]
+    assert ["KV", "bytes", "per", "token", "-", "-", "-"] in lines
 
 
 @torch.no_grad()

@@ -2,15 +2,27 @@
 
 import importlib.util
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+import palu
 from palu.calibrate.text import DEMO_ASSETS
 from palu.core.errors import PaluError
-from palu.evaluate.retrieval import DISTRACTORS, PROBES, TrialMaker, measure_retrieval
+from palu.evaluate.retrieval import (
+    DEEDS,
+    DISTRACTORS,
+    KINDS,
+    NAMES,
+    PLACES,
+    PROBES,
+    VALUES,
+    TrialMaker,
+    measure_retrieval,
+)
 from tests.conftest import ROOT
 from tests.helpers import in_an_empty_folder, invoke  # noqa: F401
 
@@ -25,10 +37,42 @@ def script():
     return module
 
 
+@pytest.fixture(scope="module")
+def sentencepiece_tokenizer():
+    """As Llama 2's: a space in front of every text, and spaces as parts of words."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(prepend_scheme="first"),
+            pre_tokenizers.Punctuation(),
+            pre_tokenizers.Split("\n", "isolated"),
+        ]
+    )
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    sentences = [deed.format(name, place) for deed in DEEDS for name in NAMES for place in PLACES]
+    words = [
+        f"The secret word of Anna is {value}. Anna, {kind} garden 12: {value}\n" for value in VALUES for kind in KINDS
+    ]
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, special_tokens=["<unk>", "<s>"], initial_alphabet=list("0123456789\n")
+    )
+    tokenizer.train_from_iterator(sentences + words, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>")
+
+
+@pytest.fixture(params=["byte level", "sentencepiece"])
+def any_tokenizer(request, demo_tokenizer):
+    return demo_tokenizer if request.param == "byte level" else request.getfixturevalue("sentencepiece_tokenizer")
+
+
 @pytest.mark.parametrize("depth", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("length", [200, 511])
 @pytest.mark.parametrize("probe", PROBES)
-def test_contexts_have_their_length_and_hold_the_answer_at_their_depth(demo_tokenizer, probe, length, depth):
+def test_contexts_have_their_length_and_hold_the_answer_at_their_depth(any_tokenizer, probe, length, depth):
+    demo_tokenizer = any_tokenizer
     maker = TrialMaker(demo_tokenizer, seed=0)
     for number in range(4):
         trial = maker.trial(probe, length, depth, number)
@@ -36,11 +80,14 @@ def test_contexts_have_their_length_and_hold_the_answer_at_their_depth(demo_toke
         assert len(trial.answers) == DISTRACTORS + 1
         assert len({tuple(answer) for answer in trial.answers}) == DISTRACTORS + 1
         assert len({len(answer) for answer in trial.answers}) == 1
+        # The answer's tokens are those that it has in the context.
+        right_ids = trial.answers[0]
+        assert any(trial.context[i : i + len(right_ids)] == right_ids for i in range(length))
         text = demo_tokenizer.decode(trial.context)
         right = demo_tokenizer.decode(trial.answers[0]).strip()
         question = text.rsplit("\n" if probe == "recall" else " The secret word", 1)[1]
         asked = f"{question} {right}"
-        assert text.count(asked) == 1
+        assert text.count(asked) == 1, (text, asked)
         place = text.index(asked) / len(text)
         assert abs(place - depth) < (0.5 if probe == "recall" else 0.25)
         wrong = [demo_tokenizer.decode(answer).strip() for answer in trial.answers[1:]]
@@ -66,6 +113,8 @@ def test_trials_come_from_the_seed_alone(demo_tokenizer):
 
 class Reader(torch.nn.Module):
     """Looks up what followed the last tokens earlier in the context; sees only what its cache holds."""
+
+    model_type = "reader"
 
     def __init__(self, vocabulary, remembers):
         super().__init__()
@@ -131,6 +180,26 @@ def test_one_command_measures_every_way_of_caching(script, demo_checkpoint, tmp_
     assert held[3] == pytest.approx(held[2] / 4, rel=0.1)
     assert (tmp_path / "r.png").is_file()
     assert "by chance: 0.125" in capsys.readouterr().out
+
+
+def test_a_checkpoint_saved_with_codes_and_a_policy_is_measured_as_it_is_asked_for(script, demo_checkpoint, tmp_path):
+    from palu.checkpoint import load_model
+
+    model = load_model(demo_checkpoint)
+    palu.set_quantization(model, palu.QuantizationConfig(4, 4))
+    palu.set_token_sparsity(model, palu.TokenSparsity("streaming", capacity=64))
+    saved = shutil.copytree(demo_checkpoint, tmp_path / "saved")
+    model.save_pretrained(saved)
+    flags = ("--lengths", "200", "--depths", 1, "--trials", 3, "--device", "cpu", "--results", tmp_path / "r.json")
+
+    def ways(*more):
+        assert invoke(script, "--model_name_or_path", saved, *flags, *more) == 0
+        rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+        return [(row["bits"], row.get("prompt_capacity")) for row in rows if row["probe"] == "needle"]
+
+    assert ways() == [(16, None), (4, None), (4, 64)]
+    assert ways("--token_sparse_method", "none", "--batch_size", 2) == [(16, None), (4, None)]
+    assert ways("--prompt_capacity", 32, "--lt_bits", 16) == [(16, None), (16, 32)]
 
 
 @pytest.mark.parametrize(

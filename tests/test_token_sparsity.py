@@ -1,6 +1,7 @@
 """Token policies: what they keep, and that a model decodes right over what they leave."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -205,11 +206,12 @@ def test_decoding_never_holds_more_than_the_capacity_and_a_window(method, skip):
 
 
 def test_budgets_of_the_pool_fall_as_its_formula_says():
-    policy = get_policy(sparse("pool", capacity=100, pyramid_beta=4.0))
-    for layers in (1, 3, 32):
+    for layers, capacity, beta in ((1, 100, 4), (3, 100, 4), (32, 100, 4), (22, 440, 20)):
+        policy = get_policy(sparse("pool", capacity=capacity, pyramid_beta=float(beta)))
         for layer in range(layers):
-            assert policy.kept(layer, layers, 1000) == int(100 * (1 + layer / layers * (1 / 4 - 1)))
-            assert policy.kept(layer, layers, 100) == 100
+            exact = capacity * (1 + Fraction(layer, layers) * (Fraction(1, beta) - 1))
+            assert policy.kept(layer, layers, 1000) == math.floor(exact)
+            assert policy.kept(layer, layers, capacity) == capacity
 
 
 @pytest.mark.parametrize("layers", [1, 2, 7, 32])

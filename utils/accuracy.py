@@ -17,12 +17,15 @@ def accuracy_table(results: dict[str, Any]) -> None:
         found = [values[task, metric, name, model] for model in models]
         label = metric if name == "none" else f"{metric} ({name})"
         lines.append([task, label, *_cells([row["value"] for row in found]), _spread(found[0]["stderr"])])
-    for metric, tasks in _shared_metrics(rows).items():
-        means = [_mean(rows, model, metric) for model in models]
-        lines.append([f"mean of {tasks}", metric, *_cells(means), None])
+    for (metric, name), tasks in _shared_metrics(rows).items():
+        means = [_mean(rows, model, metric, name, tasks) for model in models]
+        label = metric if name == "none" else f"{metric} ({name})"
+        lines.append([f"mean of {len(tasks)}", label, *_cells(means), None])
     held = [next(row["kv_bytes_per_token"] for row in rows if row["model"] == model) for model in models]
-    ratio = f"{held[0] / held[-1] - 1:+.2%}" if len(models) > 1 and held[-1] else None
-    lines.append(["KV bytes per token", None, *(f"{each:,.0f}" for each in held), *([ratio] if ratio else []), None])
+    cells = [f"{each:,.0f}" if each else None for each in held]
+    if len(models) > 1:
+        cells.append(f"{held[0] / held[-1] - 1:+.2%}" if held[-1] else None)
+    lines.append(["KV bytes per token", None, *cells, None])
     names = ["model", "baseline", "diff"] if len(models) > 1 else ["model"]
     caption = "\n".join(f"{name}: {_named(rows, model)}" for name, model in zip(names, models, strict=False))
     print_table(_title(results), ["task", "metric", *names, "stderr"], lines, caption)
@@ -47,16 +50,20 @@ def _named(rows: list[dict[str, Any]], model: str) -> str:
     return f"{model}, {cache_label(next(row for row in rows if row['model'] == model))}"
 
 
-def _shared_metrics(rows: list[dict[str, Any]]) -> dict[str, int]:
-    """Metrics of more than one task, with how many."""
-    counts: dict[str, set[str]] = {}
+def _shared_metrics(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[str]]:
+    """Metrics and filters of more than one task, with those; groups, which are means of tasks already, do not count."""
+    found: dict[tuple[str, str], list[str]] = {}
     for row in rows:
-        counts.setdefault(row["metric"], set()).add(row["task"])
-    return {metric: len(tasks) for metric, tasks in counts.items() if len(tasks) > 1}
+        tasks = found.setdefault((row["metric"], row["filter"]), [])
+        if row["task"] not in tasks and not row["is_group"]:
+            tasks.append(row["task"])
+    return {key: tasks for key, tasks in found.items() if len(tasks) > 1}
 
 
-def _mean(rows: list[dict[str, Any]], model: str, metric: str) -> float:
-    found = [row["value"] for row in rows if row["model"] == model and row["metric"] == metric]
+def _mean(rows: list[dict[str, Any]], model: str, metric: str, name: str, tasks: list[str]) -> float:
+    wanted = {(model, metric, name, task) for task in tasks}
+    keys = ("model", "metric", "filter", "task")
+    found = [row["value"] for row in rows if tuple(row[key] for key in keys) in wanted]
     return sum(found) / len(found)
 
 

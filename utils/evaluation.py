@@ -43,10 +43,28 @@ def check_counts(counts: dict[str, Any]) -> None:
             raise PaluError(f"{flag} {value} must be at least 1")
 
 
-def described(model: Any, label: str) -> dict[str, Any]:
-    """Entries of a row that say which model it is and how its cache keeps what it keeps."""
-    from utils.perplexity import kept_ratio, latent_bits
-    from utils.sparsity import sparsity_row
+def free_memory() -> None:
+    """Give back the memory of a model that nobody holds any more, before the next one is loaded."""
+    import gc
 
-    cached = {"kept_ratio": kept_ratio(model.config), **latent_bits(model), **sparsity_row(model.config)}
-    return {"model": label, **cached, "dtype": str(model.dtype).removeprefix("torch.")}
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def check_writable(flag: str, directory: str) -> None:
+    """Refuse a directory that cannot be made or written to.
+
+    Raises:
+        PaluError: naming the flag.
+    """
+    import os
+
+    from palu.core.errors import PaluError
+
+    path = Path(directory).absolute()
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise PaluError(f"{flag} {directory}: {there} is not a directory that can be written to")

@@ -1,5 +1,7 @@
 """lm-eval for the scripts: its tasks, offline where there is no hub, and its results as files."""
 
+import functools
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -26,21 +28,41 @@ def long_bench_manager() -> Any:
     return task_manager(Path(find_spec("lm_eval.tasks").origin).with_name("longbench"), defaults=False)
 
 
-def save_harness_results(found: dict[str, Any], folder: Path) -> None:
-    """Write lm-eval's own JSON, `results.json`, and every task's answers, `samples_TASK.jsonl`."""
+def load_tasks(manager: Any, names: list[str], must: bool) -> dict[str, Any]:
+    """Tasks by name, with their data.
+
+    Args:
+        must: refuse what cannot be loaded; else nothing is returned then.
+
+    Raises:
+        PaluError: with the reason.
+    """
+    from palu.core.errors import PaluError
+
+    try:
+        return manager.load(list(names))["tasks"]
+    except Exception as error:  # data set loaders and task code raise whatever they like
+        if not must:
+            return {}
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise PaluError(f"--tasks {','.join(names)} cannot be loaded: {reason.strip()}") from error
+
+
+def save_harness_results(found: dict[str, Any], model: dict[str, Any], directory: Path) -> None:
+    """Write lm-eval's own JSON, `results.json`, and every task's answers, `samples_TASK.jsonl`.
+
+    They lie in a folder named after the model and how it keeps its cache, whose earlier content they replace.
+    """
     from lm_eval.utils import handle_non_serializable
 
+    from palu.checkpoint import whole_directory
+
+    key = hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()[:8]
+    folder = directory / f"{model['model'].replace('/', '--')}_{key}"
     samples = found.pop("samples", {})
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = {
-        f"samples_{task}.jsonl": (json.dumps(row, default=handle_non_serializable, ensure_ascii=False) for row in rows)
-        for task, rows in samples.items()
-    }
-    lines["results.json"] = [json.dumps(found, indent=2, default=handle_non_serializable, ensure_ascii=False)]
-    for name, texts in lines.items():
-        partial = folder / f".{name}.{os.getpid()}.partial"
-        try:
-            partial.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
-            os.replace(partial, folder / name)
-        finally:
-            partial.unlink(missing_ok=True)
+    dump = functools.partial(json.dumps, default=handle_non_serializable, ensure_ascii=False)
+    with whole_directory(folder) as partial:
+        for task, rows in samples.items():
+            lines = "".join(f"{dump(row)}\n" for row in rows)
+            (partial / f"samples_{task}.jsonl").write_text(lines, encoding="utf-8")
+        (partial / "results.json").write_text(dump(found | {"palu": model}, indent=2) + "\n", encoding="utf-8")

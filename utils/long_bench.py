@@ -8,17 +8,21 @@ from typing import Any
 
 from utils.console import print_table, progress
 from utils.report import cache_label, headless_pyplot, save_figure
+from utils.results import commit
 
 # What changes answers beside model and settings.
-PACKAGES = ("torch", "transformers", "lm-eval")
+PACKAGES = ("palu-kv", "torch", "transformers", "tokenizers", "lm-eval")
 
 
-def answers_folder(model: Any, label: str, args: Any) -> Path:
+def answers_folder(model: Any, tokenizer: Any, label: str, args: Any) -> Path:
     """Where a model's answers are kept: named after everything that they depend on, but for the data set."""
     from palu.calibrate.store import weights_fingerprint
 
     identity = {
         "config": model.config.to_dict(),
+        "ends": model.generation_config.eos_token_id,
+        "tokenizer": tokenizer_identity(tokenizer),
+        "commit": commit(),
         "weights": weights_fingerprint(model),
         "dtype": str(model.dtype),
         "device": model.device.type,
@@ -29,6 +33,13 @@ def answers_folder(model: Any, label: str, args: Any) -> Path:
     folder = Path(args.output_dir) / f"{label.replace('/', '--')}_{key}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def tokenizer_identity(tokenizer: Any) -> list[Any]:
+    """All that decides which tokens a prompt becomes."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = repr(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
+    return [rules, tokenizer.chat_template, tokenizer.special_tokens_map, type(tokenizer).__name__]
 
 
 class Answers:
@@ -76,8 +87,9 @@ def long_bench_table(results: dict[str, Any]) -> None:
     for task, lengths in dict.fromkeys(key[:2] for key in values):
         found = [values[task, lengths, model] for model in models]
         name = task if lengths == "all" else f"  {lengths}"
-        counts = [found[0]["rows"], found[0]["cut"]] if lengths == "all" else [None, None]
-        lines.append([name, found[0]["metric"], *counts, *_cells([row["value"] for row in found])])
+        lines.append(
+            [name, found[0]["metric"], found[0]["rows"], found[0]["cut"], *_cells([row["value"] for row in found])]
+        )
     means = [_mean(rows, model, "value") for model in models]
     lines.append([f"average of {len({row['task'] for row in rows})}", None, None, None, *_cells(means)])
     held = [_mean(rows, model, "kv_bytes_per_token") for model in models]

@@ -8,23 +8,22 @@ from utils.sparsity import sparsity_row
 
 def row_of(result: Any, model: Any, label: str, dataset: str, bits: int | None, key_axis: str) -> dict[str, Any]:
     """The flat row of one measurement; bits: of plain quantisation, None where the model's own cache was used."""
+    cached = {} if bits is None else {"bits": bits, "value_bits": bits, "hadamard": False}
+    measured = {"dataset": dataset, **dataclasses.asdict(result), "plain": None if bits is None else key_axis}
+    return described(model, label) | measured | cached
+
+
+def described(model: Any, label: str) -> dict[str, Any]:
+    """Entries of a row that say which model it is and how its cache keeps what it keeps."""
     from palu.models import is_latent
 
-    cached = latent_bits(model) if bits is None else {"bits": bits, "value_bits": bits, "hadamard": False}
+    cached = {"kept_ratio": kept_ratio(model.config), **latent_bits(model)}
     settings = model.config.latent.quantization if is_latent(model) else None
     if settings is not None and not settings.is_full:
         named = ("group_size", "symmetric", "clip_ratio", "sinks", "window")
         cached |= {f"lt_{name}": getattr(settings, name) for name in named}
-    return {
-        "model": label,
-        "dataset": dataset,
-        **dataclasses.asdict(result),
-        "kept_ratio": kept_ratio(model.config),
-        **cached,
-        **sparsity_row(model.config),
-        "plain": None if bits is None else key_axis,
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
+    dtype = str(model.dtype).removeprefix("torch.")
+    return {"model": label, **cached, **sparsity_row(model.config), "dtype": dtype}
 
 
 def latent_bits(model: Any) -> dict[str, Any]:

@@ -3,29 +3,32 @@
 import argparse
 from typing import Any
 
-METHODS = ("snapkv", "pyramidkv", "streaming", "pool")
-
 
 def add_sparsity_flags(parser: argparse.ArgumentParser) -> None:
     """Which tokens the cache keeps."""
     flag = parser.add_argument_group("tokens in the cache (default: as the checkpoint says, which is all)").add_argument
     flag(
         "--token_sparse_method",
-        choices=(*METHODS, "none"),
+        metavar="METHOD",
         help="snapkv: those that the newest queries attend to, chosen after the prompt; pyramidkv: the same with fewer "
         "tokens in later layers; streaming: the first and the newest; pool: the first and the newest, those between "
         "merged; streaming and pool while decoding too; none: all",
     )
     flag("--prompt_capacity", type=int, help="tokens that a layer keeps")
     flag("--prompt_capacity_rate", type=float, help="the same as a fraction of the tokens seen, in (0, 1]")
-    flag("--window_size", type=int, help="newest tokens that stay exact and whose queries vote (default: 32)")
+    flag(
+        "--window_size",
+        type=int,
+        help="newest tokens that stay exact and whose queries vote; for streaming only "
+        "how many tokens come while decoding before the next are dropped (default: 32)",
+    )
     flag("--kernel_size", type=int, help="neighbours over which snapkv and pyramidkv average votes (default: 5)")
     flag(
         "--sink_tokens",
         type=int,
         help="first tokens that stay exact (default: 4 for streaming and pool, 0 for snapkv and pyramidkv)",
     )
-    flag("--pool_type", choices=("mean", "max", "best"), help="what pool makes of a window of tokens (default: mean)")
+    flag("--pool_type", help="what pool makes of a window of tokens: mean, max or best (default: mean)")
     flag(
         "--pyramid_beta",
         type=float,

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from palu.core.validate import require
+from palu.models import is_latent
 from palu.nn.latent_cache import cache_nbytes
 
 Tokens = Sequence[int]
@@ -41,7 +43,12 @@ def continuation_scores(
     Args:
         contexts: token ids, one token at least; shorter ones are padded on the left.
         continuations: the context that each belongs to, and its token ids, one at least.
+
+    Raises:
+        PaluError: if a likelihood is not a number, or the model's policy drops nothing before decoding.
     """
+    skips = is_latent(model) and model.config.latent.sparsity and model.config.latent.sparsity.skip_prefill_compression
+    require(not skips, "skip_prefill_compression drops nothing before decoding, and answers are scored without any")
     lengths = torch.tensor([len(context) for context in contexts], device=model.device)
     ids, mask = _padded(contexts, "left", model.device)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -78,5 +85,6 @@ def _scored(logits: Tensor, tokens: Tokens) -> Continuation:
     """From logits [at least as many as tokens, vocabulary]."""
     wanted = torch.tensor(list(tokens), device=logits.device)
     logs = torch.log_softmax(logits[: len(wanted)].float(), dim=-1)
+    require(not bool(logs.isnan().any()), "the model's predictions are not finite")
     greedy = bool((logs.argmax(dim=-1) == wanted).all())
     return Continuation(logs.gather(1, wanted[:, None]).double().sum().item(), greedy)

@@ -4,13 +4,17 @@
 name once this module is imported; the command `palu-lm-eval` is lm-eval's own with that done.
 """
 
+import os
+import weakref
 from typing import Any
 
+import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import nn
 from tqdm import tqdm
 
+from palu.checkpoint import load_model
 from palu.core.errors import PaluError
 from palu.core.validate import require
 from palu.evaluate.continuation import continuation_scores
@@ -30,26 +34,63 @@ class PaluLM(HFLM):
 
     Arguments are those of `hf` (with `pretrained`, a path or hub name) and, for a compressed checkpoint, the scripts'
     flags `lt_*` (without `lt_clip_ratio=auto`) and those of token policies. A stock model is evaluated exactly as by
-    `hf`. So is a compressed one, but that with a token policy contexts go through the cache before what is scored.
+    `hf`, and so is a compressed one, but that where the cache drops tokens, or keeps the newest exact, contexts go
+    through it before what is scored.
+
+    Raises:
+        PaluError: if the checkpoint's tensors are not the model's, or a flag is not for it.
     """
 
     def __init__(self, pretrained: str, lt_hadamard: bool = False, **kwargs: Any) -> None:
         flags = {name: kwargs.pop(name, None) for name in CACHE_FLAGS}
         super().__init__(pretrained=pretrained, **({"backend": "causal"} | kwargs))
+        self._share_rows()
         given = [name for name, value in flags.items() if value is not None] + ["lt_hadamard"] * lt_hadamard
         if is_latent(self.model):
             self._set_cache(flags, lt_hadamard)
         elif given:
             raise PaluError(f"{pretrained} is not a compressed model; {given[0]} needs one")
+        # Fine-tuned checkpoints often come with it off.
+        self.model.config.use_cache = True
         self.cache_bytes = self.cache_tokens = 0
-        self.model.register_forward_hook(self._note_cache, with_kwargs=True)
+        self.counts = True
+        # A hook that held this object would keep the model alive with it.
+        count = weakref.WeakMethod(self._note_cache)
+        self.model.register_forward_hook(lambda *call: count()(*call) if count() else None, with_kwargs=True)
+
+    def _share_rows(self) -> None:
+        """Have every process of a launch take its part; `hf` does so where each has a GPU, else all would do all."""
+        accelerator = getattr(self, "accelerator", None)
+        if accelerator is not None and self._world_size == 1:
+            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        require(
+            self._world_size == launched,
+            f"these {launched} processes do not know of each other; without GPUs set ACCELERATE_USE_CPU=true",
+        )
+
+    def _create_model(
+        self, pretrained: str, dtype: Any = "auto", trust_remote_code: bool = False, **kwargs: Any
+    ) -> None:
+        """As `hf`, but tensors that are missing or misshapen are an error; `hf` would draw them at random."""
+        plain = {"revision": "main", "subfolder": "", "gpus": None, "offload_folder": "./offload"}
+        special = {name: value for name, value in kwargs.items() if value and value != plain.get(name, value)}
+        special |= {name: value for name, value in kwargs.items() if value and name not in plain}
+        if special:
+            super()._create_model(pretrained, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs)
+        else:
+            number = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+            self._model = load_model(pretrained, number, str(self.device), bool(trust_remote_code))
 
     def _set_cache(self, flags: dict[str, Any], hadamard: bool) -> None:
         latent = self.model.config.latent
-        quantization, sparsity = latent.quantization.changed_by_flags(flags), changed_by_flags(latent.sparsity, flags)
+        sparsity = changed_by_flags(latent.sparsity, flags)
         set_token_sparsity(self.model, None)
         if hadamard:
+            # First, as ratios that were found for latents as they were are forgotten then.
             fold_hadamard(self.model)
+        quantization = self.model.config.latent.quantization.changed_by_flags(flags)
+        require(not quantization.needs_search, "lt_clip_ratio auto has to be searched: use run_lm_eval.py")
         set_quantization(self.model, quantization)
         set_token_sparsity(self.model, sparsity)
 
@@ -63,8 +104,16 @@ class PaluLM(HFLM):
         """Whether the model's cache has a token policy."""
         return is_latent(self.model) and self.model.config.latent.sparsity is not None
 
+    @property
+    def has_exact_tokens(self) -> bool:
+        """Whether some of the cache's tokens are codes and others are not, by their places in a row."""
+        settings = self.model.config.latent.quantization if is_latent(self.model) else None
+        return settings is not None and not settings.is_full and bool(settings.sinks or settings.window)
+
     def _note_cache(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Count what the cache of a prompt holds; later tokens are not counted."""
+        if not self.counts:
+            return
         ids, cache = kwargs.get("input_ids", args[0] if args else None), output.get("past_key_values")
         if ids is not None and cache is not None and int(cache.get_seq_length()) == ids.shape[1] > 1:
             self.cache_bytes += cache_nbytes(cache)
@@ -87,16 +136,19 @@ class PaluLM(HFLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        """As `hf`, in one forward pass; where tokens are dropped, behind contexts that went through the cache."""
-        if not self.drops_tokens:
+        """As `hf`, in one forward pass; where it makes a difference, behind contexts that went through the cache."""
+        if not (self.drops_tokens or self.has_exact_tokens):
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         by_context: dict[tuple[int, ...], list[int]] = {}
         for index, (_, context, continuation) in enumerate(requests):
+            require(
+                len(continuation) <= self.max_length, f"an answer exceeds the {self.max_length} tokens of the model"
+            )
             kept = (context or [self.prefix_token_id])[-max(1, self.max_length + 1 - len(continuation)) :]
             by_context.setdefault(tuple(kept), []).append(index)
         # The longest first, so that what does not fit into the memory shows at once.
         contexts = sorted(by_context, key=len, reverse=True)
-        size = override_bs or (self.batch_size if isinstance(self.batch_size, int) else self._detect_batch_size())
+        size = override_bs or self._contexts_at_a_time(contexts[0], max(map(len, by_context.values())))
         answers: dict[int, tuple[float, bool]] = {}
         bar = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Running loglikelihood requests")
         for start in range(0, len(contexts), size):
@@ -109,6 +161,23 @@ class PaluLM(HFLM):
             bar.update(len(members))
         bar.close()
         return [answers[index] for index in range(len(requests))]
+
+    def _contexts_at_a_time(self, longest: tuple[int, ...], answers: int) -> int:
+        """As many as the batch size says, or as fit; one where places in a row count, which padding would move."""
+        if self.has_exact_tokens:
+            return 1
+        if isinstance(self.batch_size, int):
+            return self.batch_size
+        request = (("", ""), list(longest), [self.prefix_token_id])
+        return max(1, self._detect_batch_size([request]) // answers)
+
+    def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
+        """As `hf`; what the cache holds meanwhile is not counted."""
+        self.counts = False
+        try:
+            return super()._detect_batch_size(requests, pos)
+        finally:
+            self.counts = True
 
 
 def main() -> None:

@@ -1,21 +1,25 @@
 """LongBench (arXiv 2308.14508): lm-eval's prompts and metrics, its rows from the hub or from files.
 
-Prompts are cut in the middle, as the benchmark does, since both ends hold the instructions.
+Prompts are cut in the middle, as the benchmark does, since both ends hold the instructions. Answers end where lm-eval's
+tasks say: of few-shot data sets at the first line break, also where the benchmark's own script would skip those that an
+answer begins with.
 """
 
 import json
 import logging
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from palu.core.errors import PaluError
 from palu.core.hub import hub_reachable
+from palu.core.validate import require
 from palu.nn.latent_cache import cache_bytes_per_token
 
 PREFIX = "longbench_"
@@ -23,6 +27,8 @@ PREFIX = "longbench_"
 DEFAULT_TASKS = ("triviaqa", "qasper", "trec", "samsum", "lcc", "repobench-p", "qmsum", "multi_news")
 # Tags of the tasks that the benchmark gives no chat template to.
 PLAIN_TAGS = ("longbench_fewshot_tasks", "longbench_code_tasks")
+# Data sets whose answers are one of several classes.
+CLASSIFIED = ("trec", "lsht")
 # LongBench-E reports means of rows of so many words.
 LENGTHS = {"0-4k": (0, 4000), "4-8k": (4000, 8000), "8k+": (8000, None)}
 Row = dict[str, Any]
@@ -106,10 +112,11 @@ def _hub_rows(name: str, config: dict[str, Any]) -> list[Row]:
     if not hub_reachable():
         raise PaluError(f"{name}: the hub cannot be reached; give --data_dir with {name}.jsonl in it")
     try:
-        return list(load_dataset(config["dataset_path"], config["dataset_name"], split=config["test_split"]))
+        rows = load_dataset(config["dataset_path"], config["dataset_name"], split=config["test_split"])
     except Exception as error:  # the loader raises a dozen unrelated types
         reason = str(error).strip().partition("\n")[0]
         raise PaluError(f"{name}: {config['dataset_path']} cannot be loaded: {reason}") from error
+    return [checked_row(row, name, f"{config['dataset_path']}, row {number}") for number, row in enumerate(rows)]
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -129,15 +136,36 @@ def read_rows(path: Path) -> list[Row]:
             row = json.loads(line)
         except ValueError as error:
             raise PaluError(f"{path}, line {number}: no JSON ({error})") from error
-        row = {"question": row.get("input"), "all_classes": None, "length": 0} | row
-        missing = [field for field in ("context", "question", "answers") if row.get(field) is None]
-        if missing:
-            raise PaluError(f"{path}, line {number}: no {missing[0]!r}")
-        fields = ("context", "question", "answers", "all_classes", "length", "_id")
-        rows.append({field: row.get(field) for field in fields})
+        rows.append(checked_row(row, path.stem, f"{path}, line {number}"))
     if not rows:
         raise PaluError(f"{path} has no rows")
     return rows
+
+
+def checked_row(row: Any, name: str, where: str) -> Row:
+    """A row with the fields that prompts and metrics read, of the types that they read.
+
+    Raises:
+        PaluError: naming the place and the field.
+    """
+    require(isinstance(row, Mapping), f"{where}: no object with fields")
+    answers, classes = row.get("answers"), row.get("all_classes")
+    answers = [answers] if isinstance(answers, str) else answers
+    found = {
+        "context": row.get("context"),
+        "question": row.get("question", row.get("input")),
+        "answers": answers,
+        "all_classes": classes,
+        "length": row.get("length"),
+    }
+    for field in ("context", "question"):
+        require(isinstance(found[field], str), f"{where}: no {field!r} that is a text")
+    texts = isinstance(answers, list) and answers and all(isinstance(each, str) for each in answers)
+    require(bool(texts), f"{where}: no 'answers' that are a list of texts")
+    classified = name.removesuffix("_e") in CLASSIFIED
+    require(not classified or bool(isinstance(classes, list) and classes), f"{where}: no 'all_classes' to choose from")
+    require(not name.endswith("_e") or isinstance(found["length"], int), f"{where}: no 'length' that is a number")
+    return found | {"all_classes": classes if classified else None, "length": found["length"] or 0}
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, as_chat: bool, limit: int) -> tuple[list[int], int]:
@@ -162,35 +190,38 @@ def answer(
 
     inputs = torch.tensor([ids], device=model.device)
     stopping = stop_sequences_criteria(tokenizer, task.stops, len(ids), 1) if task.stops else StoppingCriteriaList()
-    output = model.generate(
-        inputs,
-        attention_mask=torch.ones_like(inputs),
+    ends = model.generation_config.eos_token_id
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    # A config of its own: those that come with models may sample, or punish repetitions.
+    greedy = GenerationConfig(
         max_new_tokens=task.max_new_tokens,
         do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        stopping_criteria=stopping,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id if ends is None else ends,
+        pad_token_id=padding,
+        use_cache=True,
         return_dict_in_generate=True,
     )
+    mask = torch.ones_like(inputs)
+    output = model.generate(inputs, attention_mask=mask, generation_config=greedy, stopping_criteria=stopping)
     text = tokenizer.decode(output.sequences[0, len(ids) :], skip_special_tokens=True)
     held = cache_bytes_per_token(output.past_key_values)
     return postprocess_generated_text(text, task.stops, None), held
 
 
-def mean_scores(task: LongBenchTask, predictions: dict[int, str]) -> dict[str, float]:
-    """Means from 0 to 100: of all rows (`all`) and, of LongBench-E, of those of every range of lengths."""
+class Mean(NamedTuple):
+    """A mean score from 0 to 100, and the rows that it is of."""
+
+    score: float
+    rows: list[int]
+
+
+def mean_scores(task: LongBenchTask, predictions: dict[int, str]) -> dict[str, Mean]:
+    """Of all rows (`all`) and, of LongBench-E, of those of every range of lengths."""
     scores = {row: 100 * task.score(task.rows[row], prediction) for row, prediction in predictions.items()}
-    means = {"all": sum(scores.values()) / len(scores)}
-    if task.name.endswith("_e"):
-        for label, (least, most) in LENGTHS.items():
-            inside = [
-                score
-                for row, score in scores.items()
-                if least <= task.rows[row]["length"] and (most is None or task.rows[row]["length"] < most)
-            ]
-            if inside:
-                means[label] = sum(inside) / len(inside)
+    ranges = {"all": (0, None)} | (LENGTHS if task.name.endswith("_e") else {})
+    means = {}
+    for label, (least, most) in ranges.items():
+        inside = [row for row in scores if least <= task.rows[row]["length"] < (most or math.inf)]
+        if inside:
+            means[label] = Mean(sum(scores[row] for row in inside) / len(inside), inside)
     return means

@@ -81,8 +81,8 @@ class TrialMaker:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
         self.tokenizer, self.seed = tokenizer, seed
-        bare, whole = self._ids("a"), tokenizer("a")["input_ids"]
-        self.prefix = whole[: whole.index(bare[0])] if bare and bare[0] in whole else []
+        bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+        self.prefix = whole[: whole.index(bare[0])]
         # Answers of as many tokens each, so that none is likelier for being shorter.
         sizes = {word: len(self._ids(f" {word}")) for word in VALUES}
         common = Counter(sizes.values()).most_common(1)[0][0]
@@ -101,7 +101,12 @@ class TrialMaker:
         return Trial(self.prefix + context, [self._ids(f" {answer}") for answer in answers])
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        """Tokens of a text behind a sentence: some tokenizers put a space in front of what begins a text."""
+        bare, whole = (
+            self.tokenizer(each, add_special_tokens=False, verbose=False)["input_ids"] for each in (".", f".{text}")
+        )
+        require(whole[: len(bare)] == bare, "the tokenizer joins sentences; it is not for a retrieval test")
+        return whole[len(bare) :]
 
     def _filler(self, rng: random.Random, count: int) -> list[int]:
         """Sentences about nothing, cut to `count` tokens."""
@@ -121,23 +126,24 @@ class TrialMaker:
 
     def _recall(self, rng: random.Random, length: int, depth: float) -> tuple[list[int], list[str]]:
         """One of many pairs of a key and a value; distractors are other keys' values."""
-        keys = [f"{name}, {kind} {place}" for name in NAMES for kind in KINDS for place in PLACES]
-        rng.shuffle(keys)
-        pairs: list[tuple[str, str]] = []
+        pairs: dict[str, str] = {}
         lines: list[list[int]] = []
         used = longest = 0
-        for key in keys:
+        while True:
+            key = f"{rng.choice(NAMES)}, {rng.choice(KINDS)} {rng.choice(PLACES)} {rng.randrange(1, 1000)}"
             value = rng.choice(self.values)
+            if key in pairs:
+                continue
             line = self._ids(f"\n{key}: {value}")
             longest = max(longest, len(line))
             # The question is a line without its value.
             if used + len(line) + longest > length:
                 break
-            pairs.append((key, value))
+            pairs[key] = value
             lines.append(line)
             used += len(line)
-        asked, right = pairs[round(depth * (len(pairs) - 1))] if pairs else ("", "")
-        others = sorted({value for _, value in pairs} - {right})
+        asked, right = list(pairs.items())[round(depth * (len(pairs) - 1))] if pairs else ("", "")
+        others = sorted(set(pairs.values()) - {right})
         require(len(others) >= DISTRACTORS, f"{length} tokens hold too few pairs for a recall test")
         question = self._ids(f"\n{asked}:")
         filler = self._filler(rng, _room(length - used - len(question), length))

@@ -1,5 +1,7 @@
 """Pooled merging after github.com/en-jai-neer/kv-cache-compression: older tokens are merged window by window."""
 
+import math
+
 from torch import Tensor
 
 from palu.sparse.base import TokenPolicy
@@ -18,4 +20,5 @@ class Pool(TokenPolicy):
         """`L_k = L_0 [1 + (k / m) (1 / beta - 1)]` with the capacity as L_0."""
         settings = self.settings
         share = 1 + layer / num_layers * (1 / settings.pyramid_beta - 1)
-        return max(settings.least, int(settings.capacity_of(length) * share))
+        # The slack keeps products such as 440 x 41 / 440 from being rounded down past a whole number.
+        return max(settings.least, math.floor(settings.capacity_of(length) * share + 1e-9))
