@@ -301,6 +301,21 @@ def test_scores_change_with_what_a_policy_drops():
     )
 
 
+@torch.no_grad()
+def test_answers_of_one_token_are_scored_behind_what_is_left_too():
+    latent = compressed(tiny_model("llama")).model
+    ids = random_windows(latent, 1, 31)
+    call = (latent, ids[:, :30].tolist(), [(0, ids[0, 30:].tolist())])
+    (whole,) = continuation_scores(*call).continuations
+    palu.set_token_sparsity(latent, TokenSparsity("snapkv", capacity=10, window_size=4))
+    (dropped,) = continuation_scores(*call).continuations
+    cache = latent(ids[:, :29]).past_key_values
+    assert cache.layers[0].held == 10
+    expected = latent(ids[:, 29:30], past_key_values=cache).logits[0, 0].log_softmax(-1)[ids[0, 30]].item()
+    assert dropped.log_likelihood == pytest.approx(expected, abs=1e-4)
+    assert abs(dropped.log_likelihood - whole.log_likelihood) > 1e-3
+
+
 def test_whole_texts_cannot_be_scored_with_a_policy(demo_checkpoint):
     from palu.evaluate.harness import PaluLM
 

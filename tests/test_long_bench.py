@@ -109,7 +109,7 @@ def test_a_rerun_makes_nothing_anew_and_more_rows_go_on(demo_checkpoint, data_di
     assert len(made) == 4
     assert run(demo_checkpoint, data_dir, "--datasets", "triviaqa", "--restart") == 0
     assert len(made) == 7
-    copy = shutil.copytree(demo_checkpoint, "checkpoint")
+    copy = Path(shutil.copytree(demo_checkpoint, "checkpoint"))
     settings = json.loads((copy / "tokenizer_config.json").read_text()) | {"chat_template": "{{ messages[0].content }}"}
     (copy / "tokenizer_config.json").write_text(json.dumps(settings))
     assert run(copy, data_dir, "--datasets", "triviaqa") == 0

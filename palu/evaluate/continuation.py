@@ -38,7 +38,8 @@ def continuation_scores(
 ) -> Scores:
     """Read the contexts into the model's own cache, then the continuations behind them.
 
-    What a cache does to its tokens after a prompt (dropping them, storing codes) thus shows in the scores.
+    What a cache does to its tokens after a prompt (dropping them, storing codes) thus shows in the scores: of all of an
+    answer's tokens, as a context's last one is read behind the others.
 
     Args:
         contexts: token ids, one token at least; shorter ones are padded on the left.
@@ -49,22 +50,27 @@ def continuation_scores(
     """
     skips = is_latent(model) and model.config.latent.sparsity and model.config.latent.sparsity.skip_prefill_compression
     require(not skips, "skip_prefill_compression drops nothing before decoding, and answers are scored without any")
-    lengths = torch.tensor([len(context) for context in contexts], device=model.device)
-    ids, mask = _padded(contexts, "left", model.device)
+    # A context of one token is read whole.
+    heads = [context[:-1] or context for context in contexts]
+    lengths = torch.tensor([len(head) for head in heads], device=model.device)
+    ids, mask = _padded(heads, "left", model.device)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     output = model(ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
     cache = output.past_key_values
     held = cache_nbytes(cache)
     rows = torch.tensor([row for row, _ in continuations], device=model.device)
-    logits = output.logits[rows]
-    longest = max(len(tokens) for _, tokens in continuations)
-    if longest > 1:
-        cache.batch_select_indices(rows)
-        later, later_mask = _padded([tokens[:-1] or [0] for _, tokens in continuations], "right", model.device)
-        positions = lengths[rows, None] + torch.arange(later.shape[1], device=model.device)
-        both = torch.cat([mask[rows], later_mask], dim=1)
-        behind = model(later, attention_mask=both, position_ids=positions, past_key_values=cache, use_cache=True).logits
-        logits = torch.cat([logits, behind], dim=1)
+    cache.batch_select_indices(rows)
+    # What is read now foretells the answer's tokens, the first of them too where the context's last one is among it.
+    later = [[*contexts[row][len(heads[row]) :], *tokens[:-1]] or [0] for row, tokens in continuations]
+    later_ids, later_mask = _padded(later, "right", model.device)
+    positions = lengths[rows, None] + torch.arange(later_ids.shape[1], device=model.device)
+    both = torch.cat([mask[rows], later_mask], dim=1)
+    behind = model(later_ids, attention_mask=both, position_ids=positions, past_key_values=cache, use_cache=True).logits
+    first = [len(heads[row]) == len(contexts[row]) for row, _ in continuations]
+    logits = [
+        torch.cat([output.logits[row, -1:], each]) if alone else each
+        for row, alone, each in zip(rows.tolist(), first, behind, strict=True)
+    ]
     found = [_scored(row, tokens) for row, (_, tokens) in zip(logits, continuations, strict=True)]
     return Scores(found, held, ids.numel())
 
