@@ -211,6 +211,12 @@ def test_a_damaged_stock_model_is_refused(tmp_path, capsys):
     save_file(tensors, file, {"format": "pt"})
     assert invoke(run_lm_eval, "--model_name_or_path", damaged, *TASKS) == 2
     assert "1 missing tensors: model.layers.1.mlp.up_proj.weight" in " ".join(capsys.readouterr().err.split())
+    # As it is called where there are GPUs.
+    from palu.evaluate.harness import PaluLM
+
+    lm = PaluLM(str(BASE), device="cpu")
+    with pytest.raises(PaluError, match="1 missing tensors"):
+        lm._create_model(str(damaged), revision="main", gpus=2, offload_folder="./offload", peft=None, subfolder="")
 
 
 def test_a_checkpoint_that_is_saved_without_a_cache_is_measured_all_the_same(tmp_path):

@@ -73,10 +73,9 @@ class PaluLM(HFLM):
         self, pretrained: str, dtype: Any = "auto", trust_remote_code: bool = False, **kwargs: Any
     ) -> None:
         """As `hf`, but tensors that are missing or misshapen are an error; `hf` would draw them at random."""
-        plain = {"revision": "main", "subfolder": "", "gpus": None, "offload_folder": "./offload"}
-        special = {name: value for name, value in kwargs.items() if value and value != plain.get(name, value)}
-        special |= {name: value for name, value in kwargs.items() if value and name not in plain}
-        if special:
+        # Adapters, other formats and other ways of placing a model are left to `hf`.
+        usual = {"revision": "main", "gpus": kwargs.get("gpus"), "offload_folder": kwargs.get("offload_folder")}
+        if any(value and usual.get(name) != value for name, value in kwargs.items()):
             super()._create_model(pretrained, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs)
         else:
             number = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
