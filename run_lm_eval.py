@@ -15,10 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from utils.cli import add_common_flags, new_parser, resolve_device, run_script
-from utils.evaluation import check_counts, check_writable, free_memory, labels, open_models
+from utils.cli import add_common_flags, add_evaluated_flags, new_parser, resolve_device, run_script
+from utils.evaluation import check_counts, check_writable, described, free_memory, labels, open_models
 from utils.latent import add_latent_flags, apply_latent_flags, check_latent_flags
-from utils.perplexity import described
+from utils.sparsity import asked_sparsity
 
 # Of Palu's table 2.
 DEFAULT_TASKS = "openbookqa,hellaswag,piqa,arc_easy,arc_challenge,winogrande"
@@ -30,9 +30,8 @@ HARNESS_SEED = 1234
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = new_parser(__doc__)
+    add_evaluated_flags(parser)
     flag = parser.add_argument
-    flag("--model_name_or_path", required=True, help="directory or hub name of the model to measure")
-    flag("--baseline", metavar="DIR", help="a model to measure beside it, usually the original")
     flag("--tasks", default=DEFAULT_TASKS, help="comma-separated names, groups or patterns (default: %(default)s)")
     flag("--include_path", metavar="DIR", help="a folder with more tasks")
     flag(
@@ -43,7 +42,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     flag("--limit", type=float, help="rows of each task, or the fraction of them if below 1 (default: all)")
     flag("--num_fewshot", type=int, help="examples before each question (default: as the task says)")
-    flag("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
     flag(
         "--save_results", action="store_true", help="also write lm-eval's own JSON and all answers, under --output_dir"
     )
@@ -78,7 +76,7 @@ def main(args: argparse.Namespace) -> None:
     path = results_path(args.results, "lm_eval", args.model_name_or_path)
     configs, tokenizers = open_models(models, args.trust_remote_code)
     clip_windows = check_latent_flags(configs[0], tokenizers[0], models[0], args)
-    manager, tasks = find_tasks(args.tasks, args.include_path, has_policy(configs[0], args))
+    manager, tasks = find_tasks(args.tasks, args.include_path, asked_sparsity(configs[0], args))
     rows: list[dict[str, Any]] = []
     for index, (model, label) in enumerate(zip(models, labels(models), strict=True)):
 
@@ -117,15 +115,7 @@ def check_flags(args: argparse.Namespace) -> None:
     parse_dtype(args.dtype)
 
 
-def has_policy(config: Any, args: argparse.Namespace) -> bool:
-    """Whether the model will drop tokens."""
-    from palu.models import is_latent
-    from palu.token_sparsity import changed_by_flags
-
-    return is_latent(config) and changed_by_flags(config.latent.sparsity, vars(args)) is not None
-
-
-def find_tasks(asked: str, include_path: str | None, drops_tokens: bool) -> tuple[Any, list[str]]:
+def find_tasks(asked: str, include_path: str | None, sparsity: Any) -> tuple[Any, list[str]]:
     """lm-eval's task manager and the names of the tasks, whose data sets are there.
 
     Raises:
@@ -144,19 +134,36 @@ def find_tasks(asked: str, include_path: str | None, drops_tokens: bool) -> tupl
     with working("loading tasks and their data"):
         # A folder's own tasks are enough where they are all that is asked for, and need no others.
         manager = task_manager(*folders, defaults=False)
-        if not all(manager.match_tasks([name]) for name in names) or not load_tasks(manager, names, False):
+        loaded = {}
+        if all(manager.match_tasks([name]) for name in names):
+            loaded = load_tasks(manager, matched_tasks(manager, names), must=False)
+        if not loaded:
             manager = task_manager(*folders)
-        for name in names:
-            if not manager.match_tasks([name]):
-                close = difflib.get_close_matches(name, manager.all_tasks, n=3)
-                hint = f"; close: {', '.join(close)}" if close else "; lm_eval ls tasks lists all"
-                raise PaluError(f"--tasks: {name!r} is no task of lm-eval or --include_path{hint}")
-        tasks = list(dict.fromkeys(task for name in names for task in manager.match_tasks([name])))
-        loaded = load_tasks(manager, tasks, True)
-    whole = [name for name, task in loaded.items() if task.OUTPUT_TYPE == "loglikelihood_rolling"]
-    if drops_tokens and whole:
-        raise PaluError(f"task {whole[0]} scores whole texts, of which a token policy drops nothing")
-    return manager, tasks
+            for name in names:
+                if not manager.match_tasks([name]):
+                    close = difflib.get_close_matches(name, manager.all_tasks, n=3)
+                    hint = f"; close: {', '.join(close)}" if close else "; lm_eval ls tasks lists all"
+                    raise PaluError(f"--tasks: {name!r} is no task of lm-eval or --include_path{hint}")
+            loaded = load_tasks(manager, matched_tasks(manager, names), must=True)
+    if sparsity is not None:
+        check_policy(sparsity, {name: task.OUTPUT_TYPE for name, task in loaded.items()})
+    return manager, matched_tasks(manager, names)
+
+
+def matched_tasks(manager: Any, names: list[str]) -> list[str]:
+    """The tasks that names and patterns stand for, each once."""
+    return list(dict.fromkeys(task for name in names for task in manager.match_tasks([name])))
+
+
+def check_policy(sparsity: Any, types: dict[str, str]) -> None:
+    """Refuse tasks, by their types, of which a token policy would drop nothing."""
+    from palu.core.errors import PaluError
+
+    for name, kind in types.items():
+        if kind == "loglikelihood_rolling":
+            raise PaluError(f"task {name} scores whole texts, of which a token policy drops nothing")
+        if kind != "generate_until":
+            sparsity.check_drops_before_decoding()
 
 
 def measure(

@@ -12,18 +12,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from utils.cli import add_common_flags, new_parser, resolve_device, run_script
-from utils.evaluation import check_counts, check_writable, free_memory, labels, open_models
+from utils.cli import add_common_flags, add_evaluated_flags, new_parser, resolve_device, run_script
+from utils.evaluation import check_counts, check_writable, described, free_memory, labels, open_models
 from utils.latent import add_latent_flags, apply_latent_flags, check_latent_flags
-from utils.perplexity import described
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = new_parser(__doc__)
+    add_evaluated_flags(parser)
     flag = parser.add_argument
-    flag("--model_name_or_path", required=True, help="directory or hub name of the model to measure")
-    flag("--baseline", metavar="DIR", help="a model to measure beside it, usually the original")
     flag(
         "--datasets",
         help="comma-separated, any of the 21, with _e those of LongBench-E, or all (default: the eight of Palu's code, "
@@ -39,7 +37,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="force the model's chat template on all prompts, or on none (default: where the tokenizer has one, but "
         "for few-shot and code data sets, as the benchmark does)",
     )
-    flag("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
     flag("--flash2", action="store_true", help="FlashAttention 2 for the prompts (needs a GPU and flash-attn)")
     flag(
         "--output_dir",

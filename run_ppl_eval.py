@@ -13,17 +13,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from utils.cli import DATASET_HELP, add_common_flags, bit_list, new_parser, resolve_device, run_script
+from utils.cli import (
+    DATASET_HELP,
+    add_common_flags,
+    add_evaluated_flags,
+    bit_list,
+    new_parser,
+    resolve_device,
+    run_script,
+)
 from utils.evaluation import check_counts, labels, open_models
 from utils.latent import add_latent_flags, apply_latent_flags, check_latent_flags
+from utils.sparsity import asked_sparsity
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = new_parser(__doc__)
+    add_evaluated_flags(parser)
     flag = parser.add_argument
-    flag("--model_name_or_path", required=True, help="directory or hub name of the model to measure")
-    flag("--baseline", metavar="DIR", help="a model to measure beside it, usually the original")
     flag("--datasets", default="wikitext2", help=f"comma-separated: {DATASET_HELP} (default: %(default)s)")
     flag("--seqlen", type=int, default=2048, help="tokens per window (default: %(default)s)")
     flag("--batch_size", type=int, default=1, help="windows at a time (default: %(default)s)")
@@ -34,7 +42,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="tokens per forward pass through the cache (default: a whole window, or as many of the newest tokens as "
         "the cache keeps exact)",
     )
-    flag("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
     add_latent_flags(parser)
     peer = parser.add_argument_group(
         "plain quantisation of the uncompressed model's cache, to compare with"
@@ -118,12 +125,10 @@ def check_model(config: Any, path: str, seqlen: int) -> None:
 def check_token_policy(config: Any, args: argparse.Namespace) -> None:
     """Refuse a token policy that would do nothing."""
     from palu.core.errors import PaluError
-    from palu.models import is_latent
-    from palu.token_sparsity import changed_by_flags
 
-    sparsity = changed_by_flags(config.latent.sparsity, vars(args)) if is_latent(config) else None
-    if sparsity is not None and sparsity.skip_prefill_compression:
-        raise PaluError("--skip_prefill_compression drops nothing before decoding, and perplexity decodes nothing")
+    sparsity = asked_sparsity(config, args)
+    if sparsity is not None:
+        sparsity.check_drops_before_decoding()
     if sparsity is not None and (args.prefill_chunk or args.seqlen) >= args.seqlen:
         raise PaluError(
             f"{sparsity.method} drops tokens between forward passes, and a window is one; give --prefill_chunk of "

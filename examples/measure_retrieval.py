@@ -12,7 +12,6 @@ checkpoint), and with a token policy if --token_sparse_method is.
 
 import argparse
 import dataclasses
-import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,26 +19,22 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import add_common_flags, new_parser, resolve_device, run_script
-from utils.evaluation import check_counts, free_memory, labels, open_models
+from utils.cli import add_common_flags, add_evaluated_flags, new_parser, resolve_device, run_script
+from utils.evaluation import check_counts, described, free_memory, labels, open_models
 from utils.latent import add_latent_flags, apply_latent_flags, check_latent_flags
-from utils.perplexity import described
-
-PROBES = ("needle", "recall")
+from utils.sparsity import asked_sparsity
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = new_parser(__doc__)
+    add_evaluated_flags(parser)
     flag = parser.add_argument
-    flag("--model_name_or_path", required=True, help="directory or hub name of the compressed model")
-    flag("--baseline", metavar="DIR", help="a model to measure beside it, usually the original")
     flag("--probes", default="needle,recall", help="comma-separated: needle, recall (default: both)")
     flag("--lengths", default="256,512,1024", help="tokens of the contexts, comma-separated (default: %(default)s)")
     flag("--depths", type=int, default=5, help="places from the beginning to the end (default: %(default)s)")
     flag("--trials", type=int, default=20, help="questions for every length and depth (default: %(default)s)")
     flag("--batch_size", type=int, default=4, help="contexts at a time (default: %(default)s)")
-    flag("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
     add_latent_flags(parser)
     add_common_flags(parser)
     return parser.parse_args(argv)
@@ -49,7 +44,7 @@ def main(args: argparse.Namespace) -> None:
     """Measure every way of caching, write the record, draw the heat maps, print the table."""
     import torch
 
-    from palu.evaluate.retrieval import TrialMaker, measure_retrieval
+    from palu.evaluate.retrieval import TrialMaker, make_trials, measure_retrieval
     from utils.console import console, progress
     from utils.results import environment, results_path, write_results
     from utils.retrieval import plot_retrieval, retrieval_table
@@ -61,20 +56,20 @@ def main(args: argparse.Namespace) -> None:
     path = results_path(args.results, "retrieval", args.model_name_or_path)
     configs, tokenizers = open_models(models, args.trust_remote_code)
     clip_windows = check_latent_flags(configs[0], tokenizers[0], models[0], args)
+    sparsity = asked_sparsity(configs[0], args)
+    if sparsity is not None:
+        sparsity.check_drops_before_decoding()
     check_lengths(configs, models, lengths)
     depths = [place / max(1, args.depths - 1) for place in range(args.depths)]
-    makers = [TrialMaker(tokenizer, args.seed) for tokenizer in tokenizers]
-    for maker in makers:
-        # Lengths too short for a question show here: each trial fills its length with other words.
-        for probe, depth, number in itertools.product(probes, depths, range(args.trials)):
-            maker.trial(probe, lengths[0], depth, number)
+    trials = [
+        make_trials(TrialMaker(tokenizer, args.seed), probes, lengths, depths, args.trials, progress)
+        for tokenizer in tokenizers
+    ]
     rows = []
-    for model, label, maker in variants(models, makers, device, clip_windows, args):
-        row = described(model, label)
-        cells = measure_retrieval(
-            model, maker, probes, lengths, depths, args.trials, args.batch_size, progress, f"{label}, retrieval"
-        )
-        rows += [row | {"variant": len(rows) // len(cells)} | dataclasses.asdict(cell) for cell in cells]
+    for index, (model, label, mine) in enumerate(variants(models, trials, device, clip_windows, args)):
+        row = described(model, label) | {"variant": index}
+        cells = measure_retrieval(model, mine, args.batch_size, progress, f"{label}, retrieval")
+        rows += [row | dataclasses.asdict(cell) for cell in cells]
     results = {"rows": rows, "config": vars(args), "environment": environment(device, args.seed)}
     write_results(path, results)
     plot_retrieval(results, path.with_suffix(".png"))
@@ -86,6 +81,7 @@ def check_flags(args: argparse.Namespace) -> tuple[list[str], list[int]]:
     """Refuse what can be refused from the command line alone; returns probes and lengths."""
     from palu.checkpoint import parse_dtype
     from palu.core.errors import PaluError
+    from palu.evaluate.retrieval import PROBES
 
     check_counts({"--depths": args.depths, "--trials": args.trials, "--batch_size": args.batch_size})
     probes = list(dict.fromkeys(name.strip() for name in args.probes.split(",")))
@@ -96,8 +92,6 @@ def check_flags(args: argparse.Namespace) -> tuple[list[str], list[int]]:
     if not all(text.isdigit() and int(text) > 0 for text in texts):
         raise PaluError(f"--lengths {args.lengths!r} must be numbers of tokens such as 512,1024")
     parse_dtype(args.dtype)
-    if args.skip_prefill_compression:
-        raise PaluError("--skip_prefill_compression drops nothing before decoding, and answers are scored without any")
     return probes, sorted({int(text) for text in texts})
 
 
@@ -113,9 +107,9 @@ def check_lengths(configs: list[Any], models: list[str], lengths: list[int]) -> 
 
 
 def variants(
-    models: list[str], makers: list[Any], device: str, clip_windows: Any, args: argparse.Namespace
+    models: list[str], trials: list[Any], device: str, clip_windows: Any, args: argparse.Namespace
 ) -> Iterator[tuple[Any, str, Any]]:
-    """The models one after the other, each set to one way of caching: a model, its label, its maker of trials."""
+    """The models one after the other, each set to one way of caching: a model, its label, its trials."""
     from palu.checkpoint import load_model, parse_dtype
     from palu.models import is_latent
     from utils.console import working
@@ -125,28 +119,27 @@ def variants(
         with working(f"loading {models[index]}"):
             model = load_model(models[index], parse_dtype(args.dtype), device, args.trust_remote_code)
         if index > 0 or not is_latent(model):
-            yield model, names[index], makers[index]
+            yield model, names[index], trials[index]
         else:
             apply_latent_flags(model, clip_windows, args)
             for _ in ways_of_caching(model):
-                yield model, names[index], makers[index]
+                yield model, names[index], trials[index]
         del model
         free_memory()
 
 
 def ways_of_caching(model: Any) -> Iterator[None]:
     """Set a compressed model to latents as they are, then to its codes, then to its token policy, where it has them."""
-    from palu import QuantizationConfig, set_quantization, set_token_sparsity
+    from palu import QuantizationConfig, set_cache
 
     quantization, sparsity = model.config.latent.quantization, model.config.latent.sparsity
-    set_token_sparsity(model, None)
-    set_quantization(model, QuantizationConfig())
+    set_cache(model, QuantizationConfig(), None)
     yield
-    set_quantization(model, quantization)
+    set_cache(model, quantization, None)
     if not quantization.is_full:
         yield
     if sparsity is not None:
-        set_token_sparsity(model, sparsity)
+        set_cache(model, quantization, sparsity)
         yield
 
 

@@ -178,7 +178,7 @@ class Rotation:
     def positions_of(self, groups: int) -> Tensor:
         """Positions of so many groups of heads, [batch or 1, length, groups]: a multiple of those there are, or any."""
         if self.groups == 1:
-            return self.positions.view(*self.positions.shape[:2], 1).expand(-1, -1, groups)
+            return self.positions[..., None].expand(-1, -1, groups)
         return self.positions.repeat_interleave(groups // self.groups, dim=2)
 
     def narrow(self, start: int, length: int) -> "Rotation":
@@ -208,12 +208,11 @@ class Rotation:
 
     def by_head(self, dtype: torch.dtype, num_heads: int) -> tuple[Tensor, Tensor]:
         """The same for so many heads, [batch or 1, 1 or num_heads, length, head_dim]."""
+        cos, sin = self.tables(dtype)
         if self.groups == 1:
-            cos, sin = (table.view(*table.shape[:2], table.shape[-1])[:, None] for table in self.tables(dtype))
-        else:
-            count = num_heads // self.groups
-            cos, sin = (table.transpose(1, 2).repeat_interleave(count, dim=1) for table in self.tables(dtype))
-        return cos, sin
+            return cos[:, None], sin[:, None]
+        count = num_heads // self.groups
+        return tuple(table.transpose(1, 2).repeat_interleave(count, dim=1) for table in (cos, sin))
 
     def kept(self, key: tuple, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Tables of these positions, [batch or 1, length, ...] (but for those of `seen`), made once for all layers."""

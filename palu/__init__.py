@@ -4,7 +4,7 @@ from palu.calibrate.clip import search_clip_ratios
 from palu.config import CompressionConfig
 from palu.core.errors import PaluError
 from palu.models import register_auto_classes
-from palu.nn.fusion import fold_hadamard, fold_values, set_quantization, set_token_sparsity
+from palu.nn.fusion import fold_hadamard, fold_values, set_cache, set_quantization, set_token_sparsity
 from palu.nn.latent_cache import LatentCache, cache_bytes_per_token, cache_nbytes
 from palu.pipeline import Compression, compress
 from palu.quantization import QuantizationConfig
@@ -25,6 +25,7 @@ __all__ = [
     "fold_hadamard",
     "fold_values",
     "search_clip_ratios",
+    "set_cache",
     "set_quantization",
     "set_token_sparsity",
 ]

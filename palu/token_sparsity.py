@@ -120,6 +120,17 @@ class TokenSparsity:
         # The slack keeps products such as 0.7 * 10 from being rounded up.
         return max(self.least, math.ceil(self.capacity_rate * length - 1e-9))
 
+    def check_drops_before_decoding(self) -> None:
+        """Refuse to be used where nothing is decoded, and so nothing would be dropped.
+
+        Raises:
+            PaluError: if it leaves prompts whole.
+        """
+        require(
+            not self.skip_prefill_compression,
+            "skip_prefill_compression drops nothing before decoding, and what is scored is not decoded",
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """What is set, for JSON."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -21,6 +21,7 @@ from palu.evaluate.retrieval import (
     PROBES,
     VALUES,
     TrialMaker,
+    make_trials,
     measure_retrieval,
 )
 from tests.conftest import ROOT
@@ -143,11 +144,11 @@ class Reader(torch.nn.Module):
 @pytest.mark.parametrize("probe", PROBES)
 def test_a_model_that_looks_up_what_it_remembers_wins_there_and_nowhere_else(demo_tokenizer, probe):
     maker = TrialMaker(demo_tokenizer, seed=5)
-    call = (maker, [probe], [200], [0.0, 1.0], 6)
-    whole = measure_retrieval(Reader(len(demo_tokenizer), 1000), *call)
+    trials = make_trials(maker, [probe], [200], [0.0, 1.0], 6)
+    whole = measure_retrieval(Reader(len(demo_tokenizer), 1000), trials)
     assert [cell.accuracy for cell in whole] == [1.0, 1.0]
     assert all(cell.margin > 0 for cell in whole)
-    recent = measure_retrieval(Reader(len(demo_tokenizer), 60), *call)
+    recent = measure_retrieval(Reader(len(demo_tokenizer), 60), trials)
     assert recent[0].accuracy < 0.6
     assert recent[1].accuracy == 1.0
 

@@ -38,6 +38,14 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verbose", action="store_true", help="log each step, and show full error traces")
 
 
+def add_evaluated_flags(parser: argparse.ArgumentParser) -> None:
+    """Which models a script that evaluates measures, and in which numbers."""
+    flag = parser.add_argument
+    flag("--model_name_or_path", required=True, help="directory or hub name of the model to measure")
+    flag("--baseline", metavar="DIR", help="a model to measure beside it, usually the original")
+    flag("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
+
+
 def run_script(
     parse: Callable[[list[str]], argparse.Namespace],
     main: Callable[[argparse.Namespace], None],

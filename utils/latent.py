@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 from typing import Any
 
-from utils.sparsity import add_sparsity_flags
+from utils.sparsity import add_sparsity_flags, asked_sparsity
 
 # Fewer calibration tokens than this determine no clip ratio.
 LEAST_TOKENS = 256
@@ -60,20 +60,18 @@ def check_latent_flags(config: Any, tokenizer: Any, path: str, args: argparse.Na
     """
     from palu.core.errors import PaluError
     from palu.models import is_latent
-    from palu.token_sparsity import changed_by_flags
 
     flags = {name: value for name, value in vars(args).items() if name.startswith("lt_")}
     given = [name for name, value in flags.items() if value is not None and value is not False]
     if not is_latent(config):
         if given:
             raise PaluError(f"{path} is not a compressed model; --{given[0]} needs one")
-        if changed_by_flags(None, vars(args)) is not None:
+        if asked_sparsity(config, args) is not None:
             raise PaluError(f"{path} is not a compressed model; --token_sparse_method needs one")
         return None
     settings = _asked(config.latent, args)
     # Refuses exact tokens together with a policy that drops tokens.
-    sparsity = changed_by_flags(config.latent.sparsity, vars(args))
-    dataclasses.replace(config.latent, quantization=settings, sparsity=sparsity)
+    dataclasses.replace(config.latent, quantization=settings, sparsity=asked_sparsity(config, args))
     if args.lt_hadamard:
         _check_hadamard(config.latent, path)
     if settings.needs_search:
@@ -91,23 +89,18 @@ def apply_latent_flags(model: Any, windows: Any, args: argparse.Namespace) -> No
     Args:
         windows: what `check_latent_flags` returned.
     """
-    from palu import fold_hadamard, search_clip_ratios, set_quantization, set_token_sparsity
+    from palu import fold_hadamard, search_clip_ratios, set_cache
     from palu.models import is_latent
-    from palu.token_sparsity import changed_by_flags
     from utils.console import progress
 
     if not is_latent(model):
         return
     settings = _asked(model.config.latent, args)
-    sparsity = changed_by_flags(model.config.latent.sparsity, vars(args))
-    # Off while the others change, which may exclude it.
-    set_token_sparsity(model, None)
     if args.lt_hadamard:
         fold_hadamard(model)
-    set_quantization(model, settings)
+    set_cache(model, settings, asked_sparsity(model.config, args))
     if settings.needs_search:
         search_clip_ratios(model, windows, progress)
-    set_token_sparsity(model, sparsity)
 
 
 def _asked(latent: Any, args: argparse.Namespace) -> Any:

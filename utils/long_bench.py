@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from utils.console import print_table, progress
-from utils.report import cache_label, headless_pyplot, save_figure
 from utils.results import commit
+from utils.side_by_side import bytes_cells, columns, models_of, plot_bars, value_cells
 
 # What changes answers beside model and settings.
 PACKAGES = ("palu-kv", "torch", "transformers", "tokenizers", "lm-eval")
+DIGITS = 2
 
 
 def answers_folder(model: Any, tokenizer: Any, label: str, args: Any) -> Path:
@@ -81,32 +82,20 @@ class Answers:
 def long_bench_table(results: dict[str, Any]) -> None:
     """A line per data set and range of lengths, a column per model; the average and the cache's bytes at the end."""
     rows = results["rows"]
-    models = list(dict.fromkeys(row["model"] for row in rows))
+    models = models_of(rows)
     values = {(row["task"], row["lengths"], row["model"]): row for row in rows}
     lines: list[list[Any]] = []
     for task, lengths in dict.fromkeys(key[:2] for key in values):
         found = [values[task, lengths, model] for model in models]
         name = task if lengths == "all" else f"  {lengths}"
-        lines.append(
-            [name, found[0]["metric"], found[0]["rows"], found[0]["cut"], *_cells([row["value"] for row in found])]
-        )
-    means = [_mean(rows, model, "value") for model in models]
-    lines.append([f"average of {len({row['task'] for row in rows})}", None, None, None, *_cells(means)])
-    held = [_mean(rows, model, "kv_bytes_per_token") for model in models]
-    ratio = [f"{held[0] / held[-1] - 1:+.2%}"] if len(models) > 1 else []
-    lines.append(["KV bytes per token", None, None, None, *(f"{each:,.0f}" for each in held), *ratio])
-    names = ["model", "baseline", "diff"] if len(models) > 1 else ["model"]
-    caption = "\n".join(f"{name}: {_named(rows, model)}" for name, model in zip(names, models, strict=False))
+        cells = value_cells([row["value"] for row in found], DIGITS)
+        lines.append([name, found[0]["metric"], found[0]["rows"], found[0]["cut"], *cells])
+    means, held = ([_mean(rows, model, what) for model in models] for what in ("value", "kv_bytes_per_token"))
+    average = f"average of {len({row['task'] for row in rows})}"
+    lines.append([average, None, None, None, *value_cells(means, DIGITS)])
+    lines.append(["KV bytes per token", None, None, None, *bytes_cells(held)])
+    names, caption = columns(rows)
     print_table("LongBench, 0 to 100", ["data set", "metric", "rows", "cut", *names], lines, caption)
-
-
-def _cells(found: list[float]) -> list[str]:
-    cells = [f"{value:.2f}" for value in found]
-    return cells if len(found) == 1 else [*cells, f"{found[0] - found[-1]:+.2f}"]
-
-
-def _named(rows: list[dict[str, Any]], model: str) -> str:
-    return f"{model}, {cache_label(next(row for row in rows if row['model'] == model))}"
 
 
 def _mean(rows: list[dict[str, Any]], model: str, what: str) -> float:
@@ -117,16 +106,5 @@ def _mean(rows: list[dict[str, Any]], model: str, what: str) -> float:
 
 def plot_long_bench(results: dict[str, Any], path: Path) -> None:
     """Bars of every data set's score, models side by side."""
-    plt = headless_pyplot()
     rows = [row for row in results["rows"] if row["lengths"] == "all"]
-    models, tasks = (list(dict.fromkeys(row[what] for row in rows)) for what in ("model", "task"))
-    figure, axis = plt.subplots(figsize=(max(5.0, 0.9 * len(tasks) + 2), 3.8), layout="constrained")
-    width = 0.8 / len(models)
-    for place, model in enumerate(models):
-        at = [index + (place - (len(models) - 1) / 2) * width for index in range(len(tasks))]
-        axis.bar(at, [row["value"] for row in rows if row["model"] == model], width, label=_named(rows, model))
-    axis.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
-    axis.set_ylabel("score, 0 to 100")
-    axis.grid(axis="y", alpha=0.3)
-    axis.legend(fontsize=7)
-    save_figure(figure, path)
+    plot_bars(rows, {row["task"]: row["task"] for row in rows}, "score, 0 to 100", path)

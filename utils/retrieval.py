@@ -6,12 +6,11 @@ from typing import Any
 from utils.console import print_table
 from utils.report import cache_label, headless_pyplot, save_figure
 
-# One right answer among eight.
-CHANCE = 1 / 8
-
 
 def retrieval_table(results: dict[str, Any]) -> None:
     """A line per way of caching and length, a column per probe, means over depths; the cache's bytes beside them."""
+    from palu.evaluate.retrieval import DISTRACTORS
+
     rows = results["rows"]
     probes = list(dict.fromkeys(row["probe"] for row in rows))
     lines = []
@@ -23,7 +22,7 @@ def retrieval_table(results: dict[str, Any]) -> None:
         lines.append([*named, f"{length:,}", *(f"{each:.3f}" for each in found), f"{held:,.0f}"])
     title = f"Retrieval, won trials, {rows[0]['trials']} at each of {len({row['depth'] for row in rows})} depths"
     columns = ["model", "cache", "tokens", *probes, "KV B/tok"]
-    print_table(title, columns, lines, f"by chance: {CHANCE:.3f}")
+    print_table(title, columns, lines, f"by chance: {1 / (DISTRACTORS + 1):.3f}")
 
 
 def _mean(values: list[float]) -> float:

@@ -42,6 +42,18 @@ def add_sparsity_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def asked_sparsity(config: Any, args: argparse.Namespace) -> Any:
+    """The `TokenSparsity` that a model will be used with; None if it keeps all tokens, or is a stock model.
+
+    Raises:
+        PaluError: for a value that is not allowed, or a flag that would do nothing.
+    """
+    from palu.models import is_latent
+    from palu.token_sparsity import changed_by_flags
+
+    return changed_by_flags(config.latent.sparsity if is_latent(config) else None, vars(args))
+
+
 def sparsity_row(config: Any) -> dict[str, Any]:
     """What a model's cache keeps, as entries of a row; nothing where it keeps all tokens."""
     from palu.models import is_latent

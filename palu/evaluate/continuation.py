@@ -48,8 +48,8 @@ def continuation_scores(
     Raises:
         PaluError: if a likelihood is not a number, or the model's policy drops nothing before decoding.
     """
-    skips = is_latent(model) and model.config.latent.sparsity and model.config.latent.sparsity.skip_prefill_compression
-    require(not skips, "skip_prefill_compression drops nothing before decoding, and answers are scored without any")
+    if is_latent(model) and model.config.latent.sparsity is not None:
+        model.config.latent.sparsity.check_drops_before_decoding()
     # A context of one token is read whole.
     heads = [context[:-1] or context for context in contexts]
     lengths = torch.tensor([len(head) for head in heads], device=model.device)

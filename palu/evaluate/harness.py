@@ -19,7 +19,7 @@ from palu.core.errors import PaluError
 from palu.core.validate import require
 from palu.evaluate.continuation import continuation_scores
 from palu.models import is_latent
-from palu.nn.fusion import fold_hadamard, set_quantization, set_token_sparsity
+from palu.nn.fusion import fold_hadamard, set_cache
 from palu.nn.latent_cache import cache_nbytes
 from palu.quantization import FLAGS as LATENT_FLAGS
 from palu.token_sparsity import FLAGS as SPARSITY_FLAGS
@@ -82,16 +82,13 @@ class PaluLM(HFLM):
             self._model = load_model(pretrained, number, str(self.device), bool(trust_remote_code))
 
     def _set_cache(self, flags: dict[str, Any], hadamard: bool) -> None:
-        latent = self.model.config.latent
-        sparsity = changed_by_flags(latent.sparsity, flags)
-        set_token_sparsity(self.model, None)
         if hadamard:
             # First, as ratios that were found for latents as they were are forgotten then.
             fold_hadamard(self.model)
-        quantization = self.model.config.latent.quantization.changed_by_flags(flags)
+        latent = self.model.config.latent
+        quantization = latent.quantization.changed_by_flags(flags)
         require(not quantization.needs_search, "lt_clip_ratio auto has to be searched: use run_lm_eval.py")
-        set_quantization(self.model, quantization)
-        set_token_sparsity(self.model, sparsity)
+        set_cache(self.model, quantization, changed_by_flags(latent.sparsity, flags))
 
     @property
     def kv_bytes_per_token(self) -> float:

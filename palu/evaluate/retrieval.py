@@ -6,7 +6,7 @@ distractor, so that small models that cannot follow instructions can be measured
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +19,8 @@ from palu.evaluate.continuation import continuation_scores
 
 Probe = Literal["needle", "recall"]
 PROBES: tuple[Probe, ...] = ("needle", "recall")
+# A probe, a length and a depth.
+Place = tuple[Probe, int, float]
 DISTRACTORS = 7
 
 
@@ -83,6 +85,7 @@ class TrialMaker:
         self.tokenizer, self.seed = tokenizer, seed
         bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
         self.prefix = whole[: whole.index(bare[0])]
+        self.full_stop = tokenizer(".", add_special_tokens=False)["input_ids"]
         # Answers of as many tokens each, so that none is likelier for being shorter.
         sizes = {word: len(self._ids(f" {word}")) for word in VALUES}
         common = Counter(sizes.values()).most_common(1)[0][0]
@@ -102,11 +105,10 @@ class TrialMaker:
 
     def _ids(self, text: str) -> list[int]:
         """Tokens of a text behind a sentence: some tokenizers put a space in front of what begins a text."""
-        bare, whole = (
-            self.tokenizer(each, add_special_tokens=False, verbose=False)["input_ids"] for each in (".", f".{text}")
-        )
-        require(whole[: len(bare)] == bare, "the tokenizer joins sentences; it is not for a retrieval test")
-        return whole[len(bare) :]
+        whole = self.tokenizer(f".{text}", add_special_tokens=False, verbose=False)["input_ids"]
+        start = len(self.full_stop)
+        require(whole[:start] == self.full_stop, "the tokenizer joins sentences; it is not for a retrieval test")
+        return whole[start:]
 
     def _filler(self, rng: random.Random, count: int) -> list[int]:
         """Sentences about nothing, cut to `count` tokens."""
@@ -157,26 +159,38 @@ def _room(tokens: int, length: int) -> int:
     return tokens
 
 
-def measure_retrieval(
-    model: PreTrainedModel,
+def make_trials(
     maker: TrialMaker,
     probes: Sequence[Probe],
     lengths: Sequence[int],
     depths: Sequence[float],
-    trials: int,
+    count: int,
+    progress: Progress = silent,
+) -> dict[Place, list[Trial]]:
+    """So many trials for every probe, length and depth.
+
+    Raises:
+        PaluError: if a length is too short.
+    """
+    places = [(probe, length, depth) for probe in probes for length in lengths for depth in depths]
+    return {
+        place: [maker.trial(*place, number) for number in range(count)]
+        for place in progress(places, "making texts", len(places))
+    }
+
+
+def measure_retrieval(
+    model: PreTrainedModel,
+    trials: Mapping[Place, Sequence[Trial]],
     batch_size: int = 1,
     progress: Progress = silent,
     name: str = "retrieval",
 ) -> list[Cell]:
     """One cell for every probe, length and depth; contexts go through the model's own cache before the answers."""
-    places = [(probe, length, depth) for probe in probes for length in lengths for depth in depths]
-    return [
-        _cell(model, [maker.trial(*place, number) for number in range(trials)], place, batch_size)
-        for place in progress(places, name, len(places))
-    ]
+    return [_cell(model, made, place, batch_size) for place, made in progress(trials.items(), name, len(trials))]
 
 
-def _cell(model: PreTrainedModel, trials: Sequence[Trial], place: tuple[Probe, int, float], batch_size: int) -> Cell:
+def _cell(model: PreTrainedModel, trials: Sequence[Trial], place: Place, batch_size: int) -> Cell:
     margins: list[float] = []
     held = tokens = 0
     for start in range(0, len(trials), batch_size):

@@ -15,16 +15,26 @@ from palu.quantization import QuantizationConfig
 from palu.token_sparsity import TokenSparsity
 
 
-def set_quantization(model: PreTrainedModel, quantization: QuantizationConfig) -> None:
-    """Change how the caches that `model` makes from now on store latents; saved with the model's config."""
+def set_cache(model: PreTrainedModel, quantization: QuantizationConfig, sparsity: TokenSparsity | None) -> None:
+    """Change how the caches that `model` makes from now on store latents, and of which tokens; None: of all.
+
+    Saved with the model's config.
+
+    Raises:
+        PaluError: if one of them excludes the other.
+    """
     latent = LatentConfig.from_dict(model.config.palu)
-    model.config.palu = dataclasses.replace(latent, quantization=quantization).to_dict()
+    model.config.palu = dataclasses.replace(latent, quantization=quantization, sparsity=sparsity).to_dict()
+
+
+def set_quantization(model: PreTrainedModel, quantization: QuantizationConfig) -> None:
+    """As `set_cache`, of the tokens that the caches hold now."""
+    set_cache(model, quantization, LatentConfig.from_dict(model.config.palu).sparsity)
 
 
 def set_token_sparsity(model: PreTrainedModel, sparsity: TokenSparsity | None) -> None:
-    """Change which tokens the caches that `model` makes from now on keep; None: all. Saved with the model's config."""
-    latent = LatentConfig.from_dict(model.config.palu)
-    model.config.palu = dataclasses.replace(latent, sparsity=sparsity).to_dict()
+    """As `set_cache`, with latents stored as they are now."""
+    set_cache(model, LatentConfig.from_dict(model.config.palu).quantization, sparsity)
 
 
 @torch.no_grad()
