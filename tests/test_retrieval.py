@@ -211,6 +211,10 @@ def test_a_checkpoint_saved_with_codes_and_a_policy_is_measured_as_it_is_asked_f
         (("--lengths", "2048"), "--lengths 2048 and an answer exceed its 2048 positions"),
         (("--lengths", "20"), "20 tokens hold"),
         (("--trials", "0"), "--trials 0 must be at least 1"),
+        (
+            ("--token_sparse_method", "pool", "--prompt_capacity", "64", "--skip_prefill_compression"),
+            "skip_prefill_compression drops nothing before decoding",
+        ),
     ],
 )
 def test_bad_flags_are_refused_in_one_line(script, demo_checkpoint, flags, message, capsys):
