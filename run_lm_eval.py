@@ -210,12 +210,13 @@ def measure(
         torch_random_seed=HARNESS_SEED + args.seed,
         fewshot_random_seed=HARNESS_SEED + args.seed,
     )
+    bytes_per_token = lm.kv_bytes_per_token()
     if found is None:
         return []
     model = described(lm.model, label)
     if args.save_results:
         save_harness_results(found, model, Path(args.output_dir or OUTPUT_DIR))
-    return accuracy_rows(found, model | {"kv_bytes_per_token": lm.kv_bytes_per_token}, args.limit)
+    return accuracy_rows(found, model | {"kv_bytes_per_token": bytes_per_token}, args.limit)
 
 
 def accuracy_rows(found: dict[str, Any], model: dict[str, Any], limit: float | None) -> list[dict[str, Any]]:

@@ -114,8 +114,8 @@ def test_policies_are_refused_for_a_stock_model(capsys):
     assert "is not a compressed model; --token_sparse_method needs one" in capsys.readouterr().err
 
 
-def test_lm_eval_finds_the_model_class_by_name(demo_checkpoint, tmp_path):
-    command = [str(Path(sys.executable).with_name("palu-lm-eval")), "run", "--model", "palu"]
+def test_lm_evals_own_command_finds_the_model_class_by_name(demo_checkpoint, tmp_path):
+    command = [str(Path(sys.executable).with_name("lm_eval")), "run", "--model", "palu"]
     settings = f"pretrained={demo_checkpoint},lt_bits=4,token_sparse_method=snapkv,prompt_capacity=40"
     command += ["--model_args", settings, "--tasks", "palu_facts", "--include_path", "tests/lm_eval_tasks"]
     command += ["--limit", "4", "--device", "cpu", "--output_path", str(tmp_path)]
@@ -127,6 +127,17 @@ def test_lm_eval_finds_the_model_class_by_name(demo_checkpoint, tmp_path):
     assert [point.value for point in entry_points(group="lm_eval.models", name="palu")] == [
         "palu.evaluate.harness:PaluLM"
     ]
+
+
+def test_what_is_read_when_python_starts_imports_nothing_and_leaves_other_models_alone():
+    before = "import sys; print(sorted(m for m in sys.modules if m.startswith(('palu', 'torch', 'lm_eval', 'typing'))))"
+    models = "import lm_eval.models as m; print(len([f for f in sys.meta_path if type(f).__name__ == 'AfterModels']))"
+    names = "from lm_eval.api.registry import model_registry as r; print(set(r.keys()) - set(m.MODEL_MAPPING), r['hf'])"
+    code = "; ".join((before, models, names, "print('palu' in sys.modules)"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True)
+    found = done.stdout.splitlines()[-4:]
+    hf = "<class 'lm_eval.models.huggingface.HFLM'>"
+    assert found == ["['palu_lm_eval_hook']", "0", "{'palu'} " + hf, "False"]
 
 
 def launched(*flags, **environment):
@@ -149,6 +160,8 @@ def test_two_processes_share_the_rows_and_find_the_same(demo_checkpoint, tmp_pat
         "cpu",
         "--limit",
         7,
+        "--batch_size",
+        1,
         *policy,
     ]
     assert invoke(run_lm_eval, *flags, "--results", alone) == 0
@@ -156,6 +169,8 @@ def test_two_processes_share_the_rows_and_find_the_same(demo_checkpoint, tmp_pat
     assert done.returncode == 0, done.stderr
     expected, found = (json.loads(path.read_text())["rows"] for path in (alone, shared))
     assert [row["value"] for row in found] == [row["value"] for row in expected]
+    # Of both processes' rows, none of which is padded.
+    assert found[0]["kv_bytes_per_token"] == expected[0]["kv_bytes_per_token"]
     assert done.stdout.count("record: ") == 1
     # Of seven rows of four answers each, the first process has four rows.
     assert "16/16" in done.stderr
@@ -179,7 +194,7 @@ def scored(checkpoint, batch_size, **settings):
     manager = TaskManager(include_path="tests/lm_eval_tasks", include_defaults=False)
     found = lm_eval.simple_evaluate(model=lm, tasks=["palu_facts"], task_manager=manager, limit=6)["samples"]
     likelihoods = [response[0][0] for sample in found["palu_facts"] for response in sample["resps"]]
-    return torch.tensor(likelihoods, dtype=torch.float64), lm.kv_bytes_per_token
+    return torch.tensor(likelihoods, dtype=torch.float64), lm.kv_bytes_per_token()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """lm-eval's model class `palu`: a stock or compressed checkpoint, with settings of its cache.
 
-`lm_eval.models` is the group of the entry point. Versions of lm-eval that do not look there (0.4.13 does not) find the
-name once this module is imported; the command `palu-lm-eval` is lm-eval's own with that done.
+The package declares it as an entry point of the group `lm_eval.models`; as lm-eval 0.4.13 does not look there,
+lm_eval_hook.py, installed beside the package, gives lm-eval the name.
 """
 
 import os
@@ -90,10 +90,16 @@ class PaluLM(HFLM):
         require(not quantization.needs_search, "lt_clip_ratio auto has to be searched: use run_lm_eval.py")
         set_cache(self.model, quantization, changed_by_flags(latent.sparsity, flags))
 
-    @property
     def kv_bytes_per_token(self) -> float:
-        """Bytes that caches held after prompts, per token of these; 0 before the first."""
-        return self.cache_bytes / self.cache_tokens if self.cache_tokens else 0.0
+        """Bytes that caches held after prompts, per token of these; 0 before the first.
+
+        Of the prompts of all processes, each of which must call this.
+        """
+        counts = torch.tensor([self.cache_bytes, self.cache_tokens], dtype=torch.int64, device=self.device)
+        if self._world_size > 1:
+            counts = self.accelerator.reduce(counts, reduction="sum")
+        held, tokens = counts.tolist()
+        return held / tokens if tokens else 0.0
 
     @property
     def drops_tokens(self) -> bool:
@@ -174,10 +180,3 @@ class PaluLM(HFLM):
             return super()._detect_batch_size(requests, pos)
         finally:
             self.counts = True
-
-
-def main() -> None:
-    """lm-eval's command line, which knows `--model palu` here."""
-    from lm_eval.__main__ import cli_evaluate
-
-    cli_evaluate()
