@@ -1,5 +1,8 @@
 """Small models of every family whose weights are large enough to show an error in the logits; running scripts."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import (
@@ -88,6 +91,15 @@ def left_padded_batch(model: PreTrainedModel, length: int = 24) -> dict[str, tor
 def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PALU_CACHE", str(tmp_path / "cache"))
+
+
+def example(name):
+    """A script under examples/, as a module."""
+    path = Path(__file__).parents[1] / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def invoke(script, *argv):

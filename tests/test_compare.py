@@ -1,21 +1,17 @@
 """Comparing methods: a row for every way of caching, a plot, one line for bad input."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from palu.evaluate.perplexity import perplexity
-from tests.helpers import compressed, in_an_empty_folder, invoke, random_windows, tiny_model  # noqa: F401
-from utils.results import read_results
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
-import compare_methods
-
 import compress
 import run_ppl_eval
+from palu.evaluate.perplexity import perplexity
+from tests.helpers import compressed, example, in_an_empty_folder, invoke, random_windows, tiny_model  # noqa: F401
+from utils.results import read_results
+
+compare_methods = example("compare_methods")
 
 SMALL = ["--max_windows", "2", "--seqlen", "128", "--n_whiten_calib_samples", "2", "--calib_seqlen", "64"]
 SMALL += ["--n_fisher_calib_samples", "1"]

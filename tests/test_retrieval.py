@@ -1,6 +1,5 @@
 """The retrieval test: its trials are what they say, and a model that looks things up wins them."""
 
-import importlib.util
 import json
 import shutil
 from types import SimpleNamespace
@@ -24,18 +23,14 @@ from palu.evaluate.retrieval import (
     make_trials,
     measure_retrieval,
 )
-from tests.conftest import ROOT
-from tests.helpers import in_an_empty_folder, invoke  # noqa: F401
+from tests.helpers import example, in_an_empty_folder, invoke  # noqa: F401
 
 BASE = DEMO_ASSETS / "model"
 
 
 @pytest.fixture
 def script():
-    spec = importlib.util.spec_from_file_location("measure_retrieval", ROOT / "examples" / "measure_retrieval.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return example("measure_retrieval")
 
 
 @pytest.fixture(scope="module")
