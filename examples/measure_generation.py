@@ -98,7 +98,6 @@ def measure(model: Any, label: str, args: argparse.Namespace) -> dict[str, Any]:
     """Time and peak memory of one model's generation, with its parts."""
     import torch
 
-    from palu import cache_nbytes
     from utils.console import working
 
     ids = torch.randint(model.config.vocab_size, (args.batch_size, args.context), device=model.device)
@@ -108,9 +107,8 @@ def measure(model: Any, label: str, args: argparse.Namespace) -> dict[str, Any]:
         generated(model, ids, args.new_tokens + 1, args.prefill_chunk)
         prompt_seconds, _ = generated(model, ids, 1, args.prefill_chunk)
         torch.cuda.reset_peak_memory_stats(model.device)
-        seconds, output = generated(model, ids, args.new_tokens + 1, args.prefill_chunk)
+        seconds, cache = generated(model, ids, args.new_tokens + 1, args.prefill_chunk)
     peak = torch.cuda.max_memory_allocated(model.device)
-    cache = cache_nbytes(output.past_key_values)
     return {
         "model": label,
         "context": args.context,
@@ -125,9 +123,11 @@ def measure(model: Any, label: str, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def generated(model: Any, ids: Any, count: int, chunk: int) -> tuple[float, Any]:
-    """Seconds that greedy generation of `count` tokens took, and its output."""
+def generated(model: Any, ids: Any, count: int, chunk: int) -> tuple[float, int]:
+    """Seconds that greedy generation of `count` tokens took, and the bytes that its cache held at the end."""
     import torch
+
+    from palu import cache_nbytes
 
     torch.cuda.synchronize(model.device)
     start = time.perf_counter()
@@ -141,7 +141,7 @@ def generated(model: Any, ids: Any, count: int, chunk: int) -> tuple[float, Any]
         return_dict_in_generate=True,
     )
     torch.cuda.synchronize(model.device)
-    return time.perf_counter() - start, output
+    return time.perf_counter() - start, cache_nbytes(output.past_key_values)
 
 
 def add_differences(rows: list[dict[str, Any]]) -> None:
@@ -166,7 +166,7 @@ def report(results: dict[str, Any]) -> None:
         off = f"{saved / expected - 1:+.1%}" if saved is not None else None
         times = (f"{row[name]:,.0f}" for name in ("prompt_milliseconds", "step_milliseconds"))
         lines.append([row["model"], *map(gigabytes, (*parts, saved, expected)), off, *times])
-    columns = ["GB", "peak", "weights", "cache", "rest", "saved", "expected", "off by", "prompt, ms", "step, ms"]
+    columns = ["GB", "peak", "weights", "cache", "rest", "saved", "expected", "off by", "prompt ms", "step ms"]
     asked = results["config"]
     device = results["environment"]["device"]
     title = f"{asked['model_shape']}, {asked['batch_size']} rows of {asked['context']:,} tokens, {device}"

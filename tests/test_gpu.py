@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 import palu
 from palu.checkpoint import save_checkpoint
-from palu.kernels.decode_attention import launch
+from palu.kernels.decode_attention import launch, reference
 from palu.nn.latent_cache import LatentCache
 from palu.token_sparsity import METHOD_SETTINGS
 from tests.helpers import FAMILIES, compressed, left_padded_batch, random_windows, tiny_model
@@ -59,35 +59,29 @@ def test_caches_that_drop_tokens_go_through_the_kernels_and_agree_with_the_refer
     palu.set_quantization(latent, palu.QuantizationConfig(bits, bits))
     palu.set_token_sparsity(latent, palu.TokenSparsity(method, capacity_rate=0.5, window_size=4))
     batch = {name: tensor.cuda() for name, tensor in left_padded_batch(model, 40).items()}
-    calls = []
+    errors = []
     computed = launch.decode_attention
-    monkeypatch.setattr(launch, "decode_attention", lambda *args: calls.append(1) or computed(*args))
+
+    def checked(*call):
+        found, expected = computed(*call), reference.decode_attention(*call)[0]
+        errors.append(((found - expected).norm() / expected.norm()).item())
+        return found
+
+    monkeypatch.setattr(launch, "decode_attention", checked)
     settings = {"max_new_tokens": 16, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     got = latent.generate(**batch, **settings)
     # Windows of positions differ from group to group of heads, which the kernels' masks cannot say.
     layers = got.past_key_values.layers
     taken = [layer for layer in layers if not (layer.is_sliding and layer.has_dropped and layer.token_groups > 1)]
-    assert len(calls) == 15 * len(taken)
+    assert len(errors) == 15 * len(taken)
+    assert all(error < 1e-3 for error in errors)
     monkeypatch.setenv("PALU_FORCE_REFERENCE", "1")
-    before = len(calls)
     expected = latent.generate(**batch, **settings)
-    assert len(calls) == before
-    # Rounding can tip a code's scale to the next number of 16 bits, which then moves more than rounding does.
-    alike = torch.stack([same_rows(*layers) for layers in zip(layers, expected.past_key_values.layers, strict=True)])
-    rows = alike.all(dim=0)
-    assert rows.sum() >= (3 if bits == 4 else 4)
-    assert torch.allclose(*(torch.stack(output.logits)[:4, rows] for output in (got, expected)), atol=1e-3)
-    assert torch.equal(got.sequences, expected.sequences)
-
-
-def same_rows(layer, other):
-    """Rows in which two layers hold the same positions and, of quantised latents, the same bits."""
-    buffers = zip(layer.buffers, other.buffers, strict=True)
-    pairs = [pair for one, two in buffers for pair in zip(one.parts, two.parts, strict=True)]
-    exact = [
-        (a.tokens, b.tokens) for a, b in pairs if not (a.tokens.is_floating_point() and a.tokens.dtype != torch.half)
-    ]
-    return torch.stack([(a == b).flatten(1).all(dim=1) for a, b in exact]).all(dim=0)
+    assert len(errors) == 15 * len(taken)
+    # Whole runs with codes part where rounding tips one code or scale to the next.
+    if bits == 16:
+        assert torch.allclose(*(torch.stack(output.logits)[:4] for output in (got, expected)), atol=1e-3)
+        assert torch.equal(got.sequences, expected.sequences)
 
 
 @torch.no_grad()
