@@ -166,11 +166,11 @@ def report(results: dict[str, Any]) -> None:
         off = f"{saved / expected - 1:+.1%}" if saved is not None else None
         times = (f"{row[name]:,.0f}" for name in ("prompt_milliseconds", "step_milliseconds"))
         lines.append([row["model"], *map(gigabytes, (*parts, saved, expected)), off, *times])
-    columns = ["GB", "peak", "weights", "cache", "rest", "saved", "expected", "off by", "prompt ms", "step ms"]
+    columns = ["GB", "peak", "weights", "cache", "rest", "saved", "expected", "off by", "prompt", "step"]
     asked = results["config"]
     device = results["environment"]["device"]
     title = f"{asked['model_shape']}, {asked['batch_size']} rows of {asked['context']:,} tokens, {device}"
-    print_table(title, columns, lines)
+    print_table(title, columns, lines, "a prompt with its first token and a step after it in milliseconds")
 
 
 if __name__ == "__main__":

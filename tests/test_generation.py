@@ -51,4 +51,4 @@ def test_caches_are_as_large_as_their_settings_say(tmp_path, capsys):
     assert fewer < 0.6 * latents
     assert fewer_codes < 0.7 * codes
     assert all(row["step_milliseconds"] > 0 and row["prompt_milliseconds"] > 0 for row in rows)
-    assert "prompt, ms" in capsys.readouterr().out
+    assert "tiny, 2 rows of 96 tokens" in capsys.readouterr().out
