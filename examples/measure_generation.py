@@ -36,6 +36,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("--bits", type=bit_list, default=[16, 4], help="bits of the latents, comma-separated (default: 16,4)")
     flag("--policies", default="", help="token policies to measure with each, comma-separated (default: none)")
     flag("--prompt_capacity", type=int, help="tokens that a layer keeps with a policy")
+    flag(
+        "--cache_implementation",
+        choices=("dynamic", "static"),
+        default="dynamic",
+        help="dynamic: the cache grows; static: it has a fixed capacity, and transformers compiles the steps "
+        "(default: %(default)s)",
+    )
     add_common_flags(parser)
     return parser.parse_args(argv)
 
@@ -52,6 +59,8 @@ def asked_policies(args: argparse.Namespace) -> list[Any]:
     names = [name.strip() for name in args.policies.split(",") if name.strip()]
     if bool(names) != (args.prompt_capacity is not None):
         raise PaluError("--policies and --prompt_capacity need each other")
+    if names and args.cache_implementation == "static":
+        raise PaluError("--policies are for a cache that grows; use --cache_implementation dynamic")
     if names and args.prompt_capacity >= args.context:
         raise PaluError(f"--prompt_capacity {args.prompt_capacity} must be below --context {args.context}")
     return [None, *(TokenSparsity(name, capacity=args.prompt_capacity) for name in names)]
@@ -104,10 +113,10 @@ def measure(model: Any, label: str, args: argparse.Namespace) -> dict[str, Any]:
     weights = torch.cuda.memory_allocated(model.device)
     with working(f"generating: {label}"):
         # The first run compiles kernels and asks the allocator for memory.
-        generated(model, ids, args.new_tokens + 1, args.prefill_chunk)
-        prompt_seconds, _ = generated(model, ids, 1, args.prefill_chunk)
+        generated(model, ids, args.new_tokens + 1, args)
+        prompt_seconds, _ = generated(model, ids, 1, args)
         torch.cuda.reset_peak_memory_stats(model.device)
-        seconds, cache = generated(model, ids, args.new_tokens + 1, args.prefill_chunk)
+        seconds, cache = generated(model, ids, args.new_tokens + 1, args)
     peak = torch.cuda.max_memory_allocated(model.device)
     return {
         "model": label,
@@ -123,7 +132,7 @@ def measure(model: Any, label: str, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def generated(model: Any, ids: Any, count: int, chunk: int) -> tuple[float, int]:
+def generated(model: Any, ids: Any, count: int, args: argparse.Namespace) -> tuple[float, int]:
     """Seconds that greedy generation of `count` tokens took, and the bytes that its cache held at the end."""
     import torch
 
@@ -137,7 +146,9 @@ def generated(model: Any, ids: Any, count: int, chunk: int) -> tuple[float, int]
         max_new_tokens=count,
         min_new_tokens=count,
         do_sample=False,
-        prefill_chunk_size=chunk,
+        # Compiling the prompt's forward passes is not what is measured.
+        prefill_chunk_size=None if args.prefill_chunk >= args.context else args.prefill_chunk,
+        cache_implementation=args.cache_implementation,
         return_dict_in_generate=True,
     )
     torch.cuda.synchronize(model.device)

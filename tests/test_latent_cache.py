@@ -118,6 +118,21 @@ def test_layer_equals_a_plain_list_under_random_operations(window):
         assert layer.get_seq_length() == keys.shape[1]
 
 
+@torch.no_grad()
+def test_a_fixed_capacity_is_as_large_as_asked_for_and_never_smaller_than_one_before():
+    """Compiled steps would have to be compiled again for every prompt."""
+    latent = compressed(tiny_model("llama")).model
+
+    def capacity(length, **asked):
+        settings = {"max_new_tokens": 4, "cache_implementation": "static", "return_dict_in_generate": True}
+        output = latent.generate(random_windows(latent, 1, length), **settings, **asked)
+        return output.past_key_values.get_max_length()
+
+    assert [capacity(20), capacity(8), capacity(30), capacity(8)] == [23, 23, 33, 33]
+    if hasattr(latent.generation_config, "max_cache_len"):
+        assert [capacity(8, max_cache_len=60), capacity(40)] == [60, 60]
+
+
 def test_a_cache_of_full_keys_is_refused():
     model = tiny_model("llama")
     latent = compressed(model).model

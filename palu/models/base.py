@@ -158,6 +158,7 @@ class LatentCausalLMMixin(LatentPreTrainedMixin):
     """A family's language model around its latent decoder; `generate` makes the latent cache."""
 
     decoder_class: type[PreTrainedModel]
+    _largest_capacity = 0
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
@@ -179,7 +180,7 @@ class LatentCausalLMMixin(LatentPreTrainedMixin):
         elif wanted not in (None, "dynamic", "static"):
             raise PaluError(f"cache_implementation {wanted!r} is not for compressed models; use dynamic or static")
         elif generation_config.use_cache is not False:
-            capacity = max_cache_length if wanted == "static" else None
+            capacity = self._fixed_capacity(generation_config, max_cache_length) if wanted == "static" else None
             model_kwargs["past_key_values"] = LatentCache(self.config, max_length=max_cache_length, capacity=capacity)
             sparse = self.config.latent.sparsity is not None
             if generation_mode == GenerationMode.ASSISTED_GENERATION and sparse:
@@ -190,3 +191,13 @@ class LatentCausalLMMixin(LatentPreTrainedMixin):
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
+
+    def _fixed_capacity(self, generation_config: GenerationConfig, needed: int) -> int:
+        """Tokens that a cache of fixed capacity gets: as in transformers, never fewer than one before it had.
+
+        Steps that were compiled for that one serve it, too.
+        """
+        # Versions before `max_cache_len` do not have it.
+        wanted = getattr(generation_config, "max_cache_len", None) or 0
+        self._largest_capacity = max(needed, wanted, self._largest_capacity)
+        return self._largest_capacity
