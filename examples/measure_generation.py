@@ -32,6 +32,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("--new_tokens", type=int, default=16, help="generated tokens after the first (default: %(default)s)")
     flag("--prefill_chunk", type=int, default=2048, help="prompt tokens per forward pass (default: %(default)s)")
     flag("--kept_ratio", type=float, default=0.5, help="kept fraction of the cache (default: %(default)s)")
+    flag("--value_share", type=float, default=0.75, help="values' part of what is kept (default: %(default)s)")
     flag("--group_size", type=int, default=4, help="kv heads per group (default: %(default)s)")
     flag("--bits", type=bit_list, default=[16, 4], help="bits of the latents, comma-separated (default: 16,4)")
     flag("--policies", default="", help="token policies to measure with each, comma-separated (default: none)")
@@ -91,7 +92,7 @@ def main(args: argparse.Namespace) -> None:
     for bits in args.bits:
         gc.collect()
         torch.cuda.empty_cache()
-        model = latent_model(config, dtype, device, args.kept_ratio, args.group_size)
+        model = latent_model(config, dtype, device, args.kept_ratio, args.group_size, args.value_share)
         palu.set_quantization(model, palu.QuantizationConfig(bits, bits))
         for policy in policies:
             palu.set_token_sparsity(model, policy)

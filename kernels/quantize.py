@@ -168,11 +168,16 @@ class PackedLatents:
     def dequantized(self, dtype: torch.dtype, start: int = 0, count: int | None = None) -> Tensor:
         """Latents [batch, length, width] with the rounding of their codes, or `count` of them from `start`.
 
-        `start` and `count` have to end at borders of quantisation groups.
+        `start` and `count` have to end at borders of quantisation groups. One Triton launch on a GPU.
         """
         count = self.quantization.width - start if count is None else count
         borders = list(itertools.accumulate(self.quantization.widths, initial=0))
         first, last = borders.index(start), borders.index(start + count)
+        if uses_kernels(self.codes) and not torch.compiler.is_compiling() and dtype != torch.float64:
+            # Here, as it imports this module.
+            from palu.kernels.quantization.launch import launch_dequantized
+
+            return launch_dequantized(self, dtype, start, range(first, last))
         latents = self.centred(torch.float32, start, count).split(self.quantization.widths[first:last], dim=-1)
         shifts = self.shifts()
         parts = []

@@ -18,6 +18,10 @@ TINY = ("--model_shape", "tiny", "--context", 96, "--batch_size", 2, "--new_toke
         (("--policies", "snapkv"), "--policies and --prompt_capacity need each other"),
         (("--prompt_capacity", 40), "--policies and --prompt_capacity need each other"),
         (("--policies", "snapkv", "--prompt_capacity", 96), "--prompt_capacity 96 must be below --context 96"),
+        (
+            ("--policies", "snapkv", "--prompt_capacity", 40, "--cache_implementation", "static"),
+            "--policies are for a cache that grows",
+        ),
     ],
 )
 def test_bad_flags_are_refused_in_one_line(flags, message, capsys):

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from palu.kernels.latents import LatentProjection, Latents, Stretch, blocks
 from palu.kernels.quantize import PackedLatents
-from palu.kernels.reconstruct.reference import BLOCK_LENGTH, reconstruct
+from palu.kernels.reconstruct.op import reconstruct
+from palu.kernels.reconstruct.reference import BLOCK_LENGTH
 from palu.kernels.rotation import Rotation, rotate
 
 

@@ -1,4 +1,4 @@
-"""Triton kernel that rounds latents to packed codes, one group of one token a program."""
+"""Triton kernels that round latents to packed codes, one group of one token a program, and make numbers of them."""
 
 import triton
 import triton.language as tl
@@ -80,3 +80,38 @@ def quantize_kernel(
         tl.store(at_plane + column, plane.to(tl.uint8), mask=ok)
     else:
         tl.store(out + column, first.to(tl.uint8), mask=ok)
+
+
+@triton.jit(do_not_specialize=["tokens", "length", "first", "start"])
+def dequantize_kernel(
+    codes, scales, zeros, numbers, width_of, offset_of, tokens, length, first, start, plane,
+    codes_b, codes_t, scales_b, scales_t, scales_g, zeros_b, zeros_t, zeros_g, numbers_t,
+    BITS: tl.constexpr, SYMMETRIC: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`scale * (code - zero)` of TOKENS tokens of a group, as `PackedLatents.dequantized`, in float32.
+
+    codes: uint8 [rows, length, bytes], 3 bits with the highest ones `plane` bytes behind; numbers: [rows * length,
+    latents from `start` on], of groups from `first` on.
+    """
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    there = token < tokens
+    row, slot, group = token // length, token % length, first + tl.program_id(1)
+    width, offset = tl.load(width_of + group), tl.load(offset_of + group)
+    scale = tl.load(scales + row * scales_b + slot * scales_t + group * scales_g, mask=there, other=0.0)
+    zero = tl.full((TOKENS,), (1 << (BITS - 1)) * 1.0, tl.float32)
+    if not SYMMETRIC:
+        zero = tl.load(zeros + row * zeros_b + slot * zeros_t + group * zeros_g, mask=there, other=0.0).to(tl.float32)
+    at = (codes + row * codes_b + slot * codes_t)[:, None]
+    out = (numbers + token * numbers_t)[:, None]
+    for column in range(0, width, BLOCK):
+        latent = offset + column + tl.arange(0, BLOCK)[None, :]
+        ok = there[:, None] & (latent < offset + width)
+        if BITS == 3:
+            code = (tl.load(at + latent // 4, mask=ok, other=0).to(tl.int32) >> (latent % 4 * 2)) & 3
+            code |= ((tl.load(at + plane + latent // 8, mask=ok, other=0).to(tl.int32) >> (latent % 8)) & 1) << 2
+        else:
+            PER_BYTE: tl.constexpr = 8 // BITS
+            code = tl.load(at + latent // PER_BYTE, mask=ok, other=0).to(tl.int32) >> (latent % PER_BYTE * BITS)
+            code &= (1 << BITS) - 1
+        number = (code.to(tl.float32) - zero[:, None]) * scale.to(tl.float32)[:, None]
+        tl.store(out + (latent - start), number.to(numbers.dtype.element_ty), mask=ok)

@@ -1,16 +1,18 @@
-"""Launches the quantisation kernel: what it can take, its grid, its buffers."""
+"""Launches the quantisation kernels: what they can take, their grids, their buffers."""
 
 import torch
 from torch import Tensor
 
-from palu.kernels.integers import next_power_of_2
+from palu.kernels.integers import cdiv, next_power_of_2
 from palu.kernels.latent_scores.layout import side_of
 from palu.kernels.packing import packed_width
-from palu.kernels.quantization.kernel import quantize_kernel
-from palu.kernels.quantize import SMALLEST_SCALE, Quantization, clip_tensor
+from palu.kernels.quantization.kernel import dequantize_kernel, quantize_kernel
+from palu.kernels.quantize import SMALLEST_SCALE, PackedLatents, Quantization, clip_tensor
 
 # Groups of such multiples begin at whole bytes of every plane; wider ones than the largest do not fit in registers.
 WIDTH_MULTIPLE, LARGEST_WIDTH = 16, 8192
+# Codes that a program makes numbers of at a time, and of one token at most.
+CODES, COLUMNS = 4096, 1024
 
 
 def can_take(latents: Tensor, quantization: Quantization) -> bool:
@@ -55,3 +57,24 @@ def _launch(
             WHOLE_ZEROS=quantization.whole_zeros, HAS_CLIPS=bool(quantization.clip_ratios), HAS_SLOTS=slots is not None,
             BLOCK=next_power_of_2(max(quantization.widths)),
         )  # fmt: skip
+
+
+def launch_dequantized(packed: PackedLatents, dtype: torch.dtype, start: int, groups: range) -> Tensor:
+    """As `PackedLatents.dequantized`, of some quantisation groups, the first of which begins at latent `start`."""
+    quantization, (batch, length, _) = packed.quantization, packed.shape
+    widths, bits = quantization.widths, quantization.bits
+    numbers = packed.codes.new_empty(batch, length, sum(widths[groups.start : groups.stop]), dtype=dtype)
+    if numbers.numel() == 0:
+        return numbers
+    side = side_of(widths, bits, packed.codes.device)
+    block = min(COLUMNS, next_power_of_2(max(widths)))
+    tokens = max(1, CODES // block)
+    zeros = packed.scales if packed.zeros is None else packed.zeros
+    with torch.cuda.device_of(numbers):
+        dequantize_kernel[(cdiv(batch * length, tokens), len(groups))](
+            packed.codes, packed.scales, zeros, numbers, side.rank, side.offset,
+            batch * length, length, groups.start, start, packed_width(quantization.width, 2),
+            *packed.codes.stride()[:2], *packed.scales.stride(), *zeros.stride(), numbers.stride(1),
+            BITS=bits, SYMMETRIC=packed.zeros is None, TOKENS=tokens, BLOCK=block,
+        )  # fmt: skip
+    return numbers

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from palu.kernels.latents import LatentProjection, Latents
-from palu.kernels.reconstruct.reference import reconstruct
+from palu.kernels.reconstruct.op import reconstruct
 
 
 class LowRankLinear(nn.Module):
