@@ -14,6 +14,24 @@ from tests.helpers import FAMILIES, compressed, left_padded_batch, random_window
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
+@pytest.fixture
+def errors(monkeypatch):
+    """Of every call of the kernels of decode attention, its relative error to the reference of the same call.
+
+    Whole runs with codes part where rounding tips one code or scale to the next.
+    """
+    found = []
+    computed = launch.decode_attention
+
+    def checked(*call):
+        output, expected = computed(*call), reference.decode_attention(*call)[0]
+        found.append(((output - expected).norm() / expected.norm()).item())
+        return output
+
+    monkeypatch.setattr(launch, "decode_attention", checked)
+    return found
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", list(FAMILIES))
 @pytest.mark.parametrize("implementation", [None, "static"], ids=["growing", "compiled, fixed capacity"])
@@ -29,56 +47,46 @@ def test_greedy_tokens_equal_on_the_gpu(family, implementation):
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama-3.1", "qwen2", "qwen3", "mistral"])
 @pytest.mark.parametrize("bits", [16, 4])
-def test_a_models_steps_go_through_the_kernels_and_agree_with_the_reference(family, bits, monkeypatch):
+def test_a_models_steps_go_through_the_kernels_and_agree_with_the_reference(family, bits, errors, monkeypatch):
     model = tiny_model(family, head_dim=64, hidden_size=512).cuda()
     latent = compressed(model, 0.75, rank_multiple=16, fuse_values=False).model
     palu.set_quantization(latent, palu.QuantizationConfig(bits, bits, window=0 if bits == 16 else 3))
     batch = {name: tensor.cuda() for name, tensor in left_padded_batch(model).items()}
-    calls = []
-    computed = launch.decode_attention
-    monkeypatch.setattr(launch, "decode_attention", lambda *args: calls.append(1) or computed(*args))
     settings = {"max_new_tokens": 16, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     got = latent.generate(**batch, **settings)
-    assert len(calls) == 15 * len(latent.model.layers)
+    assert len(errors) == 15 * len(latent.model.layers)
+    assert max(errors) < 1e-3
     monkeypatch.setenv("PALU_FORCE_REFERENCE", "1")
     expected = latent.generate(**batch, **settings)
-    assert len(calls) == 15 * len(latent.model.layers)
-    first = [torch.stack(output.logits)[:4] for output in (got, expected)]
-    assert torch.allclose(*first, atol=1e-3)
-    assert torch.equal(got.sequences, expected.sequences)
+    assert len(errors) == 15 * len(latent.model.layers)
+    if bits == 16:
+        assert torch.allclose(*(torch.stack(output.logits)[:4] for output in (got, expected)), atol=1e-3)
+        assert torch.equal(got.sequences, expected.sequences)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama-3.1", "qwen3", "mistral"])
 @pytest.mark.parametrize("method", METHOD_SETTINGS)
 @pytest.mark.parametrize("bits", [16, 4])
-def test_caches_that_drop_tokens_go_through_the_kernels_and_agree_with_the_reference(family, method, bits, monkeypatch):
+def test_caches_that_drop_tokens_go_through_the_kernels_and_agree_with_the_reference(
+    family, method, bits, errors, monkeypatch
+):
     window = {"sliding_window": 30} if family == "mistral" else {}
     model = tiny_model(family, head_dim=64, hidden_size=512, **window).cuda()
     latent = compressed(model, 0.75, rank_multiple=16, fuse_values=False).model
     palu.set_quantization(latent, palu.QuantizationConfig(bits, bits))
     palu.set_token_sparsity(latent, palu.TokenSparsity(method, capacity_rate=0.5, window_size=4))
     batch = {name: tensor.cuda() for name, tensor in left_padded_batch(model, 40).items()}
-    errors = []
-    computed = launch.decode_attention
-
-    def checked(*call):
-        found, expected = computed(*call), reference.decode_attention(*call)[0]
-        errors.append(((found - expected).norm() / expected.norm()).item())
-        return found
-
-    monkeypatch.setattr(launch, "decode_attention", checked)
     settings = {"max_new_tokens": 16, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     got = latent.generate(**batch, **settings)
     # Windows of positions differ from group to group of heads, which the kernels' masks cannot say.
     layers = got.past_key_values.layers
     taken = [layer for layer in layers if not (layer.is_sliding and layer.has_dropped and layer.token_groups > 1)]
     assert len(errors) == 15 * len(taken)
-    assert all(error < 1e-3 for error in errors)
+    assert max(errors) < 1e-3
     monkeypatch.setenv("PALU_FORCE_REFERENCE", "1")
     expected = latent.generate(**batch, **settings)
     assert len(errors) == 15 * len(taken)
-    # Whole runs with codes part where rounding tips one code or scale to the next.
     if bits == 16:
         assert torch.allclose(*(torch.stack(output.logits)[:4] for output in (got, expected)), atol=1e-3)
         assert torch.equal(got.sequences, expected.sequences)
@@ -94,8 +102,10 @@ def test_a_compiled_model_of_fixed_capacity_goes_through_the_kernels_too(family,
     settings = {"max_new_tokens": 16, "do_sample": False}
     got = latent.generate(**batch, **settings, cache_implementation="static")
     assert torch.equal(got, latent.generate(**batch, **settings))
-    monkeypatch.setenv("PALU_FORCE_REFERENCE", "1")
-    assert torch.equal(got, latent.generate(**batch, **settings))
+    # With codes, the test above compares call by call.
+    if bits == 16:
+        monkeypatch.setenv("PALU_FORCE_REFERENCE", "1")
+        assert torch.equal(got, latent.generate(**batch, **settings))
 
 
 @torch.no_grad()
