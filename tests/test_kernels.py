@@ -88,7 +88,11 @@ def test_kernels_equal_the_definition(shape, dtype, variant, gapless, monkeypatc
     scaling = shape.head_dim**-0.5
     expected = defined(*call, scaling, shape, norm)
     additive = torch.zeros(call[-1].shape).masked_fill(~call[-1], torch.finfo(torch.float32).min)
-    for mask in (call[-1], additive):
+    masks = (call[-1], additive)
+    if not torch.cuda.is_available():
+        # Triton's interpreter takes seconds for each: every shape and variant sees both kinds, by turns.
+        masks = masks[(dtype == "float16") ^ gapless :][:1]
+    for mask in masks:
         moved = on_device(*call[:-1], mask)
         moved_norm = None if norm is None else norm.to(moved[0].device)
         assert launch.can_take(*moved[:-1], moved[-1], moved_norm)
