@@ -10,8 +10,8 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from palu.config import LayerRanks
 from palu.kernels.decode_attention.op import decode_attention
+from palu.kernels.head_rotation.op import rotate_heads
 from palu.kernels.latents import Latents, dense
-from palu.kernels.query_rotation.op import rotate_queries
 from palu.kernels.rotation import Rotation, rotate
 from palu.nn.latent_cache import layer_window
 from palu.nn.low_rank_linear import LowRankLinear
@@ -67,7 +67,7 @@ class LatentAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """[batch, length, hidden_size] -> the same, and the attention weights where the implementation returns them."""
         query = self._heads(self.q_proj(hidden_states), self.q_norm)
-        query = rotate_queries(query, *position_embeddings)
+        query = rotate_heads(query, *position_embeddings)
         key_latents = self.k_proj.latents(hidden_states)
         value_latents = self.v_proj.latents(hidden_states)
         positions, filled, kind, layer = position_ids, key_latents.shape[1], self.sliding_window, None
@@ -148,10 +148,11 @@ class LatentAttention(nn.Module):
     def _rebuilt_keys(self, latents: Latents, heads: range, rotation: Rotation) -> Tensor:
         """Rotated keys of some kv heads, [batch, heads, length, head_dim]."""
         key = self.k_proj.rebuild(latents, (heads.start * self.head_dim, heads.stop * self.head_dim))
+        keys = self._heads(key, self.k_norm)
+        if rotation.groups == 1:
+            return rotate_heads(keys, *rotation.tables(key.dtype))
         tables = rotation.by_head(key.dtype, self.config.num_key_value_heads)
-        if rotation.groups > 1:
-            tables = (table[:, heads.start : heads.stop] for table in tables)
-        return rotate(self._heads(key, self.k_norm), *tables)
+        return rotate(keys, *(table[:, heads.start : heads.stop] for table in tables))
 
     def _rebuilt_values(self, latents: Latents, heads: range, dtype: torch.dtype) -> Tensor:
         """Values of some kv heads, [batch, heads, length, head_dim]; the latents themselves where up is folded away."""

@@ -1,4 +1,4 @@
-"""Turns queries: one launch for a few tokens on a GPU, the definition elsewhere."""
+"""Turns queries and rebuilt keys: one launch on a GPU, the definition elsewhere."""
 
 import torch
 from torch import Tensor
@@ -7,12 +7,12 @@ from palu.kernels.availability import uses_kernels
 from palu.kernels.integers import cdiv, next_power_of_2
 from palu.kernels.rotation import rotate
 
-# Tokens up to which launches cost more than what they compute; heads of a program.
-FEW_TOKENS, BLOCK_HEADS = 8, 8
+# Heads of a program.
+BLOCK_HEADS = 8
 
 
-def rotate_queries(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`palu.kernels.rotation.rotate` of queries.
+def rotate_heads(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`palu.kernels.rotation.rotate` of heads that share their tables; the definition passes over them five times.
 
     Args:
         states: [batch, heads, length, head_dim]; cos, sin: [batch or 1, length, head_dim].
@@ -24,14 +24,14 @@ def rotate_queries(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _takes(states: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    few = 0 < states.shape[2] <= FEW_TOKENS and states.dtype != torch.float64
-    return few and states.stride(-1) == cos.stride(-1) == sin.stride(-1) == 1
+    there = states.numel() > 0 and states.dtype != torch.float64
+    return there and states.stride(-1) == cos.stride(-1) == sin.stride(-1) == 1
 
 
 def launch_rotation(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As `rotate_queries`, by the kernel."""
+    """As `rotate_heads`, by the kernel."""
     # Here, so that machines without a GPU need no Triton.
-    from palu.kernels.query_rotation.kernel import rotate_kernel
+    from palu.kernels.head_rotation.kernel import rotate_kernel
 
     batch, heads, length, width = states.shape
     output = states.new_empty(batch, heads, length, width, dtype=torch.promote_types(states.dtype, cos.dtype))
