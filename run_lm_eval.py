@@ -18,7 +18,7 @@ from typing import Any
 from utils.cli import add_common_flags, add_evaluated_flags, new_parser, resolve_device, run_script
 from utils.evaluation import check_counts, check_writable, described, free_memory, labels, open_models
 from utils.latent import add_latent_flags, apply_latent_flags, check_latent_flags
-from utils.sparsity import asked_sparsity
+from utils.sparsity import asked_sparsity, told_if_nothing_drops
 
 # Of Palu's table 2.
 DEFAULT_TASKS = "openbookqa,hellaswag,piqa,arc_easy,arc_challenge,winogrande"
@@ -45,7 +45,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag(
         "--save_results", action="store_true", help="also write lm-eval's own JSON and all answers, under --output_dir"
     )
-    flag("--output_dir", help=f"where to, a folder for every model and setting (default: {OUTPUT_DIR})")
+    flag("--output_dir", help=f"where to, a folder for every model, setting and list of tasks (default: {OUTPUT_DIR})")
     add_latent_flags(parser)
     add_common_flags(parser)
     return parser.parse_args(argv)
@@ -76,7 +76,7 @@ def main(args: argparse.Namespace) -> None:
     path = results_path(args.results, "lm_eval", args.model_name_or_path)
     configs, tokenizers = open_models(models, args.trust_remote_code)
     clip_windows = check_latent_flags(configs[0], tokenizers[0], models[0], args)
-    manager, tasks = find_tasks(args.tasks, args.include_path, asked_sparsity(configs[0], args))
+    manager, tasks = find_tasks(args.tasks, args.include_path, args.num_fewshot, asked_sparsity(configs[0], args))
     rows: list[dict[str, Any]] = []
     for index, (model, label) in enumerate(zip(models, labels(models), strict=True)):
 
@@ -103,7 +103,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
     if isinstance(args.batch_size, int):
         check_counts({"--batch_size": args.batch_size})
-    if args.limit is not None and not (args.limit > 0 and (args.limit < 1 or args.limit == int(args.limit))):
+    if args.limit is not None and not (args.limit > 0 and (args.limit < 1 or args.limit.is_integer())):
         raise PaluError(f"--limit {args.limit:g} must be a whole number of rows, or a fraction between 0 and 1")
     if args.num_fewshot is not None and args.num_fewshot < 0:
         raise PaluError(f"--num_fewshot {args.num_fewshot} must be 0 or more")
@@ -115,11 +115,12 @@ def check_flags(args: argparse.Namespace) -> None:
     parse_dtype(args.dtype)
 
 
-def find_tasks(asked: str, include_path: str | None, sparsity: Any) -> tuple[Any, list[str]]:
+def find_tasks(asked: str, include_path: str | None, shots: int | None, sparsity: Any) -> tuple[Any, list[str]]:
     """lm-eval's task manager and the names of the tasks, whose data sets are there.
 
     Raises:
-        PaluError: naming a task that is unknown, whose data cannot be had, or that has nothing to drop tokens of.
+        PaluError: naming a task that is unknown, whose data cannot be had, that has fewer than `shots` examples, or
+            that has nothing to drop tokens of.
     """
     import difflib
 
@@ -145,6 +146,7 @@ def find_tasks(asked: str, include_path: str | None, sparsity: Any) -> tuple[Any
                     hint = f"; close: {', '.join(close)}" if close else "; lm_eval ls tasks lists all"
                     raise PaluError(f"--tasks: {name!r} is no task of lm-eval or --include_path{hint}")
             loaded = load_tasks(manager, matched_tasks(manager, names), must=True)
+    check_examples(loaded, shots)
     if sparsity is not None:
         check_policy(sparsity, {name: task.OUTPUT_TYPE for name, task in loaded.items()})
     return manager, matched_tasks(manager, names)
@@ -153,6 +155,16 @@ def find_tasks(asked: str, include_path: str | None, sparsity: Any) -> tuple[Any
 def matched_tasks(manager: Any, names: list[str]) -> list[str]:
     """The tasks that names and patterns stand for, each once."""
     return list(dict.fromkeys(task for name in names for task in manager.match_tasks([name])))
+
+
+def check_examples(tasks: dict[str, Any], shots: int | None) -> None:
+    """Refuse more examples before a question than a task has."""
+    from palu.core.errors import PaluError
+
+    for name, task in tasks.items() if shots else ():
+        there = len(list(task.fewshot_docs()))
+        if shots > there:
+            raise PaluError(f"--num_fewshot {shots}: task {name} has {there} examples")
 
 
 def check_policy(sparsity: Any, types: dict[str, str]) -> None:
@@ -195,21 +207,22 @@ def measure(
             trust_remote_code=args.trust_remote_code,
         )
     prepare(lm.model)
-    found = lm_eval.simple_evaluate(
-        model=lm,
-        tasks=tasks,
-        task_manager=manager,
-        num_fewshot=args.num_fewshot,
-        batch_size=args.batch_size,
-        device=str(lm.device),
-        limit=args.limit,
-        log_samples=args.save_results,
-        # Those of lm-eval where the seed is 0, so that it draws the same few-shot examples.
-        random_seed=args.seed,
-        numpy_random_seed=(HARNESS_SEED + args.seed) % 2**32,
-        torch_random_seed=HARNESS_SEED + args.seed,
-        fewshot_random_seed=HARNESS_SEED + args.seed,
-    )
+    with told_if_nothing_drops(lm.model):
+        found = lm_eval.simple_evaluate(
+            model=lm,
+            tasks=tasks,
+            task_manager=manager,
+            num_fewshot=args.num_fewshot,
+            batch_size=args.batch_size,
+            device=str(lm.device),
+            limit=args.limit,
+            log_samples=args.save_results,
+            # Those of lm-eval where the seed is 0, so that it draws the same few-shot examples.
+            random_seed=args.seed,
+            numpy_random_seed=(HARNESS_SEED + args.seed) % 2**32,
+            torch_random_seed=HARNESS_SEED + args.seed,
+            fewshot_random_seed=HARNESS_SEED + args.seed,
+        )
     bytes_per_token = lm.kv_bytes_per_token()
     if found is None:
         return []

@@ -15,6 +15,7 @@ from typing import Any
 from utils.cli import add_common_flags, add_evaluated_flags, new_parser, resolve_device, run_script
 from utils.evaluation import check_counts, check_writable, described, free_memory, labels, open_models
 from utils.latent import add_latent_flags, apply_latent_flags, check_latent_flags
+from utils.sparsity import told_if_nothing_drops
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -165,7 +166,8 @@ def measure(model: Any, tokenizer: Any, label: str, tasks: list[Any], args: argp
         limit = min(args.max_length or positions, positions)
         as_chat = bool(tokenizer.chat_template) and not task.plain if args.chat_template is None else args.chat_template
         answers = Answers(folder, task, limit, as_chat, args.restart)
-        made = answers.complete(model, tokenizer, label, args.limit)
+        with told_if_nothing_drops(model):
+            made = answers.complete(model, tokenizer, label, args.limit)
         means = mean_scores(task, {row: entry["prediction"] for row, entry in made.items()})
         for lengths, mean in means.items():
             inside = [made[row] for row in mean.rows]

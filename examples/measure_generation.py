@@ -67,6 +67,20 @@ def asked_policies(args: argparse.Namespace) -> list[Any]:
     return [None, *(TokenSparsity(name, capacity=args.prompt_capacity) for name in names)]
 
 
+def check_shares(args: argparse.Namespace) -> None:
+    """Refuse sides that would keep nothing, or more than there is, and groups that do not divide the heads."""
+    from palu.config import resolve_group_size
+    from palu.core.errors import PaluError
+
+    for side, share in (("keys", 1 - args.value_share), ("values", args.value_share)):
+        if not 0 < 2 * args.kept_ratio * share <= 1:
+            raise PaluError(
+                f"--kept_ratio {args.kept_ratio:g} with --value_share {args.value_share:g} keeps "
+                f"{2 * args.kept_ratio * share:.0%} of the {side}; it must be more than nothing and at most all"
+            )
+    resolve_group_size(args.group_size, MODEL_SHAPES[args.model_shape]["num_key_value_heads"], "--group_size")
+
+
 def main(args: argparse.Namespace) -> None:
     """Measure every variant in turn, print the table."""
     import torch
@@ -78,7 +92,9 @@ def main(args: argparse.Namespace) -> None:
 
     check_counts({f"--{name}": getattr(args, name) for name in ("context", "batch_size", "new_tokens")})
     check_counts({"--prefill_chunk": args.prefill_chunk})
+    settings = [palu.QuantizationConfig(bits, bits) for bits in args.bits]
     policies = asked_policies(args)
+    check_shares(args)
     device = resolve_device(args.device)
     if not device.startswith("cuda"):
         raise PaluError("peak memory is measured on a CUDA GPU; there is none here")
@@ -89,14 +105,14 @@ def main(args: argparse.Namespace) -> None:
     config = model.config
     rows = [measure(model, "stock", args)]
     del model
-    for bits in args.bits:
+    for setting in settings:
         gc.collect()
         torch.cuda.empty_cache()
         model = latent_model(config, dtype, device, args.kept_ratio, args.group_size, args.value_share)
-        palu.set_quantization(model, palu.QuantizationConfig(bits, bits))
         for policy in policies:
-            palu.set_token_sparsity(model, policy)
-            rows.append(measure(model, f"latents, {bits} bits" if policy is None else f"+ {policy.method}", args))
+            palu.set_cache(model, setting, policy)
+            label = f"latents, {setting.key_bits} bits" if policy is None else f"+ {policy.method}"
+            rows.append(measure(model, label, args))
         del model
     add_differences(rows)
     results = {"rows": rows, "config": vars(args), "environment": environment(device, args.seed)}
@@ -147,7 +163,7 @@ def generated(model: Any, ids: Any, count: int, args: argparse.Namespace) -> tup
         max_new_tokens=count,
         min_new_tokens=count,
         do_sample=False,
-        # Compiling the prompt's forward passes is not what is measured.
+        # Of a prompt that is read in chunks, transformers compiles the forward passes as well.
         prefill_chunk_size=None if args.prefill_chunk >= args.context else args.prefill_chunk,
         cache_implementation=args.cache_implementation,
         return_dict_in_generate=True,

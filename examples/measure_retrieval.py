@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.cli import add_common_flags, add_evaluated_flags, new_parser, resolve_device, run_script
 from utils.evaluation import check_counts, described, free_memory, labels, open_models
 from utils.latent import add_latent_flags, apply_latent_flags, check_latent_flags
-from utils.sparsity import asked_sparsity
+from utils.sparsity import asked_sparsity, told_if_nothing_drops
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -68,7 +68,8 @@ def main(args: argparse.Namespace) -> None:
     rows = []
     for index, (model, label, mine) in enumerate(variants(models, trials, device, clip_windows, args)):
         row = described(model, label) | {"variant": index}
-        cells = measure_retrieval(model, mine, args.batch_size, progress, f"{label}, retrieval")
+        with told_if_nothing_drops(model):
+            cells = measure_retrieval(model, mine, args.batch_size, progress, f"{label}, retrieval")
         rows += [row | dataclasses.asdict(cell) for cell in cells]
     results = {"rows": rows, "config": vars(args), "environment": environment(device, args.seed)}
     write_results(path, results)
@@ -89,7 +90,7 @@ def check_flags(args: argparse.Namespace) -> tuple[list[str], list[int]]:
         if probe not in PROBES:
             raise PaluError(f"--probes: {probe!r} is unknown; use {', '.join(PROBES)}")
     texts = [text.strip() for text in args.lengths.split(",")]
-    if not all(text.isdigit() and int(text) > 0 for text in texts):
+    if not all(text.isdecimal() and int(text) > 0 for text in texts):
         raise PaluError(f"--lengths {args.lengths!r} must be numbers of tokens such as 512,1024")
     parse_dtype(args.dtype)
     return probes, sorted({int(text) for text in texts})

@@ -14,6 +14,10 @@ TINY = ("--model_shape", "tiny", "--context", 96, "--batch_size", 2, "--new_toke
     ("flags", "message"),
     [
         (("--context", 0), "--context 0 must be at least 1"),
+        (("--bits", "5"), "5 must be one of 2, 3, 4, 8, 16"),
+        (("--value_share", 1.5), "keeps -50% of the keys; it must be more than nothing and at most all"),
+        (("--kept_ratio", 0.8), "keeps 120% of the values"),
+        (("--group_size", 3), "--group_size"),
         (("--policies", "snap", "--prompt_capacity", 40), "token_sparse_method 'snap' is unknown"),
         (("--policies", "snapkv"), "--policies and --prompt_capacity need each other"),
         (("--prompt_capacity", 40), "--policies and --prompt_capacity need each other"),

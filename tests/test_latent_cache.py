@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+import palu
 from palu.core.errors import PaluError
-from palu.nn.latent_cache import LatentCache, cache_bytes_per_token, cache_nbytes
+from palu.nn.latent_cache import LatentCache, adopt_cache, cache_bytes_per_token, cache_nbytes
 from palu.nn.latent_layer import LatentLayer
 from palu.nn.token_buffer import TokenBuffer
 from tests.helpers import compressed, left_padded_batch, random_windows, tiny_model
@@ -131,6 +132,27 @@ def test_a_fixed_capacity_is_as_large_as_asked_for_and_never_smaller_than_one_be
     assert [capacity(20), capacity(8), capacity(30), capacity(8)] == [23, 23, 33, 33]
     if hasattr(latent.generation_config, "max_cache_len"):
         assert [capacity(8, max_cache_len=60), capacity(40)] == [60, 60]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [LatentCache, lambda config: adopted(DynamicCache(), config)], ids=["own", "foreign"])
+def test_a_cache_made_before_the_settings_changed_is_made_anew_or_refused(make):
+    latent = compressed(tiny_model("llama")).model
+    ids = random_windows(latent, 1, 40)
+    cache, filled = make(latent.config), make(latent.config)
+    latent(ids, past_key_values=filled)
+    palu.set_cache(latent, palu.QuantizationConfig(4, 4), palu.TokenSparsity("snapkv", capacity=36))
+    output = latent.generate(ids, max_new_tokens=2, past_key_values=cache, return_dict_in_generate=True)
+    expected = latent.generate(ids, max_new_tokens=2, return_dict_in_generate=True)
+    assert cache_nbytes(output.past_key_values) == expected.past_key_values.nbytes()
+    assert all(layer.has_dropped for layer in cache.layers)
+    with pytest.raises(PaluError, match="filled before the model's codes or token policy changed"):
+        latent(ids[:, :1], past_key_values=filled)
+
+
+def adopted(cache, config):
+    adopt_cache(cache, config)
+    return cache
 
 
 def test_a_cache_of_full_keys_is_refused():

@@ -243,6 +243,13 @@ def test_damaged_rows_are_named(tmp_path, line, message):
         read_rows(tmp_path / "qasper.jsonl")
 
 
+def test_answers_without_the_number_that_the_metric_reads_are_refused(tmp_path):
+    rows = [{"context": "a", "input": "b", "answers": [answer]} for answer in ("Paragraph 3", "3")]
+    (tmp_path / "passage_retrieval_en.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(PaluError, match="line 2: an answer without a number behind 'Paragraph '"):
+        read_rows(tmp_path / "passage_retrieval_en.jsonl")
+
+
 @pytest.mark.parametrize(("name", "field"), [("trec", "all_classes"), ("qasper_e", "length")])
 def test_rows_without_what_their_scores_need_are_refused(tmp_path, name, field):
     row = {"context": "a", "input": "b", "answers": ["x"]}

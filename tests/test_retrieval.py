@@ -203,6 +203,7 @@ def test_a_checkpoint_saved_with_codes_and_a_policy_is_measured_as_it_is_asked_f
     [
         (("--probes", "haystack"), "--probes: 'haystack' is unknown; use needle, recall"),
         (("--lengths", "long"), "--lengths 'long' must be numbers of tokens"),
+        (("--lengths", "²"), "--lengths '²' must be numbers of tokens"),
         (("--lengths", "2048"), "--lengths 2048 and an answer exceed its 2048 positions"),
         (("--lengths", "20"), "20 tokens hold"),
         (("--trials", "0"), "--trials 0 must be at least 1"),

@@ -1,5 +1,6 @@
 """The command lines: real runs on the demo model, the effect of every flag, one line for every bad input."""
 
+import functools
 import json
 import os
 import subprocess
@@ -106,6 +107,12 @@ def test_the_same_seed_gives_the_same_checkpoint_and_another_seed_does_not():
     assert weights[0] != weights[2]
 
 
+@functools.cache
+def plain_rows():
+    """The record of compressing as the tests' flags say, made once."""
+    return compress_rows("--no-dump_huggingface_model")
+
+
 @pytest.mark.parametrize(
     ("argv", "changes"),
     [
@@ -126,7 +133,7 @@ def test_the_same_seed_gives_the_same_checkpoint_and_another_seed_does_not():
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )
 def test_every_flag_changes_what_it_names(argv, changes):
-    plain = compress_rows("--no-dump_huggingface_model")
+    plain = plain_rows()
     changed = compress_rows("--no-dump_huggingface_model", *argv)
     if changes == "ranks":
         assert ranks(plain) != ranks(changed)

@@ -51,13 +51,16 @@ def load_tasks(manager: Any, names: list[str], must: bool) -> dict[str, Any]:
 def save_harness_results(found: dict[str, Any], model: dict[str, Any], directory: Path) -> None:
     """Write lm-eval's own JSON, `results.json`, and every task's answers, `samples_TASK.jsonl`.
 
-    They lie in a folder named after the model and how it keeps its cache, whose earlier content they replace.
+    They lie in a folder named after the model, how it keeps its cache and what was asked of lm-eval, whose earlier
+    content they replace.
     """
     from lm_eval.utils import handle_non_serializable
 
     from palu.checkpoint import whole_directory
 
-    key = hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()[:8]
+    # Tasks with their few-shot examples and limits: other questions' answers are kept beside these.
+    asked = {task: [found["n-shot"].get(task), found["n-samples"].get(task)] for task in sorted(found["results"])}
+    key = hashlib.sha256(json.dumps([model, asked], sort_keys=True).encode()).hexdigest()[:8]
     folder = directory / f"{model['model'].replace('/', '--')}_{key}"
     samples = found.pop("samples", {})
     dump = functools.partial(json.dumps, default=handle_non_serializable, ensure_ascii=False)

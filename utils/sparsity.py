@@ -1,7 +1,12 @@
 """Flags of the scripts that say which tokens a compressed model's cache keeps."""
 
 import argparse
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+log = logging.getLogger("palu.sparsity")
 
 
 def add_sparsity_flags(parser: argparse.ArgumentParser) -> None:
@@ -72,3 +77,24 @@ def sparsity_label(row: dict[str, Any]) -> str:
         return ""
     rate, capacity = row.get("prompt_capacity_rate"), row.get("prompt_capacity")
     return f"{row['token_sparse_method']} {capacity if rate is None else f'{rate:g}'}"
+
+
+@contextmanager
+def told_if_nothing_drops(model: Any) -> Iterator[None]:
+    """Warn at the end if a model with a token policy has read prompts and none of its caches dropped a token."""
+    if not sparsity_row(model.config):
+        yield
+        return
+    dropped: list[bool] = []
+
+    def look(module: Any, args: Any, output: Any) -> None:
+        layers = [] if output.past_key_values is None else output.past_key_values.layers
+        dropped.append(any(getattr(layer, "has_dropped", False) for layer in layers))
+
+    handle = model.register_forward_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if dropped and not any(dropped):
+        log.warning("the token policy dropped nothing: no context exceeded its capacity")

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from palu.kernels.latents import LatentProjection, Latents, Stretch, blocks
 from palu.kernels.quantize import PackedLatents
-from palu.kernels.reconstruct.op import reconstruct
-from palu.kernels.reconstruct.reference import BLOCK_LENGTH
+from palu.kernels.reconstruct.reference import BLOCK_LENGTH, reconstruct
 from palu.kernels.rotation import Rotation, rotate
 
 
@@ -18,6 +17,7 @@ def latent_scores(
     key: LatentProjection,
     rotation: Rotation | None,
     key_norm: Callable[[Tensor], Tensor] | None = None,
+    rebuild: Callable[..., Tensor] = reconstruct,
 ) -> Tensor:
     """`q . RoPE_t(norm(B x_t + b))` for every cached token t (Palu, section 3.2), a block of tokens at a time.
 
@@ -28,6 +28,7 @@ def latent_scores(
         key: the up side of the keys.
         rotation: the cached positions, or None: no rotation.
         key_norm: applied to rebuilt keys [..., head_dim] before the rotation (Qwen3), or None.
+        rebuild: what makes full keys of latents, as `reconstruct`.
 
     Returns:
         [batch, num_heads, queries, length] of the query's dtype.
@@ -35,7 +36,7 @@ def latent_scores(
     scores = []
     for start, block in blocks(latents, BLOCK_LENGTH):
         turn = None if rotation is None else rotation.narrow(start, block.shape[1])
-        scores.append(_block_scores(query, block, key, turn, key_norm))
+        scores.append(_block_scores(query, block, key, turn, key_norm, rebuild))
     return torch.cat(scores, dim=-1)
 
 
@@ -45,12 +46,13 @@ def _block_scores(
     key: LatentProjection,
     rotation: Rotation | None,
     key_norm: Callable[[Tensor], Tensor] | None,
+    rebuild: Callable[..., Tensor],
 ) -> Tensor:
     """Scores of one block of tokens, [batch, num_heads, queries, block]."""
     if key.up is None:
         return _absorbed_scores(query, latents, key.ranks)
     batch, num_heads, queries, head_dim = query.shape
-    keys = reconstruct(latents, key.up, key.ranks, key.bias)
+    keys = rebuild(latents, key.up, key.ranks, key.bias)
     keys = keys.view(batch, latents.shape[1], -1, head_dim)
     if key_norm is not None:
         keys = key_norm(keys)

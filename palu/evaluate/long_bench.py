@@ -8,6 +8,7 @@ answer begins with.
 import json
 import logging
 import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ DEFAULT_TASKS = ("triviaqa", "qasper", "trec", "samsum", "lcc", "repobench-p", "
 PLAIN_TAGS = ("longbench_fewshot_tasks", "longbench_code_tasks")
 # Data sets whose answers are one of several classes.
 CLASSIFIED = ("trec", "lsht")
+# Data sets whose metric reads a number behind a word in every answer.
+NUMBERED = {"passage_retrieval_en": "Paragraph ", "passage_retrieval_zh": "段落"}
 # LongBench-E reports means of rows of so many words.
 LENGTHS = {"0-4k": (0, 4000), "4-8k": (4000, 8000), "8k+": (8000, None)}
 Row = dict[str, Any]
@@ -162,6 +165,9 @@ def checked_row(row: Any, name: str, where: str) -> Row:
         require(isinstance(found[field], str), f"{where}: no {field!r} that is a text")
     texts = isinstance(answers, list) and answers and all(isinstance(each, str) for each in answers)
     require(bool(texts), f"{where}: no 'answers' that are a list of texts")
+    word = NUMBERED.get(name.removesuffix("_e"))
+    named = word is None or all(re.search(word + r"\d", answer) for answer in answers)
+    require(named, f"{where}: an answer without a number behind {word!r}")
     classified = name.removesuffix("_e") in CLASSIFIED
     require(not classified or bool(isinstance(classes, list) and classes), f"{where}: no 'all_classes' to choose from")
     require(not name.endswith("_e") or isinstance(found["length"], int), f"{where}: no 'length' that is a number")

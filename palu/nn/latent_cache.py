@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, StaticCache
@@ -104,6 +105,8 @@ class LatentCache(Cache):
 
     def __init__(self, config: PreTrainedConfig, max_length: int | None = None, capacity: int | None = None) -> None:
         super().__init__(layers=latent_layers(config, max_length, capacity))
+        self.limits = (max_length, capacity)
+        self.settings = cache_settings(config)
 
     def nbytes(self) -> int:
         """Bytes of all held latents and positions."""
@@ -118,13 +121,26 @@ class LatentCache(Cache):
         return cache_bytes_per_token(self)
 
 
+def cache_settings(config: PreTrainedConfig) -> tuple[dict | None, ...]:
+    """What the layers of a cache are made by, beside the ranks; setting others replaces it."""
+    return tuple(config.palu.get(name) for name in ("quantization", "sparsity"))
+
+
 def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:
     """Make an empty foreign cache (such as `DynamicCache()`) hold latents, in place.
 
+    An empty one that was made before the model's codes or token policy changed is made anew.
+
     Raises:
-        PaluError: if it already holds full keys and values, or quantises them.
+        PaluError: if it already holds full keys and values, or quantises them, or latents kept by other settings.
     """
     if cache.layers and all(isinstance(layer, LatentLayer) and layer.keeps_positions for layer in cache.layers):
+        # A compiled step's cache has been here before, with the prompt.
+        if torch.compiler.is_compiling() or cache.settings == cache_settings(config):
+            return
+        if any(layer.is_initialized for layer in cache.layers):
+            raise PaluError("this cache was filled before the model's codes or token policy changed; pass a new one")
+        cache.layers, cache.settings = latent_layers(config, *cache.limits), cache_settings(config)
         return
     name = type(cache).__name__
     if any(layer.is_initialized for layer in cache.layers):
@@ -135,7 +151,8 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:
     if name == "QuantizedCache" or cache.offloading or foreign:
         raise PaluError(f"a compressed model cannot use {name} (quantised or offloaded); pass no cache or LatentCache")
     capacity = cache.get_max_length() if isinstance(cache, StaticCache) else None
-    cache.layers = latent_layers(config, capacity=capacity)
+    cache.limits, cache.settings = (None, capacity), cache_settings(config)
+    cache.layers = latent_layers(config, *cache.limits)
     cache.layer_class_to_replicate = None
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from palu.kernels.latent_scores.reference import latent_scores
 from palu.kernels.latents import LatentProjection, Latents
+from palu.kernels.reconstruct.op import reconstruct
 from palu.kernels.rotation import Rotation
 
 
@@ -32,7 +33,8 @@ def attention_votes(
     Returns:
         float32 [batch, groups, length].
     """
-    scores = latent_scores(query * scaling, latents, key, rotation, key_norm).float().unflatten(1, (groups, -1))
+    scores = latent_scores(query * scaling, latents, key, rotation, key_norm, reconstruct)
+    scores = scores.float().unflatten(1, (groups, -1))
     if visible is not None:
         scores = scores.masked_fill(~visible[:, :, None], -torch.inf)
     return torch.softmax(scores, dim=-1).sum(dim=3).mean(dim=2)
