@@ -58,7 +58,7 @@ def test_a_models_steps_go_through_the_kernels_and_agree_with_the_reference(fami
     settings = {"max_new_tokens": 16, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     got = latent.generate(**batch, **settings)
     assert len(errors) == 15 * len(latent.model.layers)
-    assert max(errors) < 1e-3
+    assert max(errors, default=0.0) < 1e-3
     monkeypatch.setenv("PALU_FORCE_REFERENCE", "1")
     expected = latent.generate(**batch, **settings)
     assert len(errors) == 15 * len(latent.model.layers)
@@ -86,7 +86,7 @@ def test_caches_that_drop_tokens_go_through_the_kernels_and_agree_with_the_refer
     layers = got.past_key_values.layers
     taken = [layer for layer in layers if not (layer.is_sliding and layer.has_dropped and layer.token_groups > 1)]
     assert len(errors) == 15 * len(taken)
-    assert max(errors) < 1e-3
+    assert max(errors, default=0.0) < 1e-3
     monkeypatch.setenv("PALU_FORCE_REFERENCE", "1")
     expected = latent.generate(**batch, **settings)
     assert len(errors) == 15 * len(taken)
