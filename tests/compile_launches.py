@@ -1,4 +1,4 @@
-"""Records the launches of decode attention on the CPU and compiles them for a GPU that need not be here.
+"""Records the launches of all kernels on the CPU and compiles them for a GPU that need not be here.
 
     TRITON_INTERPRET=0 python -m tests.compile_launches ARCHITECTURE FOLDER [0 or 1: which half]
 
@@ -24,10 +24,13 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from palu.kernels.decode_attention import launch as attention
 from palu.kernels.decode_attention import parts
 from palu.kernels.decode_attention.hopper import launch as hopper
+from palu.kernels.head_rotation import kernel as rotation
+from palu.kernels.head_rotation.op import launch_rotation
 from palu.kernels.latent_scores import launch as scores
 from palu.kernels.latent_scores import tables
 from palu.kernels.latents import LatentProjection, MixedLatents
 from palu.kernels.packing import packed_width
+from palu.kernels.quantization import launch as quantization
 from palu.kernels.quantize import PackedLatents, Quantization
 from palu.kernels.rotation import Rotation
 
@@ -135,7 +138,7 @@ class Recorder:
 def record(architecture):
     """The launches of all calls on a GPU of an architecture, each once, with their functions."""
     launches = {}
-    modules = (attention, scores, parts, tables, hopper)
+    modules = (attention, scores, parts, tables, hopper, quantization, rotation)
     for module in modules:
         module.block_memory = lambda device: MOST_SHARED[architecture]
         module.processors = lambda device: 132
@@ -144,6 +147,8 @@ def record(architecture):
                 setattr(module, name, Recorder(value, launches))
     # Also where there is a Hopper kernel, others take what it does not.
     attention.runs_hopper_kernel = lambda device: False
+    for dtype in (torch.float16, torch.bfloat16):
+        record_beside(dtype)
     for call in CALLS:
         attention.decode_attention(*arguments(call))
     if architecture == 90:
@@ -151,6 +156,21 @@ def record(architecture):
         for call in HOPPER_CALLS:
             attention.decode_attention(*arguments(call))
     return launches
+
+
+def record_beside(dtype):
+    """What comes before and after decode attention: codes of new tokens, numbers of codes, turned heads."""
+    ranks = (VALUE_RANK,) * 8
+    latents, slots = torch.empty(1, 64, sum(ranks), dtype=dtype), torch.arange(64)
+    for bits in (8, 4, 3, 2):
+        for symmetric in (False, True):
+            settings = Quantization(bits, ranks, symmetric)
+            packed = PackedLatents.of(*quantization.launch_encode(latents, settings), settings)
+            quantization.launch_encode_into(packed.codes, packed.parameters, slots, latents, settings)
+            quantization.launch_dequantized(packed, dtype, 0, range(len(ranks)))
+    for head_dim in (64, 96, 128):
+        tables_ = torch.empty(2, 1, 64, head_dim, dtype=dtype)
+        launch_rotation(torch.empty(1, 64, 8, head_dim, dtype=dtype).transpose(1, 2), *tables_)
 
 
 def arguments(call):
