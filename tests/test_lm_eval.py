@@ -216,13 +216,15 @@ def scored(checkpoint, batch_size, **settings):
     ],
     ids=lambda settings: "-".join(map(str, settings.values())) or "as saved",
 )
-def test_scores_do_not_depend_on_the_batch(demo_checkpoint, settings, monkeypatch):
+def test_scores_do_not_depend_on_the_batch(demo_checkpoint, settings, caplog):
     alone, bytes_alone = scored(demo_checkpoint, 1, **settings)
+    assert "one at a time" not in caplog.text
     together, _ = scored(demo_checkpoint, 5, **settings)
     found, bytes_found = scored(demo_checkpoint, "auto:2", max_batch_size=4, **settings)
     assert (alone - together).abs().max() < 0.01
     assert (alone - found).abs().max() < 0.01
     assert bytes_found == pytest.approx(bytes_alone, rel=0.3)
+    assert ("contexts go one at a time" in caplog.text) == bool({"lt_window", "lt_sinks"} & set(settings))
 
 
 def test_a_damaged_stock_model_is_refused(tmp_path, capsys):

@@ -4,6 +4,7 @@ The package declares it as an entry point of the group `lm_eval.models`; as lm-e
 lm_eval_hook.py, installed beside the package, gives lm-eval the name.
 """
 
+import logging
 import os
 import weakref
 from typing import Any
@@ -25,6 +26,7 @@ from palu.quantization import FLAGS as LATENT_FLAGS
 from palu.token_sparsity import FLAGS as SPARSITY_FLAGS
 from palu.token_sparsity import changed_by_flags
 
+logger = logging.getLogger(__name__)
 CACHE_FLAGS = ("lt_bits", "lt_value_bits", *LATENT_FLAGS, *SPARSITY_FLAGS)
 
 
@@ -167,6 +169,8 @@ class PaluLM(HFLM):
     def _contexts_at_a_time(self, longest: tuple[int, ...], answers: int) -> int:
         """As many as the batch size says, or as fit; one where places in a row count, which padding would move."""
         if self.has_exact_tokens:
+            if self.batch_size != 1:
+                logger.warning("contexts go one at a time: padding would move which tokens stay exact")
             return 1
         if isinstance(self.batch_size, int):
             return self.batch_size
