@@ -135,8 +135,8 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:
         PaluError: if it already holds full keys and values, or quantises them, or latents kept by other settings.
     """
     if cache.layers and all(isinstance(layer, LatentLayer) and layer.keeps_positions for layer in cache.layers):
-        # A compiled step's cache has been here before, with the prompt.
-        if torch.compiler.is_compiling() or cache.settings == cache_settings(config):
+        # A compiled step's cache has been here before, with the prompt. One built of layers by hand says nothing.
+        if torch.compiler.is_compiling() or getattr(cache, "settings", None) in (None, cache_settings(config)):
             return
         if any(layer.is_initialized for layer in cache.layers):
             raise PaluError("this cache was filled before the model's codes or token policy changed; pass a new one")
