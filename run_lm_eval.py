@@ -18,7 +18,7 @@ from typing import Any
 from utils.cli import add_common_flags, add_evaluated_flags, new_parser, resolve_device, run_script
 from utils.evaluation import check_counts, check_writable, described, free_memory, labels, open_models
 from utils.latent import add_latent_flags, apply_latent_flags, check_latent_flags
-from utils.sparsity import asked_sparsity, told_if_nothing_drops
+from utils.sparsity import asked_sparsity, tell_that_nothing_dropped
 
 # Of Palu's table 2.
 DEFAULT_TASKS = "openbookqa,hellaswag,piqa,arc_easy,arc_challenge,winogrande"
@@ -162,9 +162,15 @@ def check_examples(tasks: dict[str, Any], shots: int | None) -> None:
     from palu.core.errors import PaluError
 
     for name, task in tasks.items() if shots else ():
-        there = len(list(task.fewshot_docs()))
+        # lm-eval leaves tasks without examples as they are; others may be no YAML files.
+        if task.get_config("num_fewshot") == 0 or not hasattr(task, "fewshot_cfg"):
+            continue
+        sampler = getattr(task, "sampler", None)
+        there = 0 if sampler is None else len(sampler.fewshot_docs())
+        # lm-eval draws one more where the question itself may be among them.
+        there -= task.fewshot_cfg.split == task.config.test_split
         if shots > there:
-            raise PaluError(f"--num_fewshot {shots}: task {name} has {there} examples")
+            raise PaluError(f"--num_fewshot {shots}: task {name} has {max(0, there)} examples for a question")
 
 
 def check_policy(sparsity: Any, types: dict[str, str]) -> None:
@@ -207,25 +213,26 @@ def measure(
             trust_remote_code=args.trust_remote_code,
         )
     prepare(lm.model)
-    with told_if_nothing_drops(lm.model):
-        found = lm_eval.simple_evaluate(
-            model=lm,
-            tasks=tasks,
-            task_manager=manager,
-            num_fewshot=args.num_fewshot,
-            batch_size=args.batch_size,
-            device=str(lm.device),
-            limit=args.limit,
-            log_samples=args.save_results,
-            # Those of lm-eval where the seed is 0, so that it draws the same few-shot examples.
-            random_seed=args.seed,
-            numpy_random_seed=(HARNESS_SEED + args.seed) % 2**32,
-            torch_random_seed=HARNESS_SEED + args.seed,
-            fewshot_random_seed=HARNESS_SEED + args.seed,
-        )
-    bytes_per_token = lm.kv_bytes_per_token()
+    found = lm_eval.simple_evaluate(
+        model=lm,
+        tasks=tasks,
+        task_manager=manager,
+        num_fewshot=args.num_fewshot,
+        batch_size=args.batch_size,
+        device=str(lm.device),
+        limit=args.limit,
+        log_samples=args.save_results,
+        # Those of lm-eval where the seed is 0, so that it draws the same few-shot examples.
+        random_seed=args.seed,
+        numpy_random_seed=(HARNESS_SEED + args.seed) % 2**32,
+        torch_random_seed=HARNESS_SEED + args.seed,
+        fewshot_random_seed=HARNESS_SEED + args.seed,
+    )
+    bytes_per_token, has_dropped = lm.kv_bytes_per_token(), lm.has_dropped_tokens()
     if found is None:
         return []
+    if lm.drops_tokens and not has_dropped:
+        tell_that_nothing_dropped()
     model = described(lm.model, label)
     if args.save_results:
         save_harness_results(found, model, Path(args.output_dir or OUTPUT_DIR))

@@ -173,7 +173,9 @@ class PackedLatents:
         count = self.quantization.width - start if count is None else count
         borders = list(itertools.accumulate(self.quantization.widths, initial=0))
         first, last = borders.index(start), borders.index(start + count)
-        if uses_kernels(self.codes) and not torch.compiler.is_compiling() and dtype != torch.float64:
+        has_gradient = torch.is_grad_enabled() and self.scales.requires_grad
+        takes = not (torch.compiler.is_compiling() or has_gradient or dtype == torch.float64)
+        if takes and uses_kernels(self.codes):
             # Here, as it imports this module.
             from palu.kernels.quantization.launch import launch_dequantized
 

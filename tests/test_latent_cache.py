@@ -150,6 +150,19 @@ def test_a_cache_made_before_the_settings_changed_is_made_anew_or_refused(make):
         latent(ids[:, :1], past_key_values=filled)
 
 
+@torch.no_grad()
+def test_a_fixed_cache_that_is_reset_takes_new_settings():
+    latent = compressed(tiny_model("llama")).model
+    ids, cache = random_windows(latent, 1, 20), LatentCache(latent.config, capacity=24)
+    latent(ids, past_key_values=cache)
+    palu.set_quantization(latent, palu.QuantizationConfig(4, 4))
+    cache.reset()
+    latent(ids, past_key_values=cache)
+    assert (
+        cache.nbytes() == latent(ids, past_key_values=LatentCache(latent.config, capacity=24)).past_key_values.nbytes()
+    )
+
+
 def adopted(cache, config):
     adopt_cache(cache, config)
     return cache

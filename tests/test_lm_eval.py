@@ -85,7 +85,7 @@ def test_policies_and_codes_show_in_what_the_cache_holds(demo_checkpoint, tmp_pa
         (("--tasks", ","), "--tasks is empty"),
         (("--output_dir", "here"), "--output_dir does nothing without --save_results"),
         (("--limit", "inf"), "--limit inf must be a whole number of rows, or a fraction between 0 and 1"),
-        (("--num_fewshot", "500"), "--num_fewshot 500: task palu_facts has 24 examples"),
+        (("--num_fewshot", "24"), "--num_fewshot 24: task palu_facts has 23 examples for a question"),
         (("--limit", "0"), "--limit 0 must be a whole number of rows, or a fraction between 0 and 1"),
         (("--batch_size", "0"), "--batch_size 0 must be at least 1"),
         (("--batch_size", "many"), "'many' is neither a number nor auto nor auto:N"),
@@ -113,7 +113,7 @@ def test_bad_flags_are_refused_in_one_line(demo_checkpoint, flags, message, caps
 def test_a_policy_that_dropped_nothing_says_so(demo_checkpoint, tmp_path, capsys):
     flags = ("--limit", 2, "--results", tmp_path / "r.json", "--token_sparse_method", "snapkv", "--prompt_capacity")
     for capacity, says in ((5000, True), (33, False)):
-        long = ("--num_fewshot", 4)
+        long = ("--num_fewshot", 23)
         assert invoke(run_lm_eval, "--model_name_or_path", demo_checkpoint, *TASKS, *flags, capacity, *long) == 0
         told = " ".join(capsys.readouterr().err.split())
         assert ("the token policy dropped nothing: no context exceeded its capacity" in told) == says

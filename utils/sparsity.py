@@ -87,14 +87,17 @@ def told_if_nothing_drops(model: Any) -> Iterator[None]:
         return
     dropped: list[bool] = []
 
-    def look(module: Any, args: Any, output: Any) -> None:
-        layers = [] if output.past_key_values is None else output.past_key_values.layers
-        dropped.append(any(getattr(layer, "has_dropped", False) for layer in layers))
+    from palu.nn.latent_cache import has_dropped
 
-    handle = model.register_forward_hook(look)
+    handle = model.register_forward_hook(lambda *call: dropped.append(has_dropped(call[2].past_key_values)))
     try:
         yield
     finally:
         handle.remove()
     if dropped and not any(dropped):
-        log.warning("the token policy dropped nothing: no context exceeded its capacity")
+        tell_that_nothing_dropped()
+
+
+def tell_that_nothing_dropped() -> None:
+    """Warn that a token policy had nothing to do."""
+    log.warning("the token policy dropped nothing: no context exceeded its capacity")

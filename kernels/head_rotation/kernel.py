@@ -15,7 +15,7 @@ def rotate_kernel(
     output: [batch, HEADS, length, 2 * HALF], contiguous.
     """
     row, token = (tl.program_id(0) // length).to(tl.int64), (tl.program_id(0) % length).to(tl.int64)
-    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    head = (tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)).to(tl.int64)
     pair = tl.arange(0, BLOCK_HALF)
     inside = pair < HALF
     ok = (head < HEADS)[:, None] & inside[None, :]

@@ -21,7 +21,7 @@ from palu.core.validate import require
 from palu.evaluate.continuation import continuation_scores
 from palu.models import is_latent
 from palu.nn.fusion import fold_hadamard, set_cache
-from palu.nn.latent_cache import cache_nbytes
+from palu.nn.latent_cache import cache_nbytes, has_dropped
 from palu.quantization import FLAGS as LATENT_FLAGS
 from palu.token_sparsity import FLAGS as SPARSITY_FLAGS
 from palu.token_sparsity import changed_by_flags
@@ -54,7 +54,7 @@ class PaluLM(HFLM):
             raise PaluError(f"{pretrained} is not a compressed model; {given[0]} needs one")
         # Fine-tuned checkpoints often come with it off.
         self.model.config.use_cache = True
-        self.cache_bytes = self.cache_tokens = 0
+        self.cache_bytes = self.cache_tokens = self.drops = 0
         self.counts = True
         # A hook that held this object would keep the model alive with it.
         count = weakref.WeakMethod(self._note_cache)
@@ -97,11 +97,19 @@ class PaluLM(HFLM):
 
         Of the prompts of all processes, each of which must call this.
         """
-        counts = torch.tensor([self.cache_bytes, self.cache_tokens], dtype=torch.int64, device=self.device)
-        if self._world_size > 1:
-            counts = self.accelerator.reduce(counts, reduction="sum")
-        held, tokens = counts.tolist()
+        held, tokens = self._summed(self.cache_bytes, self.cache_tokens)
         return held / tokens if tokens else 0.0
+
+    def has_dropped_tokens(self) -> bool:
+        """Whether the token policy dropped anything, in any process, each of which must call this."""
+        return self._summed(self.drops)[0] > 0
+
+    def _summed(self, *counts: int) -> list[int]:
+        """Counts of all processes together."""
+        summed = torch.tensor(counts, dtype=torch.int64, device=self.device)
+        if self._world_size > 1:
+            summed = self.accelerator.reduce(summed, reduction="sum")
+        return summed.tolist()
 
     @property
     def drops_tokens(self) -> bool:
@@ -115,10 +123,11 @@ class PaluLM(HFLM):
         return settings is not None and not settings.is_full and bool(settings.sinks or settings.window)
 
     def _note_cache(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        """Count what the cache of a prompt holds; later tokens are not counted."""
+        """Count what the cache of a prompt holds, later tokens not, and calls whose cache has dropped any."""
         if not self.counts:
             return
         ids, cache = kwargs.get("input_ids", args[0] if args else None), output.get("past_key_values")
+        self.drops += has_dropped(cache)
         if ids is not None and cache is not None and int(cache.get_seq_length()) == ids.shape[1] > 1:
             self.cache_bytes += cache_nbytes(cache)
             self.cache_tokens += ids.numel()

@@ -122,8 +122,8 @@ class LatentCache(Cache):
 
 
 def cache_settings(config: PreTrainedConfig) -> tuple[dict | None, ...]:
-    """What the layers of a cache are made by, beside the ranks; setting others replaces it."""
-    return tuple(config.palu.get(name) for name in ("quantization", "sparsity"))
+    """What a cache holds is kept by, beside the ranks; setting others replaces it."""
+    return tuple(config.palu.get(name) for name in ("quantization", "sparsity", "hadamard"))
 
 
 def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:
@@ -138,7 +138,7 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:
         # A compiled step's cache has been here before, with the prompt. One built of layers by hand says nothing.
         if torch.compiler.is_compiling() or getattr(cache, "settings", None) in (None, cache_settings(config)):
             return
-        if any(layer.is_initialized for layer in cache.layers):
+        if any(int(layer.get_seq_length()) > 0 for layer in cache.layers):
             raise PaluError("this cache was filled before the model's codes or token policy changed; pass a new one")
         cache.layers, cache.settings = latent_layers(config, *cache.limits), cache_settings(config)
         return
@@ -194,6 +194,11 @@ def cache_nbytes(cache: Cache) -> int:
         elif layer.keys is not None:
             total += layer.keys.nbytes + layer.values.nbytes
     return total
+
+
+def has_dropped(cache: Cache | None) -> bool:
+    """Whether a token policy has dropped tokens of a cache."""
+    return cache is not None and any(isinstance(each, SparseLatentLayer) and each.has_dropped for each in cache.layers)
 
 
 def cache_bytes_per_token(cache: Cache) -> float:
