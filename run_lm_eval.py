@@ -162,7 +162,7 @@ def check_examples(tasks: dict[str, Any], shots: int | None) -> None:
     from palu.core.errors import PaluError
 
     for name, task in tasks.items() if shots else ():
-        # lm-eval leaves tasks without examples as they are; others may be no YAML files.
+        # lm-eval gives no examples to tasks whose own number is 0; those without a YAML file keep their own rules.
         if task.get_config("num_fewshot") == 0 or not hasattr(task, "fewshot_cfg"):
             continue
         sampler = getattr(task, "sampler", None)

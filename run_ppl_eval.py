@@ -24,7 +24,7 @@ from utils.cli import (
 )
 from utils.evaluation import check_counts, labels, open_models
 from utils.latent import add_latent_flags, apply_latent_flags, check_latent_flags
-from utils.sparsity import asked_sparsity
+from utils.sparsity import asked_sparsity, told_if_nothing_drops
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -186,15 +186,16 @@ def measure(
     axis = args.plain_key_axis or "token"
     rows = []
     for name, bits in ((name, bits) for name in windows for bits in variants):
-        result = perplexity(
-            model,
-            windows[name][: args.max_windows],
-            args.batch_size,
-            progress,
-            f"{label} on {Path(name).name}" + (f", plain {bits} bits" if bits else ""),
-            chunk,
-            bits and (lambda bits=bits: PlainQuantizedCache(model.config, bits, axis)),
-        )
+        with told_if_nothing_drops(model):
+            result = perplexity(
+                model,
+                windows[name][: args.max_windows],
+                args.batch_size,
+                progress,
+                f"{label} on {Path(name).name}" + (f", plain {bits} bits" if bits else ""),
+                chunk,
+                bits and (lambda bits=bits: PlainQuantizedCache(model.config, bits, axis)),
+            )
         rows.append(row_of(result, model, label, name, bits, axis) | {"prefill_chunk": chunk})
     return rows
 

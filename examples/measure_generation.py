@@ -21,6 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.cli import add_common_flags, bit_list, new_parser, resolve_device, run_script
 from utils.random_models import MODEL_SHAPES, latent_model, stock_model
 
+# Flags that are counts.
+COUNTS = ("context", "batch_size", "new_tokens", "prefill_chunk")
+
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
@@ -90,8 +93,7 @@ def main(args: argparse.Namespace) -> None:
     from utils.evaluation import check_counts
     from utils.results import environment, results_path, write_results
 
-    check_counts({f"--{name}": getattr(args, name) for name in ("context", "batch_size", "new_tokens")})
-    check_counts({"--prefill_chunk": args.prefill_chunk})
+    check_counts({f"--{name}": getattr(args, name) for name in COUNTS})
     settings = [palu.QuantizationConfig(bits, bits) for bits in args.bits]
     policies = asked_policies(args)
     check_shares(args)

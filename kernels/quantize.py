@@ -179,7 +179,7 @@ class PackedLatents:
             # Here, as it imports this module.
             from palu.kernels.quantization.launch import launch_dequantized
 
-            return launch_dequantized(self, dtype, start, range(first, last))
+            return launch_dequantized(self, dtype, range(first, last))
         latents = self.centred(torch.float32, start, count).split(self.quantization.widths[first:last], dim=-1)
         shifts = self.shifts()
         parts = []

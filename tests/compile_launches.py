@@ -167,7 +167,7 @@ def record_beside(dtype):
             settings = Quantization(bits, ranks, symmetric)
             packed = PackedLatents.of(*quantization.launch_encode(latents, settings), settings)
             quantization.launch_encode_into(packed.codes, packed.parameters, slots, latents, settings)
-            quantization.launch_dequantized(packed, dtype, 0, range(len(ranks)))
+            quantization.launch_dequantized(packed, dtype, range(len(ranks)))
     for head_dim in (64, 96, 128):
         tables_ = torch.empty(2, 1, 64, head_dim, dtype=dtype)
         launch_rotation(torch.empty(1, 64, 8, head_dim, dtype=dtype).transpose(1, 2), *tables_)

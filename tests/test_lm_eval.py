@@ -12,6 +12,7 @@ import torch
 
 import palu
 import run_lm_eval
+import run_ppl_eval
 from palu.calibrate.text import DEMO_ASSETS
 from palu.core.errors import PaluError
 from tests.conftest import ROOT
@@ -117,6 +118,15 @@ def test_a_policy_that_dropped_nothing_says_so(demo_checkpoint, tmp_path, capsys
         assert invoke(run_lm_eval, "--model_name_or_path", demo_checkpoint, *TASKS, *flags, capacity, *long) == 0
         told = " ".join(capsys.readouterr().err.split())
         assert ("the token policy dropped nothing: no context exceeded its capacity" in told) == says
+
+
+def test_perplexity_says_so_too(demo_checkpoint, tmp_path, capsys):
+    flags = ("--datasets", "demo", "--max_windows", 1, "--seqlen", 200, "--prefill_chunk", 100, "--device", "cpu")
+    policy = ("--token_sparse_method", "streaming", "--prompt_capacity")
+    for capacity, says in ((5000, True), (60, False)):
+        more = (*policy, capacity, "--results", tmp_path / "r.json")
+        assert invoke(run_ppl_eval, "--model_name_or_path", demo_checkpoint, *flags, *more) == 0
+        assert ("the token policy dropped nothing" in " ".join(capsys.readouterr().err.split())) == says
 
 
 def test_answers_to_other_questions_are_kept(tmp_path):

@@ -5,9 +5,10 @@ import torch
 
 from palu.kernels.latents import MixedLatents
 from palu.kernels.quantization.launch import can_take, launch_dequantized, launch_encode, launch_encode_into
-from palu.kernels.quantize import PackedLatents, Quantization, encode, encode_into, quantize, reference_encode
+from palu.kernels.quantize import Quantization, encode, encode_into, quantize, reference_encode
 from palu.kernels.reconstruct import op
 from palu.kernels.reconstruct.reference import reconstruct
+from tests.kernel_calls import to_device
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -59,11 +60,7 @@ def test_new_tokens_are_quantised_into_slots_of_a_cache_and_no_others_change(wri
 def packed_latents(bits, symmetric, widths):
     """Random codes of two rows of 9 tokens, of which the middle ones, with neighbours on both sides."""
     latents = torch.randn(2, 9, sum(widths)) * 3 + (torch.arange(sum(widths)) == 1)
-    return to_device(quantize(latents, Quantization(bits, widths, symmetric))).narrow(1, 1, 7)
-
-
-def to_device(packed):
-    return PackedLatents.of(packed.codes.to(DEVICE), packed.parameters.to(DEVICE), packed.quantization)
+    return to_device(quantize(latents, Quantization(bits, widths, symmetric)), DEVICE).narrow(1, 1, 7)
 
 
 @pytest.mark.usefixtures("empty_memory_is_nan")
@@ -74,12 +71,12 @@ def test_numbers_of_codes_equal_the_definition(bits, symmetric, widths, monkeypa
     packed = packed_latents(bits, symmetric, widths)
     monkeypatch.setenv("PALU_FORCE_REFERENCE", "1")
     for dtype in (torch.float32, torch.float16):
-        got = launch_dequantized(packed, dtype, 0, range(3))
+        got = launch_dequantized(packed, dtype, range(3))
         assert got.dtype == dtype
         assert torch.allclose(got, packed.dequantized(dtype), rtol=1e-3 if dtype == torch.float16 else 1e-5, atol=1e-6)
-    last = launch_dequantized(packed, torch.float32, widths[0], range(1, 3))
-    assert torch.equal(last, launch_dequantized(packed, torch.float32, 0, range(3))[..., widths[0] :])
-    assert launch_dequantized(packed.narrow(1, 0, 0), torch.float32, 0, range(3)).shape == (2, 0, sum(widths))
+    last = launch_dequantized(packed, torch.float32, range(1, 3))
+    assert torch.equal(last, launch_dequantized(packed, torch.float32, range(3))[..., widths[0] :])
+    assert launch_dequantized(packed.narrow(1, 0, 0), torch.float32, range(3)).shape == (2, 0, sum(widths))
 
 
 @pytest.mark.parametrize("span", [None, (16, 48), (56, 72)])

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-log = logging.getLogger("palu.sparsity")
+logger = logging.getLogger(__name__)
 
 
 def add_sparsity_flags(parser: argparse.ArgumentParser) -> None:
@@ -82,13 +82,12 @@ def sparsity_label(row: dict[str, Any]) -> str:
 @contextmanager
 def told_if_nothing_drops(model: Any) -> Iterator[None]:
     """Warn at the end if a model with a token policy has read prompts and none of its caches dropped a token."""
+    from palu.nn.latent_cache import has_dropped
+
     if not sparsity_row(model.config):
         yield
         return
     dropped: list[bool] = []
-
-    from palu.nn.latent_cache import has_dropped
-
     handle = model.register_forward_hook(lambda *call: dropped.append(has_dropped(call[2].past_key_values)))
     try:
         yield
@@ -100,4 +99,4 @@ def told_if_nothing_drops(model: Any) -> Iterator[None]:
 
 def tell_that_nothing_dropped() -> None:
     """Warn that a token policy had nothing to do."""
-    log.warning("the token policy dropped nothing: no context exceeded its capacity")
+    logger.warning("the token policy dropped nothing: no context exceeded its capacity")

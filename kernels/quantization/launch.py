@@ -59,8 +59,8 @@ def _launch(
         )  # fmt: skip
 
 
-def launch_dequantized(packed: PackedLatents, dtype: torch.dtype, start: int, groups: range) -> Tensor:
-    """As `PackedLatents.dequantized`, of some quantisation groups, the first of which begins at latent `start`."""
+def launch_dequantized(packed: PackedLatents, dtype: torch.dtype, groups: range) -> Tensor:
+    """As `PackedLatents.dequantized`, of some neighbouring quantisation groups."""
     quantization, (batch, length, _) = packed.quantization, packed.shape
     widths, bits = quantization.widths, quantization.bits
     numbers = packed.codes.new_empty(batch, length, sum(widths[groups.start : groups.stop]), dtype=dtype)
@@ -73,7 +73,7 @@ def launch_dequantized(packed: PackedLatents, dtype: torch.dtype, start: int, gr
     with torch.cuda.device_of(numbers):
         dequantize_kernel[(cdiv(batch * length, tokens), len(groups))](
             packed.codes, packed.scales, zeros, numbers, side.rank, side.offset,
-            batch * length, length, groups.start, start, packed_width(quantization.width, 2),
+            batch * length, length, groups.start, sum(widths[: groups.start]), packed_width(quantization.width, 2),
             *packed.codes.stride()[:2], *packed.scales.stride(), *zeros.stride(), numbers.stride(1),
             BITS=bits, SYMMETRIC=packed.zeros is None, TOKENS=tokens, BLOCK=block,
         )  # fmt: skip
