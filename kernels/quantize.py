@@ -38,7 +38,7 @@ class Quantization:
     clip_ratios: tuple[float, ...] = ()
     fine_zeros: bool = False
 
-    @property
+    @functools.cached_property
     def width(self) -> int:
         """Latents per token."""
         return sum(self.widths)
@@ -59,10 +59,19 @@ class Quantization:
         return LARGEST_WHOLE_ZERO if self.whole_zeros else LARGEST_ZERO
 
     @property
+    def packed_width(self) -> int:
+        """Bytes of a token's codes."""
+        return packed_width(self.width, self.bits)
+
+    @property
+    def parameters(self) -> int:
+        """Scales and, if asymmetric, zero points of a token."""
+        return len(self.widths) * (1 if self.symmetric else 2)
+
+    @property
     def bytes_per_token(self) -> int:
-        """Codes, scales and, if asymmetric, zero points."""
-        parameters = len(self.widths) * (1 if self.symmetric else 2)
-        return packed_width(self.width, self.bits) + 2 * parameters
+        """Codes, scales and zero points."""
+        return self.packed_width + 2 * self.parameters
 
     def split(self, sizes: Sequence[int]) -> list["Quantization"]:
         """The same of consecutive parts of the latents, `sizes` wide.
@@ -109,7 +118,7 @@ class PackedLatents:
         """From codes and fp16 parameters: scales, or scales and zero points in turns."""
         if quantization.symmetric:
             return cls(codes, parameters, None, quantization)
-        return cls(codes, parameters[..., 0::2], parameters[..., 1::2], quantization)
+        return cls(codes, *parameters.unflatten(-1, (-1, 2)).unbind(-1), quantization)
 
     @property
     def parameters(self) -> Tensor:
@@ -218,20 +227,26 @@ def encode(latents: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor]
     return reference_encode(latents, quantization)
 
 
-def encode_into(codes: Tensor, parameters: Tensor, slots: Tensor, latents: Tensor, quantization: Quantization) -> None:
-    """As `encode`, of new tokens' latents [batch, new, width] to slots [new] (int64) of a cache.
+def encode_into(
+    codes: Tensor, parameters: Tensor, latents: Tensor, quantization: Quantization, slots: Tensor | None = None
+) -> None:
+    """As `encode`, of new tokens' latents [batch, new, width] to where a cache holds them.
 
-    codes: uint8 [batch, capacity, packed_width]; parameters: fp16 [batch, capacity, groups or 2 * groups], which are
-    written in place. One Triton launch on a GPU; compiled, `encode` and two copies.
+    codes: uint8 [batch, new, packed_width]; parameters: fp16 [batch, new, groups or 2 * groups]; views, which are
+    written in place; with slots [new] (int64) both have more tokens, of which the new ones are these. One Triton launch
+    on a GPU; compiled, `encode` and two copies.
     """
     if uses_kernels(latents) and not torch.compiler.is_compiling():
         from palu.kernels.quantization.launch import can_take, launch_encode_into
 
         if can_take(latents, quantization):
-            launch_encode_into(codes, parameters, slots, latents, quantization)
+            launch_encode_into(codes, parameters, latents, quantization, slots)
             return
     for storage, tensor in zip((codes, parameters), encode(latents, quantization), strict=True):
-        storage.index_copy_(1, slots, tensor)
+        if slots is None:
+            storage.copy_(tensor)
+        else:
+            storage.index_copy_(1, slots, tensor)
 
 
 def reference_encode(latents: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor]:

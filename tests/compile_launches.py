@@ -23,6 +23,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from palu.kernels.decode_attention import launch as attention
 from palu.kernels.decode_attention import parts
+from palu.kernels.decode_attention.hopper import kind as hopper_kind
 from palu.kernels.decode_attention.hopper import launch as hopper
 from palu.kernels.head_rotation import kernel as rotation
 from palu.kernels.head_rotation.op import launch_rotation
@@ -110,6 +111,9 @@ class Recorder:
         return self.record
 
     def record(self, *args, **keywords):
+        # As `relaunch` takes them.
+        tensors = [isinstance(argument, torch.Tensor) for argument in args]
+        assert tensors == sorted(tensors, reverse=True)
         options = tuple((name, keywords.pop(name)) for name in OPTIONS if name in keywords)
         values = dict(zip([parameter.name for parameter in self.function.params], args, strict=False)) | keywords
         if values.get("DTYPE") == tl.float16 and "ASSEMBLY" in values:
@@ -123,7 +127,8 @@ class Recorder:
                 signature[name], constants[name] = "constexpr", value
             elif isinstance(value, torch.Tensor):
                 signature[name] = TYPES[value.dtype]
-                aligned += [index] if value.data_ptr() % 16 == 0 else []
+                told = value.data_ptr() % 16 == 0 and not parameter.do_not_specialize_on_alignment
+                aligned += [index] if told else []
             elif isinstance(value, float):
                 signature[name] = "fp32"
             else:
@@ -138,7 +143,7 @@ class Recorder:
 def record(architecture):
     """The launches of all calls on a GPU of an architecture, each once, with their functions."""
     launches = {}
-    modules = (attention, scores, parts, tables, hopper, quantization, rotation)
+    modules = (attention, scores, parts, tables, hopper, hopper_kind, quantization, rotation)
     for module in modules:
         module.block_memory = lambda device: MOST_SHARED[architecture]
         module.processors = lambda device: 132
@@ -166,7 +171,7 @@ def record_beside(dtype):
         for symmetric in (False, True):
             settings = Quantization(bits, ranks, symmetric)
             packed = PackedLatents.of(*quantization.launch_encode(latents, settings), settings)
-            quantization.launch_encode_into(packed.codes, packed.parameters, slots, latents, settings)
+            quantization.launch_encode_into(packed.codes, packed.parameters, latents, settings, slots)
             quantization.launch_dequantized(packed, dtype, range(len(ranks)))
     for head_dim in (64, 96, 128):
         tables_ = torch.empty(2, 1, 64, head_dim, dtype=dtype)

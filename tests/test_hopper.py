@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from palu.kernels.decode_attention import launch, parts
+from palu.kernels.decode_attention.hopper import kind, plans
 from palu.kernels.decode_attention.hopper import launch as hopper
-from palu.kernels.decode_attention.hopper import plans
 from palu.kernels.decode_attention.spec import HOPPER_SHAPES, Shape
 from palu.kernels.latent_scores.tables import lane_table
 from palu.kernels.latents import LatentProjection
@@ -17,6 +17,10 @@ from tests.hopper_calls import LLAMA_2, LLAMA_3, MEMORY, checked, fitting, needs
 from tests.kernel_calls import RandomNorm, close, name_of, on_device, quantized, random_call
 
 MORE_PLANS = ((2, 32, 4), (1, 64, 3), (3, 16, 3), (2, 64, 2), (4, 16, 6))
+
+
+def takes(*call, key_norm=None):
+    return kind.kind_of(*call, None, key_norm) is not None
 
 
 def test_every_query_head_of_a_group_has_one_slot():
@@ -76,26 +80,26 @@ def test_no_other_number_of_parts_would_end_sooner(tiles, others):
 
 def test_what_the_kernel_cannot_take_is_left_to_the_others():
     query, keys, values, key, value, _, _ = random_call(HOPPER_SHAPES[0], torch.float16, False)
-    assert hopper.can_take(query, keys, values, key, value, None)
-    assert not hopper.can_take(query.float(), keys, values, key, value, None)
+    assert takes(query, keys, values, key, value)
+    assert not takes(query.float(), keys, values, key, value)
     joint = LatentProjection(value.up, (sum(value.ranks),))
-    assert not hopper.can_take(query, keys, values, key, joint, None)
+    assert not takes(query, keys, values, key, joint)
     for more in (4, 8):
         wider = torch.zeros(*keys.shape[:2], keys.shape[2] + more, dtype=keys.dtype)[..., : keys.shape[2]]
-        assert not hopper.can_take(query, wider, values, key, value, None)
+        assert not takes(query, wider, values, key, value)
     wider = torch.zeros(*keys.shape[:2], keys.shape[2] + 16, dtype=keys.dtype)[..., : keys.shape[2]]
-    assert hopper.can_take(query, wider, values, key, value, None)
+    assert takes(query, wider, values, key, value)
     precise = LatentProjection(key.up.float(), key.ranks)
-    assert not hopper.can_take(query, keys, values, precise, value, None)
+    assert not takes(query, keys, values, precise, value)
 
 
 def test_biases_and_norms_of_keys_with_one_query_are_left_to_the_others():
     for shape, taken in ((HOPPER_SHAPES[0], True), (HOPPER_SHAPES[5], True), (HOPPER_SHAPES[2], False)):
         query, keys, values, key, value, _, _ = random_call(shape, torch.float16, True)
-        assert hopper.can_take(query, keys, values, key, value, None) == taken
+        assert takes(query, keys, values, key, value) == taken
         key = LatentProjection(key.up, key.ranks)
-        assert hopper.can_take(query, keys, values, key, value, RandomNorm(shape.head_dim)) == taken
-        assert hopper.can_take(query, keys, values, key, value, None)
+        assert takes(query, keys, values, key, value, key_norm=RandomNorm(shape.head_dim)) == taken
+        assert takes(query, keys, values, key, value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -103,18 +107,18 @@ def test_codes_that_the_kernel_cannot_take_are_left_to_the_others(dtype):
     query, *latents, key, value, _, _ = random_call(HOPPER_SHAPES[0], dtype, False)
     codes = {bits: quantized(latents, bits, key, value)[0] for bits in (8, 4, 3, 2)}
     for bits in (8, 4):
-        assert hopper.can_take(query, *codes[bits], key, value, None)
+        assert takes(query, *codes[bits], key, value)
     for bits in (3, 2):
-        assert not hopper.can_take(query, *codes[bits], key, value, None)
-    assert not hopper.can_take(query, codes[8][0], codes[4][1], key, value, None)
-    assert not hopper.can_take(query, codes[8][0], latents[1], key, value, None)
+        assert not takes(query, *codes[bits], key, value)
+    assert not takes(query, codes[8][0], codes[4][1], key, value)
+    assert not takes(query, codes[8][0], latents[1], key, value)
     symmetric, _ = quantized(latents, 8, key, value, symmetric=True)
-    assert hopper.can_take(query, *symmetric, key, value, None)
-    assert not hopper.can_take(query, symmetric[0], codes[8][1], key, value, None)
+    assert takes(query, *symmetric, key, value)
+    assert not takes(query, symmetric[0], codes[8][1], key, value)
     # Groups have to begin at multiples of 16 bytes.
     query, *latents, key, value, _, _ = random_call(HOPPER_SHAPES[1], dtype, False)
     for bits, taken in ((8, True), (4, False)):
-        assert hopper.can_take(query, *quantized(latents, bits, key, value)[0], key, value, None) == taken
+        assert takes(query, *quantized(latents, bits, key, value)[0], key, value) == taken
 
 
 def test_calls_whose_places_need_more_than_32_bits_are_left_to_the_others():
@@ -123,7 +127,7 @@ def test_calls_whose_places_need_more_than_32_bits_are_left_to_the_others():
     for length, taken in (((1 << 31) // table - 1, True), ((1 << 31) // table, False)):
         # The same token again and again takes no memory.
         many = [latents[:, :1].expand(-1, length, -1) for latents in (keys, values)]
-        assert hopper.can_take(query, *many, key, value, None) == taken
+        assert takes(query, *many, key, value) == taken
 
 
 @pytest.mark.parametrize("pairs", [32, 48, 64])
@@ -241,7 +245,8 @@ def test_every_plan_computes_the_same(plan, heads, bits, monkeypatch):
     found = plans.heads_of(heads[0], 1, heads[1] if len(heads) == 2 else None)
     if plan not in plans.plans_for(found, 128, (128,), (256,), bits, MEMORY, False, True):
         pytest.skip("does not fit")
-    monkeypatch.setattr(hopper, "plans_for", lambda *args: (plan,))
+    monkeypatch.setattr(kind, "plans_for", lambda *args: (plan,))
+    kind.constants_of.cache_clear()
     monkeypatch.setattr(hopper, "parts_of", lambda *args: 2)
     for gapless in (False, True) if len(heads) == 2 and bits < 16 else (False,):
         query, *latents, key, value, rotation, mask = random_call(shape, torch.float16, False, gapless)

@@ -45,14 +45,18 @@ def test_groups_that_straddle_bytes_and_latents_with_gradients_are_left_to_the_d
 
 @pytest.mark.parametrize("write", [launch_encode_into, encode_into])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_new_tokens_are_quantised_into_slots_of_a_cache_and_no_others_change(write, symmetric):
-    latents, slots = torch.randn(2, 3, 48, device=DEVICE), torch.tensor([6, 0, 4], device=DEVICE)
+@pytest.mark.parametrize("slots", [[6, 0, 4], [5, 6, 7]])
+def test_new_tokens_are_quantised_into_places_of_a_cache_and_no_others_change(slots, write, symmetric):
+    latents, behind = torch.randn(2, 3, 48, device=DEVICE), slots == [5, 6, 7]
     quantization = Quantization(4, (32, 16), symmetric)
     codes = torch.randint(256, (2, 9, 24), device=DEVICE, dtype=torch.uint8)
     parameters = torch.randn(2, 9, 2 if symmetric else 4, device=DEVICE).half()
     wanted = [codes.clone(), parameters.clone()]
     wanted[0][:, slots], wanted[1][:, slots] = reference_encode(latents, quantization)
-    write(codes, parameters, slots, latents, quantization)
+    if behind:
+        write(codes[:, 5:8], parameters[:, 5:8], latents, quantization)
+    else:
+        write(codes, parameters, latents, quantization, torch.tensor(slots, device=DEVICE))
     assert torch.equal(codes, wanted[0])
     assert torch.equal(parameters, wanted[1])
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from palu.kernels.decode_attention import launch
+from palu.kernels.decode_attention.hopper import kind, plans
 from palu.kernels.decode_attention.hopper import launch as hopper
-from palu.kernels.decode_attention.hopper import plans
 from palu.kernels.decode_attention.hopper.spans import GAPS, spans_of
 from palu.kernels.decode_attention.spec import Shape
 from palu.kernels.latent_scores import tables
@@ -104,7 +104,7 @@ def test_nothing_is_launched_between_the_sums_and_what_adds_them_up_which_begins
     for module, names in ((hopper, ("hopper_kernel", "hopper_combine_kernel")), (tables, ("table_kernel",))):
         for name in names:
             monkeypatch.setattr(module, name, InOrder(name, order))
-    monkeypatch.setattr(hopper, "block_memory", lambda device: MEMORY)
+    monkeypatch.setattr(kind, "block_memory", lambda device: MEMORY)
     monkeypatch.setattr(hopper, "processors", lambda device: 132)
     monkeypatch.setattr(launch, "runs_hopper_kernel", lambda device: True)
     # A rotation whose tables nobody has made yet.
@@ -150,7 +150,7 @@ def test_windows_of_positions_equal_the_definition(heads, gaps, hidden, bits, mo
         mask[..., 2100:] = False
     packed, held = quantized(latents, bits, key, value) if bits < 16 else (latents, None)
     windows, launched = [], hopper._launch
-    monkeypatch.setattr(hopper, "_launch", lambda *args: windows.append(args[2] is not None) or launched(*args))
+    monkeypatch.setattr(hopper, "_launch", lambda *args: windows.append(args[2].window is not None) or launched(*args))
     given = None if hidden == "nothing" else mask
     checked((query, *packed, key, value, rotation), shape, mask, given, "float16", monkeypatch, held)
     # Several queries' numbers take longer to read than to multiply.
@@ -171,7 +171,7 @@ def test_windows_of_positions_may_begin_below_zero(heads, monkeypatch):
     mask = torch.ones(2, 1, 1, shape.length, dtype=torch.bool)
     packed, held = quantized(latents, 4, key, value)
     windows, launched = [], hopper._launch
-    monkeypatch.setattr(hopper, "_launch", lambda *args: windows.append(args[2] is not None) or launched(*args))
+    monkeypatch.setattr(hopper, "_launch", lambda *args: windows.append(args[2].window is not None) or launched(*args))
     checked((query, *packed, key, value, rotation), shape, mask, None, "float16", monkeypatch, held)
     assert windows == [True]
 
@@ -195,6 +195,6 @@ def test_windows_take_numbers_and_every_kind_of_codes_and_several_queries(heads,
     if bits < 16:
         packed, held = quantized([latent * 3 + 0.2 for latent in latents], bits, key, value, symmetric=symmetric)
     windows, launched = [], hopper._launch
-    monkeypatch.setattr(hopper, "_launch", lambda *args: windows.append(args[2] is not None) or launched(*args))
+    monkeypatch.setattr(hopper, "_launch", lambda *args: windows.append(args[2].window is not None) or launched(*args))
     checked((query, *packed, key, value, rotation), shape, mask, mask, dtype, monkeypatch, held)
     assert windows == [True]

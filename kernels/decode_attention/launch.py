@@ -18,6 +18,7 @@ from palu.kernels.latent_scores.layout import DTYPES, block_memory, divisor, lay
 from palu.kernels.latent_scores.op import absorbed
 from palu.kernels.latents import LatentProjection, Latents, Stretch, stretches
 from palu.kernels.quantize import PackedLatents
+from palu.kernels.relaunch import relaunch
 from palu.kernels.rotation import Rotation
 from palu.kernels.tuning import length_class, pick, searches
 
@@ -53,7 +54,7 @@ def can_take(
     rotation: Rotation | None, mask: Tensor | None, key_norm: Any,
 ) -> bool:  # fmt: skip
     """Whether the kernels can compute this call; the reference does the others."""
-    aligned = all(rank % RANK_MULTIPLE == 0 for rank in (*key.ranks, *value.ranks))
+    aligned = _are_aligned(tuple(key.ranks)) and _are_aligned(tuple(value.ranks))
     shapes = query.shape[-1] in HEAD_DIMS if key.up is not None else True
     shapes = shapes and query.dtype in DTYPES and aligned
     if query.dtype == torch.float32 and key.up is not None:
@@ -64,6 +65,12 @@ def can_take(
     sides = ((key_latents, key), (value_latents, value))
     plain = all(_is_plain(part, side.ranks, query.dtype) for latents, side in sides for part in stretches(latents))
     return shapes and no_gradient and one_mask_per_row and known_norm and plain
+
+
+@functools.cache
+def _are_aligned(ranks: tuple[int, ...]) -> bool:
+    """Whether all ranks are multiples of what the kernels compute at least."""
+    return all(rank % RANK_MULTIPLE == 0 for rank in ranks)
 
 
 def _is_plain(latents: Stretch, ranks: Sequence[int], dtype: torch.dtype) -> bool:
@@ -115,32 +122,34 @@ def decode_attention(
     if mask is not None:
         visible = mask[:, 0] if mask.shape[0] == 1 and queries == 1 else mask[:, 0].expand(batch, -1, -1)
         visible = visible.reshape(-1, mask.shape[-1])
-    # Triton launches on the current device, which need not be that of the layer.
-    with torch.cuda.device_of(query):
-        if (rotation is None or rotation.groups == 1) and _hopper_takes(
-            query, key_latents, value_latents, key, value, key_norm
-        ):
-            # Here, so that other GPUs and other versions need no Gluon.
-            from palu.kernels.decode_attention.hopper.launch import launch as launch_hopper
-
-            output = launch_hopper(
-                rows, key_latents, value_latents, key, value, rotation, visible, queries, scaling, head_dim or width,
-                key_norm,
-            )  # fmt: skip
-        else:
-            scores = launch_scores(rows, key_latents, key, rotation, visible, queries, scaling, key_norm)
-            parts = launch_values(scores, value_latents, value, rows, queries, len(key.ranks))
-            output = combine(parts, value, rows, head_dim or width)
+    output = _launch_hopper(
+        query, rows, key_latents, value_latents, key, value, rotation, visible, scaling, head_dim or width, key_norm
+    )
+    if output is None:
+        scores = launch_scores(rows, key_latents, key, rotation, visible, queries, scaling, key_norm)
+        parts = launch_values(scores, value_latents, value, rows, queries, len(key.ranks))
+        output = combine(parts, value, rows, head_dim or width)
     return output.view(batch, queries, -1)
 
 
-def _hopper_takes(query: Tensor, *call: Any) -> bool:
-    """Whether there is a kernel for Hopper that takes this call."""
-    if not runs_hopper_kernel(query.device):
-        return False
-    from palu.kernels.decode_attention.hopper.launch import can_take as hopper_can_take
+def _launch_hopper(
+    query: Tensor, rows: Tensor, key_latents: Latents, value_latents: Latents, key: LatentProjection,
+    value: LatentProjection, rotation: Rotation | None, mask: Tensor | None, scaling: float, head_dim: int,
+    key_norm: Any,
+) -> Tensor | None:  # fmt: skip
+    """Heads' outputs by the kernel for Hopper; None where there is none that takes this call.
 
-    return hopper_can_take(query, *call)
+    query: [batch, num_heads, queries, width]; rows: the same, [batch * queries, num_heads, width].
+    """
+    if not runs_hopper_kernel(query.device) or not (rotation is None or rotation.groups == 1):
+        return None
+    # Here, so that other GPUs and other versions need no Gluon.
+    from palu.kernels.decode_attention.hopper.kind import kind_of
+    from palu.kernels.decode_attention.hopper.launch import launch as launch_hopper
+
+    call = (key_latents, value_latents, key, value)
+    kind = kind_of(query, *call, mask, key_norm)
+    return None if kind is None else launch_hopper(kind, rows, *call, rotation, mask, scaling, head_dim, key_norm)
 
 
 def launch_values(
@@ -187,13 +196,15 @@ def _launch_values(
         numbers = (scores.scores.shape[3], start // TILE, tokens[index] // TILE, sum(counts[:index]), rows * num_heads)
         span = next_power_of_2(tokens[index])
         at_once = min(next_power_of_2(per_group), max(1, SOFTMAX_BLOCK // span))
-        softmax_kernel[(counts[index], len(ranks) * cdiv(per_group, at_once), rows)](
+        relaunch(
+            softmax_kernel, (counts[index], len(ranks) * cdiv(per_group, at_once), rows),
             scores.scores, tensors[1], weights, totals, peaks, shifts, part.shape[1], *strides[2:], *numbers,
             HEAD_BLOCKS=heads.count, KEY_GROUP=num_heads // key_groups, KV=heads.kv, QUERY_SLOTS=heads.query_slots,
             QUERIES=heads.queries, SLOTS=heads.slots, RANGE=span,
             AT_ONCE=at_once, num_warps=max(4, min(16, at_once * span // SOFTMAX_WARP)), **shared,
         )  # fmt: skip
-        values_kernel[(len(plan.group), counts[index], rows)](
+        relaunch(
+            values_kernel, (len(plan.group), counts[index], rows),
             weights, tensors[0], sums, peaks, shifts, *_places(ranks, bits, device), plan.group, plan.column,
             part.shape[1], *strides[:2], *numbers,
             BLOCK_HEADS=max(16, next_power_of_2(per_group)), RANK_STRIDE=max(ranks), DTYPE=DTYPES[weights.dtype],

@@ -9,6 +9,7 @@ from palu.kernels.decode_attention.kernel import combine_kernel
 from palu.kernels.integers import cdiv, next_power_of_2
 from palu.kernels.latent_scores.layout import divisor, side_of
 from palu.kernels.latents import LatentProjection
+from palu.kernels.relaunch import relaunch
 
 COMBINE_RANK, COMBINE_PARTS, COMBINE_OUT = 128, 32, 32
 # Chunks of COMBINE_RANK latents that fit into registers all at once.
@@ -37,7 +38,8 @@ def combine(parts: Parts, value: LatentProjection, query: Tensor, head_dim: int)
     # Every piece reads all parts of its head.
     out = COMBINE_OUT * block // COMBINE_PARTS
     pieces = cdiv(stride, COMBINE_RANK) if value.up is None else cdiv(head_dim, out)
-    combine_kernel[(rows * num_heads, pieces)](
+    relaunch(
+        combine_kernel, (rows * num_heads, pieces),
         *parts, up, up if value.bias is None else value.bias, output, side.rank, side.offset,
         parts.sums.shape[0], rows * num_heads, up.stride(0),
         HEADS=num_heads, HEADS_PER_GROUP=per_group, QUERIES=num_heads // kv_heads, HEAD_DIM=head_dim,

@@ -32,14 +32,14 @@ def launch_rotation(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """As `rotate_heads`, by the kernel."""
     # Here, so that machines without a GPU need no Triton.
     from palu.kernels.head_rotation.kernel import rotate_kernel
+    from palu.kernels.relaunch import relaunch
 
     batch, heads, length, width = states.shape
     output = states.new_empty(batch, heads, length, width, dtype=torch.promote_types(states.dtype, cos.dtype))
     rows = [table.stride(0) if table.shape[0] > 1 else 0 for table in (cos, sin)]
-    # Triton launches on the current device, which need not be that of the layer.
-    with torch.cuda.device_of(states):
-        rotate_kernel[(batch * length, cdiv(heads, BLOCK_HEADS))](
-            states, cos, sin, output, length, *states.stride()[:3], rows[0], cos.stride(1), rows[1], sin.stride(1),
-            HEADS=heads, HALF=width // 2, BLOCK_HEADS=BLOCK_HEADS, BLOCK_HALF=next_power_of_2(width // 2),
-        )  # fmt: skip
+    relaunch(
+        rotate_kernel, (batch * length, cdiv(heads, BLOCK_HEADS)),
+        states, cos, sin, output, length, *states.stride()[:3], rows[0], cos.stride(1), rows[1], sin.stride(1),
+        HEADS=heads, HALF=width // 2, BLOCK_HEADS=BLOCK_HEADS, BLOCK_HALF=next_power_of_2(width // 2),
+    )  # fmt: skip
     return output

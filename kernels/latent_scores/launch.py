@@ -26,6 +26,7 @@ from palu.kernels.latent_scores.tables import fast_table
 from palu.kernels.latent_scores.weights import turn_kernel, weight_kernel
 from palu.kernels.latents import LatentProjection, Latents, Stretch, stretches
 from palu.kernels.quantize import PackedLatents
+from palu.kernels.relaunch import relaunch
 from palu.kernels.rotation import Interpolation, Rotation
 from palu.kernels.tuning import length_class, pick, searches
 
@@ -185,7 +186,8 @@ def _launch_part(
         basis = interpolation.basis
     pieces = cdiv(length, found.piece)
     positions = side.rank if rotation is None else rotation.positions_of(groups)
-    scores_kernel[(min(pieces, programs), heads.count, rows)](
+    relaunch(
+        scores_kernel, (min(pieces, programs), heads.count, rows),
         query, *tensors, up, up if key.bias is None else key.bias, up if key_norm is None else key_norm.weight, table,
         positions, up if rotation is None else rotation.frequencies.to(device, torch.float32), basis,
         up if mask is None else mask, starts, *weights, found.scores, *side,
@@ -217,7 +219,8 @@ def _launch_turns(
     blocks, slow = cdiv(length, interpolation.span), slow_pairs(pairs, interpolation)
     starts = torch.empty(rows, blocks, dtype=torch.int32, device=device)
     turns = torch.empty(rows, blocks, interpolation.columns, 2, slow, dtype=dtype, device=device)
-    turn_kernel[(blocks, rows)](
+    relaunch(
+        turn_kernel, (blocks, rows),
         positions, rotation.frequencies.to(device, torch.float32), interpolation.cos_basis, interpolation.sin_basis,
         positions if mask is None else mask, starts, turns, length, blocks, *row_strides(positions),
         *((0, 0) if mask is None else row_strides(mask)), PAIRS=pairs,
@@ -273,7 +276,8 @@ def _launch_weights(
     tiles = cdiv(blocks * interpolation.columns, WEIGHT_ROWS)
     programs = max(1, WEIGHT_PROGRAMS * processors(query.device) // (num_heads * rows))
     together = cdiv(tiles, programs)
-    weight_kernel[(cdiv(tiles, together), num_heads, rows)](
+    relaunch(
+        weight_kernel, (cdiv(tiles, together), num_heads, rows),
         query, *tensors, up, up if key.bias is None else key.bias, rotation.positions,
         rotation.frequencies.to(query.device, torch.float32), up if mask is None else mask, starts, turns,
         *weights, found.scores, *side, part.shape[1], blocks, *strides, up.stride(0), *row_strides(rotation.positions),

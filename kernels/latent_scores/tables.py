@@ -6,6 +6,7 @@ from torch import Tensor
 from palu.kernels.integers import cdiv, next_power_of_2
 from palu.kernels.latent_scores.layout import DTYPES, row_strides
 from palu.kernels.latent_scores.weights import table_kernel
+from palu.kernels.relaunch import relaunch
 from palu.kernels.rotation import Rotation
 
 # Tokens of a program.
@@ -36,7 +37,8 @@ def _table(rotation: Rotation, pairs: int, stored: int, lanes: int, dtype: torch
     rows, length = positions.shape
     table = torch.empty(rows, length, 2 * stored, dtype=dtype, device=positions.device)
     frequencies = rotation.frequencies.to(positions.device, torch.float32)
-    table_kernel[(cdiv(length, TOKENS), rows)](
+    relaunch(
+        table_kernel, (cdiv(length, TOKENS), rows),
         positions, frequencies, table, length, *row_strides(positions),
         PAIRS=pairs, STORED=stored, COLUMNS=next_power_of_2(stored), LANES=lanes, TOKENS=TOKENS,
         DTYPE=DTYPES[dtype],

@@ -8,6 +8,7 @@ from palu.kernels.latent_scores.layout import side_of
 from palu.kernels.packing import packed_width
 from palu.kernels.quantization.kernel import dequantize_kernel, quantize_kernel
 from palu.kernels.quantize import SMALLEST_SCALE, PackedLatents, Quantization, clip_tensor
+from palu.kernels.relaunch import relaunch
 
 # Groups of such multiples begin at whole bytes of every plane; wider ones than the largest do not fit in registers.
 WIDTH_MULTIPLE, LARGEST_WIDTH = 16, 8192
@@ -23,40 +24,32 @@ def can_take(latents: Tensor, quantization: Quantization) -> bool:
 
 def launch_encode(latents: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor]:
     """As `palu.kernels.quantize.encode`, in one launch."""
-    batch, length, width = latents.shape
-    count = len(quantization.widths) * (1 if quantization.symmetric else 2)
-    codes = latents.new_empty(batch, length, packed_width(width, quantization.bits), dtype=torch.uint8)
-    parameters = latents.new_empty(batch, length, count, dtype=torch.float16)
-    _launch(codes, parameters, None, latents, quantization)
+    batch, length, _ = latents.shape
+    codes = latents.new_empty(batch, length, quantization.packed_width, dtype=torch.uint8)
+    parameters = latents.new_empty(batch, length, quantization.parameters, dtype=torch.float16)
+    launch_encode_into(codes, parameters, latents, quantization)
     return codes, parameters
 
 
 def launch_encode_into(
-    codes: Tensor, parameters: Tensor, slots: Tensor, latents: Tensor, quantization: Quantization
+    codes: Tensor, parameters: Tensor, latents: Tensor, quantization: Quantization, slots: Tensor | None = None
 ) -> None:
     """As `palu.kernels.quantize.encode_into`, in one launch."""
-    _launch(codes, parameters, slots, latents, quantization)
-
-
-def _launch(
-    codes: Tensor, parameters: Tensor, slots: Tensor | None, latents: Tensor, quantization: Quantization
-) -> None:
     batch, length, width = latents.shape
     if batch * length == 0:
         return
     rows, bits = latents.reshape(batch * length, width), quantization.bits
     clips = clip_tensor(quantization, latents.device) if quantization.clip_ratios else parameters
-    # Triton launches on the current device, which need not be that of the layer.
-    with torch.cuda.device_of(latents):
-        quantize_kernel[(batch * length, len(quantization.widths))](
-            rows, clips, codes, parameters, codes if slots is None else slots,
-            *side_of(quantization.widths, bits, latents.device),
-            length, rows.stride(0), *codes.stride()[:2], *parameters.stride()[:2],
-            SMALLEST_SCALE, quantization.largest_zero,
-            BITS=bits, PIECES=8 if bits == 3 else 8 // bits, SYMMETRIC=quantization.symmetric,
-            WHOLE_ZEROS=quantization.whole_zeros, HAS_CLIPS=bool(quantization.clip_ratios), HAS_SLOTS=slots is not None,
-            BLOCK=next_power_of_2(max(quantization.widths)),
-        )  # fmt: skip
+    relaunch(
+        quantize_kernel, (batch * length, len(quantization.widths)),
+        rows, clips, codes, parameters, codes if slots is None else slots,
+        *side_of(quantization.widths, bits, latents.device),
+        length, rows.stride(0), *codes.stride()[:2], *parameters.stride()[:2],
+        SMALLEST_SCALE, quantization.largest_zero,
+        BITS=bits, PIECES=8 if bits == 3 else 8 // bits, SYMMETRIC=quantization.symmetric,
+        WHOLE_ZEROS=quantization.whole_zeros, HAS_CLIPS=bool(quantization.clip_ratios), HAS_SLOTS=slots is not None,
+        BLOCK=next_power_of_2(max(quantization.widths)),
+    )  # fmt: skip
 
 
 def launch_dequantized(packed: PackedLatents, dtype: torch.dtype, groups: range) -> Tensor:
@@ -70,11 +63,11 @@ def launch_dequantized(packed: PackedLatents, dtype: torch.dtype, groups: range)
     block = min(COLUMNS, next_power_of_2(max(widths)))
     tokens = max(1, CODES // block)
     zeros = packed.scales if packed.zeros is None else packed.zeros
-    with torch.cuda.device_of(numbers):
-        dequantize_kernel[(cdiv(batch * length, tokens), len(groups))](
-            packed.codes, packed.scales, zeros, numbers, side.rank, side.offset,
-            batch * length, length, groups.start, sum(widths[: groups.start]), packed_width(quantization.width, 2),
-            *packed.codes.stride()[:2], *packed.scales.stride(), *zeros.stride(), numbers.stride(1),
-            BITS=bits, SYMMETRIC=packed.zeros is None, TOKENS=tokens, BLOCK=block,
-        )  # fmt: skip
+    relaunch(
+        dequantize_kernel, (cdiv(batch * length, tokens), len(groups)),
+        packed.codes, packed.scales, zeros, numbers, side.rank, side.offset,
+        batch * length, length, groups.start, sum(widths[: groups.start]), packed_width(quantization.width, 2),
+        *packed.codes.stride()[:2], *packed.scales.stride(), *zeros.stride(), numbers.stride(1),
+        BITS=bits, SYMMETRIC=packed.zeros is None, TOKENS=tokens, BLOCK=block,
+    )  # fmt: skip
     return numbers

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from palu.kernels.latents import Latents, MixedLatents
@@ -38,12 +39,13 @@ class PackedBuffer(BufferGroup):
 
     def write_at(self, slots: Tensor, tokens: Tensor) -> None:
         """Quantise latents [batch, new, width] into slots [new] of storage of fixed size."""
-        encode_into(*(part.storage for part in self.members), slots, tokens, self.quantization)
+        encode_into(*(part.storage for part in self.members), tokens, self.quantization, slots)
 
     def append(self, tokens: Tensor, max_length: int | None = None) -> None:
         """Quantise latents [batch, new, width] and add them at the back."""
-        for part, tensor in zip(self.members, self.encode(tokens), strict=True):
-            part.append(tensor, max_length)
+        (codes, parameters), kind = self.members, self.quantization
+        room = codes.extend(tokens, kind.packed_width, torch.uint8, max_length)
+        encode_into(room, parameters.extend(tokens, kind.parameters, torch.float16, max_length), tokens, kind)
 
     def take(self, slots: Tensor, widths: Sequence[int]) -> None:
         """As of `TokenBuffer`, of latents as wide as `widths` say; the codes stay what they are."""

@@ -50,21 +50,25 @@ class TokenBuffer:
     @property
     def tokens(self) -> Tensor:
         """View of the held tokens, [batch, length, width]."""
-        return self.storage[:, self.start : self.stop]
+        return self.last(len(self))
 
     def last(self, count: int) -> Tensor:
         """View of the newest `count` tokens, [batch, count, width]."""
-        return self.storage[:, self.stop - count : self.stop]
+        return self.storage.narrow(1, self.stop - count, count)
 
     def append(self, tokens: Tensor, max_length: int | None = None) -> None:
         """Add [batch, new, width] at the back; `max_length` bounds the growth by doubling where it is known."""
-        new = tokens.shape[1]
+        self.extend(tokens, tokens.shape[2], tokens.dtype, max_length).copy_(tokens)
+
+    def extend(self, tokens: Tensor, width: int, dtype: torch.dtype, max_length: int | None = None) -> Tensor:
+        """Room at the back for what becomes of tokens [batch, new, ...], to be written: [batch, new, width]."""
+        batch, new = tokens.shape[:2]
         if self.storage is None:
-            self.storage = tokens.new_empty(tokens.shape[0], new, tokens.shape[2])
+            self.storage = tokens.new_empty(batch, new, width, dtype=dtype)
         elif self.stop + new > self.storage.shape[1]:
             self._make_room(new, max_length)
-        self.storage[:, self.stop : self.stop + new] = tokens
         self.stop += new
+        return self.last(new)
 
     def _make_room(self, new: int, max_length: int | None) -> None:
         needed = len(self) + new

@@ -1,0 +1,193 @@
+"""Which calls Hopper's kernel takes, and what is compiled for them: worked out once for calls that are alike."""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from palu.kernels.decode_attention.hopper.plans import (
+    CHUNK,
+    Heads,
+    Plan,
+    heads_of,
+    mode_of,
+    padded_rank,
+    plans_for,
+    scorers_of,
+    weighers_of,
+    whole_slots,
+)
+from palu.kernels.integers import cdiv, next_power_of_2
+from palu.kernels.latent_scores.layout import DTYPES, block_memory, divisor, even_rank, mask_kind
+from palu.kernels.latents import LatentProjection, Latents
+from palu.kernels.quantize import PackedLatents
+
+# Bits of codes that the kernel can make numbers of.
+CODES = (8, 4)
+# Registers of a thread that scores and of one that weighs values, by the mode, whether there are codes, and the groups
+# of warps in all.
+REGISTERS = {
+    ("folded", False, 3): (200, 104), ("folded", True, 3): (184, 136),
+    ("rotated", False, 3): (184, 136), ("rotated", True, 3): (168, 168),
+    ("absorbed", False, 2): (240, 240), ("absorbed", True, 2): (240, 240), ("absorbed", True, 3): (152, 176),
+    ("absorbed", True, 4): (104, 152),
+}  # fmt: skip
+
+
+class Kind(NamedTuple):
+    """A call but for its tensors, its rows and the tokens: what is compiled for one serves all that are equal.
+
+    width: of a query; kv: kv heads of a group, None where keys are absorbed; query_dtype: of the model; mask: as
+    `mask_kind` calls it; rows_per_latent: rows that read the same row of latents; memory: bytes that a block may have;
+    shares: programs that share the heads of a group.
+    """
+
+    num_heads: int
+    width: int
+    kv: int | None
+    key_ranks: tuple[int, ...]
+    value_ranks: tuple[int, ...]
+    bits: int
+    asymmetric: bool
+    query_dtype: torch.dtype
+    has_bias: bool
+    has_norm: bool
+    mask: str
+    rows_per_latent: int
+    memory: int
+    shares: int = 1
+
+    @property
+    def groups(self) -> int:
+        """Programs for the heads of a row and a part."""
+        return len(self.key_ranks) * self.shares
+
+    @property
+    def heads(self) -> Heads:
+        """How the query heads of a program lie."""
+        return heads_of(self.num_heads, self.groups, self.kv and self.kv // self.shares)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the numbers that are multiplied: codes become fp16, whatever the model's."""
+        return self.query_dtype if self.bits == 16 else torch.float16
+
+    @property
+    def weighers(self) -> int:
+        """Groups of warps that weigh values."""
+        return weighers_of(self.heads.mode, self.bits)
+
+    def plans(self, windows: bool, all_of_them: bool) -> tuple[Plan, ...]:
+        """As `plans_for`."""
+        kind = (self.heads, self.width, self.key_ranks, self.value_ranks, self.bits, self.memory)
+        return plans_for(*kind, windows, all_of_them, self.has_bias, self.has_norm)
+
+
+def kind_of(
+    query: Tensor, key_latents: Latents, value_latents: Latents, key: LatentProjection, value: LatentProjection,
+    mask: Tensor | None, key_norm: object,
+) -> Kind | None:  # fmt: skip
+    """The kind of a call that the kernel takes, None of others; of those that `launch.can_take` takes.
+
+    Both sides have the same groups and bits, 16 or those of codes. Arguments as of `decode_attention`.
+    """
+    bits = _bits(key_latents, query.dtype)
+    if bits is None or bits != _bits(value_latents, query.dtype) or query.dtype == torch.float32:
+        return None
+    # Copies to shared memory are 16 bytes wide and convert nothing; Triton asks of what strides are multiples of 16.
+    absorbed = key.up is None
+    if not (absorbed or (_aligned(key.up) and key.up.dtype == query.dtype)):
+        return None
+    _, num_heads, queries, width = query.shape
+    # Places of scales and of cosines are numbers of 32 bits.
+    table = 1 if absorbed else next_power_of_2(width)
+    if not 0 < key_latents.shape[1] * max(table, _stride(key_latents), _stride(value_latents)) < 1 << 31:
+        return None
+    asymmetric = bits < 16 and key_latents.zeros is not None
+    if bits < 16 and asymmetric != (value_latents.zeros is not None):
+        return None
+    found = Kind(
+        num_heads, width, None if absorbed else key.up.shape[0] // width, tuple(key.ranks), tuple(value.ranks), bits,
+        asymmetric, query.dtype, key.bias is not None, key_norm is not None, mask_kind(mask), queries,
+        block_memory(query.device),
+    )  # fmt: skip
+    return found if _is_taken(found) else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_taken(kind: Kind) -> bool:
+    """Whether ranks and heads are such as the kernel takes, and fit."""
+    if len(kind.key_ranks) != len(kind.value_ranks):
+        return False
+    if any(rank * kind.bits % 128 for rank in (*kind.key_ranks, *kind.value_ranks)):
+        return False
+    return bool(kind.plans(False, False))
+
+
+def _bits(latents: Latents, dtype: torch.dtype) -> int | None:
+    """Bits of latents that the kernel can read, None of others."""
+    if isinstance(latents, PackedLatents):
+        kind = latents.quantization
+        # Symmetric codes' zero points are whole at any number of bits.
+        taken = kind.bits in CODES and (kind.symmetric or kind.whole_zeros) and _aligned(latents.codes)
+        return kind.bits if taken else None
+    return 16 if isinstance(latents, Tensor) and latents.dtype == dtype and _aligned(latents) else None
+
+
+def _stride(latents: Latents) -> int:
+    """From a token's scales to the next one's."""
+    return latents.scales.stride(1) if isinstance(latents, PackedLatents) else 0
+
+
+def _aligned(numbers: Tensor) -> bool:
+    *others, last = numbers.stride()
+    return last == 1 and numbers.data_ptr() % 16 == 0 and not any([stride % 16 for stride in others])
+
+
+@functools.lru_cache(maxsize=4096)
+def can_share(kind: Kind, programs: int, processors: int) -> bool:
+    """Whether two programs can share each group's heads, and so many of them run at a time."""
+    if kind.heads.mode != "rotated" or kind.heads.kv % 2 == 1 or programs > processors:
+        return False
+    return bool(kind._replace(shares=2).plans(False, False))
+
+
+@functools.lru_cache(maxsize=4096)
+def takes_windows(kind: Kind) -> bool:
+    """Whether keys are interpolated in windows of positions where that is faster."""
+    # Several queries' numbers take longer to read than to multiply.
+    numbers = kind.bits == 16 and kind.heads.mode != "folded"
+    return not numbers and kind.heads.mode != "absorbed" and bool(kind.plans(True, False))
+
+
+@functools.lru_cache(maxsize=4096)
+def constants_of(kind: Kind, plan: Plan, span: int, scaled: bool) -> dict[str, Any]:
+    """What the kernel is compiled with, and its options.
+
+    Args:
+        plan: of calls with windows for these.
+        span: tokens of a window, 0 without windows.
+        scaled: whether codes of keys meet the factor times their scales.
+    """
+    heads, bits, weighers = kind.heads, kind.bits, kind.weighers
+    exact = plan if span == 0 else kind.plans(False, False)[0]
+    chunks = cdiv(max(kind.value_ranks), CHUNK)
+    whole = whole_slots(heads, bits, chunks)
+    scorers = scorers_of(heads.mode, weighers, whole)
+    score_registers, value_registers = REGISTERS[heads.mode, bits < 16, scorers + weighers]
+    return dict(
+        MODE=heads.mode, KEY_STAGES=exact.key_stages, STEP=exact.step, VALUE_STAGES=exact.value_stages,
+        SPAN=span, SPAN_MODE=mode_of(heads, span > 0),
+        SPAN_KEY_STAGES=plan.key_stages, SPAN_STEP=plan.step, SPAN_VALUE_STAGES=plan.value_stages, HELD=1 + plan.stays,
+        GROUPS=kind.groups, SHARES=kind.shares, KV=heads.kv, QUERIES=heads.queries, QUERY_SLOTS=heads.query_slots,
+        SLOTS=heads.slots, QUERY_ROWS=kind.rows_per_latent, WIDTH=kind.width, WIDE=next_power_of_2(kind.width),
+        RANK=padded_rank(kind.key_ranks, bits), KEY_DIVISOR=divisor(kind.key_ranks), CHUNKS=chunks,
+        VALUE_DIVISOR=divisor(kind.value_ranks), RANK_STRIDE=max(kind.value_ranks), MASK=kind.mask,
+        DTYPE=DTYPES[kind.dtype], TOGETHER=heads.together, COLUMNS=heads.columns, BITS=bits,
+        ASYMMETRIC=kind.asymmetric, SCORERS=scorers, WEIGHERS=weighers,
+        SCORE_REGISTERS=score_registers, VALUE_REGISTERS=value_registers,
+        WHOLE=whole, SCALED=scaled, HAS_BIAS=kind.has_bias, HAS_NORM=kind.has_norm,
+        EVEN_KEYS=even_rank(kind.key_ranks), EVEN_VALUES=even_rank(kind.value_ranks),
+        num_warps=4, launch_pdl=True,
+    )  # fmt: skip

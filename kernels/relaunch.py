@@ -1,0 +1,78 @@
+"""Launches Triton kernels; at less cost what was launched before.
+
+At every launch Triton looks at each argument to find what it compiled for such ones, which takes the host longer than a
+short kernel takes the GPU. Here the numbers that are compiled in, constants and types are compared all at once.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+# What is remembered at most: launches that differ in numbers, most of all in strides of caches that grew.
+MOST_KNOWN = 4096
+# Triton compiles apart for pointers that are multiples of so many bytes, and for numbers of more bits.
+ALIGNMENT, NUMBER_BITS = 16, 31
+_orders: dict[int, "_Order"] = {}
+_known: dict[tuple, Any] = {}
+
+
+class _Order(NamedTuple):
+    """A kernel's parameters: so many tensors, numbers that are compiled in and others, by index, names of constants."""
+
+    kernel: JITFunction
+    tensors: int
+    compiled: tuple[int, ...]
+    free: tuple[int, ...]
+    constants: tuple[str, ...]
+
+
+def relaunch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """As `kernel[grid](*arguments, **constants)`, on the device of the tensors.
+
+    Args:
+        arguments: tensors, then numbers.
+        constants: all of the kernel's, and options.
+    """
+    device = arguments[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        # Triton launches on the current device, which need not be that of the layer.
+        with torch.cuda.device(device):
+            relaunch(kernel, grid, *arguments, **constants)
+        return
+    order = _orders.get(id(kernel)) or _order_of(kernel, arguments)
+    if order is None or any([arguments[index] >> NUMBER_BITS for index in order.free]):
+        kernel[grid](*arguments, **constants)
+        return
+    tensors, numbers = arguments[: order.tensors], arguments[order.tensors :]
+    pointers = [tensor.data_ptr() for tensor in tensors]
+    key = (
+        id(kernel), device.index, *[tensor.dtype for tensor in tensors],
+        *[pointer % ALIGNMENT == 0 for pointer in pointers], *[arguments[index] for index in order.compiled],
+        *constants, *constants.values(),
+    )  # fmt: skip
+    known = _known.get(key)
+    if known is not None:
+        # Of addresses Triton does not ask whose they are.
+        known[(*grid, 1, 1)[:3]](*pointers, *numbers, *[constants[name] for name in order.constants])
+        return
+    if len(_known) >= MOST_KNOWN:
+        _known.clear()
+    _known[key] = kernel[grid](*arguments, **constants)
+
+
+def _order_of(kernel: Any, arguments: tuple) -> _Order | None:
+    """The kernel's parameters; None of what is interpreted or recorded, and where Triton compiles for other GPUs."""
+    if not isinstance(kernel, JITFunction) or torch.version.hip:
+        return None
+    tensors = sum(isinstance(argument, Tensor) for argument in arguments)
+    numbers = kernel.params[tensors : len(arguments)]
+    _orders[id(kernel)] = _Order(
+        kernel,
+        tensors,
+        tuple(index for index, number in enumerate(numbers, tensors) if not number.do_not_specialize),
+        tuple(index for index, number in enumerate(numbers, tensors) if number.do_not_specialize),
+        tuple(parameter.name for parameter in kernel.params[len(arguments) :]),
+    )
+    return _orders[id(kernel)]
