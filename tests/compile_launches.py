@@ -89,6 +89,8 @@ HOPPER_CALLS += [Call(4, 4, bias=True, heads=28, mask=None), Call(5, heads=10, g
 HOPPER_CALLS += [Call(absorbed=True, bits=bits) for bits in (8, 4)] + [Call(bits=4, dtype=torch.bfloat16)]
 # A tile for each program, two of which share a group's heads.
 HOPPER_CALLS += [Call(8, bits, length=4096, bias=bits == 8) for bits in (16, 8, 4)]
+# More rows than can have a multiprocessor each where their parts are added up.
+HOPPER_CALLS += [Call(8, 4, queries=queries) for queries in (2, 4, 8)]
 
 
 class Launch(NamedTuple):

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from palu.kernels.decode_attention.hopper.combine import OUTPUTS as KERNEL_OUTPUTS
+from palu.kernels.decode_attention.hopper.combine import CHUNK as KERNEL_CHUNK
+from palu.kernels.decode_attention.hopper.combine import MOST_CHUNKS as KERNEL_MOST_CHUNKS
 from palu.kernels.decode_attention.hopper.combine import WARPS as KERNEL_WARPS
 from palu.kernels.decode_attention.hopper.combine import hopper_combine_kernel
 from palu.kernels.decode_attention.hopper.factor import factor_of_codes
@@ -27,9 +28,9 @@ from palu.kernels.rotation import Rotation, Window
 from palu.kernels.tuning import length_class, pick, searches
 
 WINDOW_FAST, WINDOW_COLUMNS = KERNEL_FAST.value, KERNEL_COLUMNS.value
-COMBINE_WARPS, OUTPUTS = KERNEL_WARPS.value, KERNEL_OUTPUTS.value
-# Latents of a head, at least and at most, and parts at least that a program adds up.
-LEAST_LATENTS, MOST_LATENTS, LEAST_PARTS = 128, 512, 16
+COMBINE_WARPS, CHUNK, MOST_CHUNKS = KERNEL_WARPS.value, KERNEL_CHUNK.value, KERNEL_MOST_CHUNKS.value
+# Parts at least that a program adds up, and numbers of a head that it computes: all programs of a head read all parts.
+LEAST_PARTS, OUTPUTS = 16, (32, 64, 128)
 # Tiles of a program from which on windows are worth their making.
 LEAST_TILES = 8
 # Pairs of keys with several queries that are rebuilt where the others are interpolated.
@@ -170,18 +171,27 @@ def _combine_early(parts: Parts, value: LatentProjection, query: Tensor, head_di
     """As `parts.combine`, of parts that a launch makes which allows this one to begin before it ends."""
     rows, num_heads, _ = query.shape
     ranks, count = tuple(value.ranks), parts.sums.shape[0]
-    fits = max(ranks) <= MOST_LATENTS and count <= MOST_PARTS and parts.sums.numel() < 1 << 31
+    fits = cdiv(max(ranks), CHUNK) <= MOST_CHUNKS and count <= MOST_PARTS and parts.sums.numel() < 1 << 31
     if value.up is None or not fits:
         return combine(parts, value, query, head_dim)
-    side = side_of(ranks, 16, query.device)
+    side, (outputs, alone) = side_of(ranks, 16, query.device), _outputs_of(rows * num_heads, head_dim, query.device)
     output = query.new_empty(rows, num_heads, head_dim)
     relaunch(
-        hopper_combine_kernel, (rows * num_heads, cdiv(head_dim, OUTPUTS)),
+        hopper_combine_kernel, (rows * num_heads, cdiv(head_dim, outputs)),
         *parts, value.up, value.up if value.bias is None else value.bias, output, side.rank, side.offset,
         count, rows * num_heads, value.up.stride(0),
         **_combine_constants(num_heads, value.up.shape[0], ranks, head_dim, count, value.bias is not None),
+        OUTPUTS=outputs, ALONE=alone,
     )  # fmt: skip
     return output.view(rows, -1)
+
+
+def _outputs_of(rows_heads: int, head_dim: int, device: torch.device) -> tuple[int, bool]:
+    """The fewest numbers per program with which each has a multiprocessor to itself; the most, if there are too few."""
+    for outputs in OUTPUTS:
+        if rows_heads * cdiv(head_dim, outputs) <= processors(device):
+            return outputs, True
+    return OUTPUTS[-1], False
 
 
 @functools.lru_cache(maxsize=4096)
@@ -192,8 +202,7 @@ def _combine_constants(
     return dict(
         HEADS=num_heads, HEADS_PER_GROUP=num_heads // len(ranks),
         QUERIES=num_heads // (group_dim * len(ranks) // head_dim), HEAD_DIM=head_dim,
-        RANK_STRIDE=max(ranks), PARTS=max(LEAST_PARTS, next_power_of_2(count)),
-        LATENTS=max(LEAST_LATENTS, next_power_of_2(max(ranks))),
+        RANK_STRIDE=max(ranks), PARTS=max(LEAST_PARTS, next_power_of_2(count)), CHUNKS=cdiv(max(ranks), CHUNK),
         HAS_BIAS=has_bias, DIVISOR=divisor(ranks), EVEN=even_rank(ranks),
         num_warps=COMBINE_WARPS, launch_pdl=True,
     )  # fmt: skip
