@@ -4,7 +4,10 @@ At every launch Triton looks at each argument to find what it compiled for such 
 short kernel takes the GPU. Here the numbers that are compiled in, constants and types are compared all at once.
 """
 
-from typing import Any, NamedTuple
+import functools
+import operator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +18,22 @@ MOST_KNOWN = 4096
 # Triton compiles apart for pointers that are multiples of so many bytes, and for numbers of more bits.
 ALIGNMENT, NUMBER_BITS = 16, 31
 _orders: dict[int, "_Order"] = {}
-_known: dict[tuple, Any] = {}
+_known: dict[tuple, tuple[Any, tuple]] = {}
 
 
-class _Order(NamedTuple):
+class Constants(dict):
+    """A kernel's constants, all of them, and options. They do not change, so that they are hashed once."""
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(tuple(self.items()))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+@dataclass(frozen=True, eq=False)
+class _Order:
     """A kernel's parameters: so many tensors, numbers that are compiled in and others, by index, names of constants."""
 
     kernel: JITFunction
@@ -28,38 +43,42 @@ class _Order(NamedTuple):
     constants: tuple[str, ...]
 
 
-def relaunch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+def relaunch(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, constants: Constants | None = None, **others: Any
+) -> None:
     """As `kernel[grid](*arguments, **constants)`, on the device of the tensors.
 
     Args:
         arguments: tensors, then numbers.
-        constants: all of the kernel's, and options.
+        constants: made once for many launches, or, one by one, the others.
     """
-    device = arguments[0].device
+    device, constants = arguments[0].device, constants or Constants(others)
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         # Triton launches on the current device, which need not be that of the layer.
         with torch.cuda.device(device):
-            relaunch(kernel, grid, *arguments, **constants)
+            relaunch(kernel, grid, *arguments, constants=constants)
         return
     order = _orders.get(id(kernel)) or _order_of(kernel, arguments)
     if order is None or any([arguments[index] >> NUMBER_BITS for index in order.free]):
         kernel[grid](*arguments, **constants)
         return
-    tensors, numbers = arguments[: order.tensors], arguments[order.tensors :]
+    tensors = arguments[: order.tensors]
     pointers = [tensor.data_ptr() for tensor in tensors]
+    aligned = functools.reduce(operator.or_, pointers) % ALIGNMENT == 0
     key = (
-        id(kernel), device.index, *[tensor.dtype for tensor in tensors],
-        *[pointer % ALIGNMENT == 0 for pointer in pointers], *[arguments[index] for index in order.compiled],
-        *constants, *constants.values(),
+        order, device.index, constants, aligned or tuple(pointer % ALIGNMENT == 0 for pointer in pointers),
+        *[tensor.dtype for tensor in tensors], *[arguments[index] for index in order.compiled],
     )  # fmt: skip
     known = _known.get(key)
     if known is not None:
+        compiled, values = known
         # Of addresses Triton does not ask whose they are.
-        known[(*grid, 1, 1)[:3]](*pointers, *numbers, *[constants[name] for name in order.constants])
+        compiled[(*grid, 1, 1)[:3]](*pointers, *arguments[order.tensors :], *values)
         return
+    compiled = kernel[grid](*arguments, **constants)
     if len(_known) >= MOST_KNOWN:
         _known.clear()
-    _known[key] = kernel[grid](*arguments, **constants)
+    _known[key] = compiled, tuple(constants[name] for name in order.constants)
 
 
 def _order_of(kernel: Any, arguments: tuple) -> _Order | None:

@@ -1,6 +1,7 @@
 """What is launched again is what Triton itself would launch."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,27 +9,105 @@ import torch
 from palu.kernels import relaunch as module
 from palu.kernels.head_rotation import kernel as rotation
 from palu.kernels.head_rotation.op import launch_rotation
-from palu.kernels.relaunch import relaunch
+from palu.kernels.relaunch import Constants, relaunch
 from palu.kernels.rotation import rotate
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GRID = (4, 2)
 
 
 class Kernel:
-    """Stands in for a kernel that is interpreted."""
+    """Stands in for a kernel: what Triton launches, and what is launched again without it."""
+
+    params = tuple(
+        SimpleNamespace(name=name, do_not_specialize=name == "length")
+        for name in ("states", "output", "length", "stride", "WIDTH", "KIND")
+    )
 
     def __init__(self):
-        self.launches = []
+        self.launches, self.again = [], []
 
     def __getitem__(self, grid):
-        return lambda *arguments, **constants: self.launches.append((grid, arguments, constants))
+        def launch(*arguments, **constants):
+            self.launches.append((grid, arguments, constants))
+            return Again(self)
+
+        return launch
+
+
+class Again:
+    """Stands in for what was compiled."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.kernel.again.append((grid, arguments))
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """A kernel that Triton compiles."""
+    monkeypatch.setattr(module, "JITFunction", Kernel)
+    monkeypatch.setattr(module, "_known", {})
+    monkeypatch.setattr(module, "_orders", {})
+    return Kernel()
+
+
+def start(kernel, tensors=None, length=100, stride=48, **others):
+    tensors = tensors or [torch.zeros(64), torch.zeros(64)]
+    relaunch(kernel, GRID, *tensors, length, stride, **{"KIND": "a", "WIDTH": 5, "num_warps": 2, **others})
+    return tensors
 
 
 def test_what_triton_does_not_compile_is_launched_as_it_is():
-    kernel, tensor = Kernel(), torch.zeros(3)
-    for _ in range(2):
-        relaunch(kernel, (4,), tensor, 3, WIDTH=5, num_warps=2)
-    assert kernel.launches == [((4,), (tensor, 3), {"WIDTH": 5, "num_warps": 2})] * 2
+    kernel = Kernel()
+    tensors = start(kernel)
+    start(kernel, tensors)
+    constants = {"KIND": "a", "WIDTH": 5, "num_warps": 2}
+    assert kernel.launches == [(GRID, (*tensors, 100, 48), constants)] * 2
+    assert not kernel.again
+
+
+def test_a_launch_as_one_before_is_given_addresses_and_constants_in_the_order_of_the_parameters(compiled):
+    start(compiled)
+    tensors = start(compiled, length=7)
+    assert len(compiled.launches) == 1
+    pointers = [tensor.data_ptr() for tensor in tensors]
+    assert compiled.again == [((*GRID, 1), (*pointers, 7, 48, 5, "a"))]
+    # Constants that are made once are the same ones.
+    constants = Constants(KIND="a", WIDTH=5, num_warps=2)
+    relaunch(compiled, GRID, *tensors, 7, 48, constants=constants)
+    assert len(compiled.again) == 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"stride": 1},
+        {"length": 1 << 31},
+        {"WIDTH": 6},
+        {"KIND": "b"},
+        {"num_warps": 4},
+        {"tensors": [torch.zeros(64), torch.zeros(64).half()]},
+        {"tensors": [torch.zeros(65)[1:], torch.zeros(64)]},
+        {"tensors": [torch.zeros(64), torch.zeros(65)[1:]]},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_triton_is_asked_where_it_may_compile_other_code(other, compiled):
+    start(compiled)
+    start(compiled, **other)
+    assert len(compiled.launches) == 2
+    start(compiled)
+    assert len(compiled.again) == 1
+
+
+def test_what_is_remembered_is_bounded(compiled, monkeypatch):
+    monkeypatch.setattr(module, "MOST_KNOWN", 3)
+    for stride in range(16, 30):
+        start(compiled, stride=stride)
+        assert len(module._known) <= 3
 
 
 @needs_gpu
@@ -38,8 +117,8 @@ def test_launches_that_need_other_code_are_told_apart(monkeypatch):
     monkeypatch.setattr(module, "_known", {})
     starts, lengths, heads, dtypes = (0, 1, 8), (1, 5, 16), (1, 3, 16), (torch.float16, torch.float32)
     for _ in range(3):
-        for start, length, count, dtype in itertools.product(starts, lengths, heads, dtypes):
-            states = torch.randn(2, length, count, 80, dtype=dtype, device="cuda")[..., start : start + 64]
+        for first, length, count, dtype in itertools.product(starts, lengths, heads, dtypes):
+            states = torch.randn(2, length, count, 80, dtype=dtype, device="cuda")[..., first : first + 64]
             states = states.transpose(1, 2)
             tables = torch.randn(2, 2, length, 64, dtype=dtype, device="cuda")
             got = launch_rotation(states, *tables)

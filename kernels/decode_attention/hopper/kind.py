@@ -1,7 +1,8 @@
 """Which calls Hopper's kernel takes, and what is compiled for them: worked out once for calls that are alike."""
 
 import functools
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from palu.kernels.integers import cdiv, next_power_of_2
 from palu.kernels.latent_scores.layout import DTYPES, block_memory, divisor, even_rank, mask_kind
 from palu.kernels.latents import LatentProjection, Latents
 from palu.kernels.quantize import PackedLatents
+from palu.kernels.relaunch import Constants
 
 # Bits of codes that the kernel can make numbers of.
 CODES = (8, 4)
@@ -35,8 +37,9 @@ REGISTERS = {
 }  # fmt: skip
 
 
-class Kind(NamedTuple):
-    """A call but for its tensors, its rows and the tokens: what is compiled for one serves all that are equal.
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """A call but for its tensors, its rows and the tokens; there is one of each, so that what it needs is found once.
 
     width: of a query; kv: kv heads of a group, None where keys are absorbed; query_dtype: of the model; mask: as
     `mask_kind` calls it; rows_per_latent: rows that read the same row of latents; memory: bytes that a block may have;
@@ -58,30 +61,56 @@ class Kind(NamedTuple):
     memory: int
     shares: int = 1
 
-    @property
+    @functools.cached_property
     def groups(self) -> int:
         """Programs for the heads of a row and a part."""
         return len(self.key_ranks) * self.shares
 
-    @property
+    @functools.cached_property
     def heads(self) -> Heads:
         """How the query heads of a program lie."""
         return heads_of(self.num_heads, self.groups, self.kv and self.kv // self.shares)
 
-    @property
+    @functools.cached_property
     def dtype(self) -> torch.dtype:
         """Of the numbers that are multiplied: codes become fp16, whatever the model's."""
         return self.query_dtype if self.bits == 16 else torch.float16
 
-    @property
+    @functools.cached_property
     def weighers(self) -> int:
         """Groups of warps that weigh values."""
         return weighers_of(self.heads.mode, self.bits)
+
+    @functools.cached_property
+    def is_taken(self) -> bool:
+        """Whether ranks and heads are such as the kernel takes, and fit."""
+        same_groups = len(self.key_ranks) == len(self.value_ranks)
+        aligned = not any(rank * self.bits % 128 for rank in (*self.key_ranks, *self.value_ranks))
+        return same_groups and aligned and bool(self.plans(False, False))
+
+    @functools.cached_property
+    def takes_windows(self) -> bool:
+        """Whether keys are interpolated in windows of positions where that is faster."""
+        # Several queries' numbers take longer to read than to multiply.
+        numbers = self.bits == 16 and self.heads.mode != "folded"
+        return not numbers and self.heads.mode != "absorbed" and bool(self.plans(True, False))
+
+    @functools.cached_property
+    def shared(self) -> Optional["Kind"]:
+        """The same with two programs for each group's heads, None where they cannot share them."""
+        if self.heads.mode != "rotated" or self.heads.kv % 2 == 1:
+            return None
+        shared = replace(self, shares=2)
+        return shared if shared.plans(False, False) else None
 
     def plans(self, windows: bool, all_of_them: bool) -> tuple[Plan, ...]:
         """As `plans_for`."""
         kind = (self.heads, self.width, self.key_ranks, self.value_ranks, self.bits, self.memory)
         return plans_for(*kind, windows, all_of_them, self.has_bias, self.has_norm)
+
+
+# Of each kind one.
+the_kind = functools.lru_cache(maxsize=4096)(Kind)
 
 
 def kind_of(
@@ -107,22 +136,12 @@ def kind_of(
     asymmetric = bits < 16 and key_latents.zeros is not None
     if bits < 16 and asymmetric != (value_latents.zeros is not None):
         return None
-    found = Kind(
+    found = the_kind(
         num_heads, width, None if absorbed else key.up.shape[0] // width, tuple(key.ranks), tuple(value.ranks), bits,
         asymmetric, query.dtype, key.bias is not None, key_norm is not None, mask_kind(mask), queries,
         block_memory(query.device),
     )  # fmt: skip
-    return found if _is_taken(found) else None
-
-
-@functools.lru_cache(maxsize=4096)
-def _is_taken(kind: Kind) -> bool:
-    """Whether ranks and heads are such as the kernel takes, and fit."""
-    if len(kind.key_ranks) != len(kind.value_ranks):
-        return False
-    if any(rank * kind.bits % 128 for rank in (*kind.key_ranks, *kind.value_ranks)):
-        return False
-    return bool(kind.plans(False, False))
+    return found if found.is_taken else None
 
 
 def _bits(latents: Latents, dtype: torch.dtype) -> int | None:
@@ -146,23 +165,7 @@ def _aligned(numbers: Tensor) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def can_share(kind: Kind, programs: int, processors: int) -> bool:
-    """Whether two programs can share each group's heads, and so many of them run at a time."""
-    if kind.heads.mode != "rotated" or kind.heads.kv % 2 == 1 or programs > processors:
-        return False
-    return bool(kind._replace(shares=2).plans(False, False))
-
-
-@functools.lru_cache(maxsize=4096)
-def takes_windows(kind: Kind) -> bool:
-    """Whether keys are interpolated in windows of positions where that is faster."""
-    # Several queries' numbers take longer to read than to multiply.
-    numbers = kind.bits == 16 and kind.heads.mode != "folded"
-    return not numbers and kind.heads.mode != "absorbed" and bool(kind.plans(True, False))
-
-
-@functools.lru_cache(maxsize=4096)
-def constants_of(kind: Kind, plan: Plan, span: int, scaled: bool) -> dict[str, Any]:
+def constants_of(kind: Kind, plan: Plan, span: int, scaled: bool) -> Constants:
     """What the kernel is compiled with, and its options.
 
     Args:
@@ -176,7 +179,7 @@ def constants_of(kind: Kind, plan: Plan, span: int, scaled: bool) -> dict[str, A
     whole = whole_slots(heads, bits, chunks)
     scorers = scorers_of(heads.mode, weighers, whole)
     score_registers, value_registers = REGISTERS[heads.mode, bits < 16, scorers + weighers]
-    return dict(
+    return Constants(
         MODE=heads.mode, KEY_STAGES=exact.key_stages, STEP=exact.step, VALUE_STAGES=exact.value_stages,
         SPAN=span, SPAN_MODE=mode_of(heads, span > 0),
         SPAN_KEY_STAGES=plan.key_stages, SPAN_STEP=plan.step, SPAN_VALUE_STAGES=plan.value_stages, HELD=1 + plan.stays,

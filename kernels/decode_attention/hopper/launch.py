@@ -12,7 +12,7 @@ from palu.kernels.decode_attention.hopper.combine import WARPS as KERNEL_WARPS
 from palu.kernels.decode_attention.hopper.combine import hopper_combine_kernel
 from palu.kernels.decode_attention.hopper.factor import factor_of_codes
 from palu.kernels.decode_attention.hopper.kernel import hopper_kernel
-from palu.kernels.decode_attention.hopper.kind import Kind, can_share, constants_of, takes_windows
+from palu.kernels.decode_attention.hopper.kind import Kind, constants_of
 from palu.kernels.decode_attention.hopper.plans import COLUMNS, MOST_PARTS, SLOW, TILE, Plan, padded_rank, parts_of
 from palu.kernels.decode_attention.hopper.spans import spans_of
 from palu.kernels.decode_attention.hopper.windows import COLUMNS as KERNEL_COLUMNS
@@ -23,7 +23,7 @@ from palu.kernels.latent_scores.launch import LOG2_E
 from palu.kernels.latent_scores.layout import divisor, even_rank, layout, processors, row_strides, side_of
 from palu.kernels.latent_scores.tables import lane_table
 from palu.kernels.latents import LatentProjection, Stretch
-from palu.kernels.relaunch import relaunch
+from palu.kernels.relaunch import Constants, relaunch
 from palu.kernels.rotation import Rotation, Window
 from palu.kernels.tuning import length_class, pick, searches
 
@@ -79,9 +79,9 @@ def launch(
     others, programs = len(kind.key_ranks) * rows, processors(query.device)
     parts = parts_of(tiles, others, programs)
     tables = _tables(call, cdiv(tiles, parts) >= LEAST_TILES)
-    if cdiv(tiles, parts) == 1 and can_share(kind, 2 * others * cdiv(tiles, 2), programs):
+    if cdiv(tiles, parts) == 1 and kind.shared and 2 * others * cdiv(tiles, 2) <= programs:
         # Half of the factor to copy, and half of the parts to add up.
-        call, parts = call._replace(kind=kind._replace(shares=2)), cdiv(tiles, 2)
+        call, parts = call._replace(kind=kind.shared), cdiv(tiles, 2)
     count = parts * kind.weighers
     sums = query.new_empty(count, rows, num_heads, max(kind.value_ranks), dtype=torch.float32)
     found = Parts(sums, *query.new_empty(2, count, rows, num_heads, dtype=torch.float32).unbind())
@@ -91,7 +91,7 @@ def launch(
 
 def _window_of(call: Call) -> Window | None:
     """In what windows of positions the call's keys can be interpolated, where that is faster."""
-    if not takes_windows(call.kind):
+    if not call.kind.takes_windows:
         return None
     heads = call.kind.heads
     if heads.mode == "folded":
@@ -163,7 +163,7 @@ def _launch(plan: Plan, call: Call, tables: Tables, parts: int, found: Parts) ->
         *((0, 0) if window is None else row_strides(tables.fast_table)),
         *((0, 0) if mask is None else row_strides(mask)), spans.stride(0) if spans.shape[0] > 1 else 0,
         query.stride(1), rows * kind.num_heads, scaling, key_norm.variance_epsilon if kind.has_norm else 0.0,
-        **constants_of(kind, plan, 0 if window is None else window.span, scaled),
+        constants=constants_of(kind, plan, 0 if window is None else window.span, scaled),
     )  # fmt: skip
 
 
@@ -180,8 +180,10 @@ def _combine_early(parts: Parts, value: LatentProjection, query: Tensor, head_di
         hopper_combine_kernel, (rows * num_heads, cdiv(head_dim, outputs)),
         *parts, value.up, value.up if value.bias is None else value.bias, output, side.rank, side.offset,
         count, rows * num_heads, value.up.stride(0),
-        **_combine_constants(num_heads, value.up.shape[0], ranks, head_dim, count, value.bias is not None),
-        OUTPUTS=outputs, ALONE=alone,
+        constants=_combine_constants(
+            num_heads, value.up.shape[0], ranks, head_dim, next_power_of_2(count), value.bias is not None,
+            outputs, alone,
+        ),
     )  # fmt: skip
     return output.view(rows, -1)
 
@@ -196,13 +198,14 @@ def _outputs_of(rows_heads: int, head_dim: int, device: torch.device) -> tuple[i
 
 @functools.lru_cache(maxsize=4096)
 def _combine_constants(
-    num_heads: int, group_dim: int, ranks: tuple[int, ...], head_dim: int, count: int, has_bias: bool
-) -> dict[str, Any]:
-    """What the kernel that adds so many parts up is compiled with, and its options."""
-    return dict(
+    num_heads: int, group_dim: int, ranks: tuple[int, ...], head_dim: int, count: int, has_bias: bool, outputs: int,
+    alone: bool,
+) -> Constants:  # fmt: skip
+    """What the kernel that adds so many parts up at most is compiled with, and its options."""
+    return Constants(
         HEADS=num_heads, HEADS_PER_GROUP=num_heads // len(ranks),
         QUERIES=num_heads // (group_dim * len(ranks) // head_dim), HEAD_DIM=head_dim,
-        RANK_STRIDE=max(ranks), PARTS=max(LEAST_PARTS, next_power_of_2(count)), CHUNKS=cdiv(max(ranks), CHUNK),
-        HAS_BIAS=has_bias, DIVISOR=divisor(ranks), EVEN=even_rank(ranks),
+        RANK_STRIDE=max(ranks), PARTS=max(LEAST_PARTS, count), CHUNKS=cdiv(max(ranks), CHUNK), OUTPUTS=outputs,
+        ALONE=alone, HAS_BIAS=has_bias, DIVISOR=divisor(ranks), EVEN=even_rank(ranks),
         num_warps=COMBINE_WARPS, launch_pdl=True,
     )  # fmt: skip
