@@ -160,11 +160,12 @@ def main(args: argparse.Namespace) -> None:
 def compression_config(args: argparse.Namespace) -> Any:
     """The library's CompressionConfig for the flags."""
     from palu import QuantizationConfig
+    from palu.config import chooses_bits
     from palu.core.errors import PaluError
 
-    chosen = args.search_method == "global_bits"
+    chosen = chooses_bits(args.search_method)
     if chosen and (args.lt_bits, args.lt_value_bits) != (None, None):
-        raise PaluError("search_method global_bits chooses the bits; give no lt_bits or lt_value_bits")
+        raise PaluError(f"search_method {args.search_method} chooses the bits; give no lt_bits or lt_value_bits")
     return asked_compression(args, quantization=QuantizationConfig().changed_by_flags(vars(args), chosen))
 
 

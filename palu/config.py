@@ -37,6 +37,11 @@ def resolve_group_size(group_size: GroupSize, num_kv_heads: int, name: str) -> i
     return group_size
 
 
+def chooses_bits(search_method: str) -> bool:
+    """Whether a rank search shares out bytes rather than numbers, and chooses every projection's bits as well."""
+    return search_method == "global_bits"
+
+
 def head_dim(model_config: PreTrainedConfig) -> int:
     """Numbers per key or value head of a model."""
     return getattr(model_config, "head_dim", None) or model_config.hidden_size // model_config.num_attention_heads
@@ -109,10 +114,11 @@ class CompressionConfig:
             cost == 1 or self.search_method == "global",
             f"key_cost {cost} is for the search_method global, which weighs it",
         )
-        if self.search_method == "global_bits":
-            require(self.lt_hadamard, "search_method global_bits plans for turned latents; give lt_hadamard")
+        if chooses_bits(self.search_method):
+            named = f"search_method {self.search_method}"
+            require(self.lt_hadamard, f"{named} plans for turned latents; give lt_hadamard")
             plain = self.quantization.is_full and self.quantization.layer_bits is None
-            require(plain, "search_method global_bits chooses the bits; give no lt_bits or lt_value_bits")
+            require(plain, f"{named} chooses the bits; give no lt_bits or lt_value_bits")
         require(
             not self.sequential or self.n_whiten_calib_samples > 1,
             "sequential needs n_whiten_calib_samples of two or more; or turn sequential off",
@@ -125,7 +131,7 @@ class CompressionConfig:
     @property
     def searches_clip_ratios(self) -> bool:
         """Whether clip ratios are to be found on calibration text once the model is compressed."""
-        chosen = self.search_method == "global_bits" and self.quantization.clip_ratio == "auto"
+        chosen = chooses_bits(self.search_method) and self.quantization.clip_ratio == "auto"
         return chosen or self.quantization.needs_search
 
     def group_size(self, side: Side, num_kv_heads: int) -> int:

@@ -89,6 +89,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 def compression_rows(model: str, compression: Any) -> list[dict[str, Any]]:
     """Flat rows of a `palu.Compression`: a summary, every site's rank, every layer's fusion, every stage's time."""
+    from palu.config import chooses_bits
     from palu.nn.fusion import fusion_sizes
 
     itemsize, latent = compression.model.dtype.itemsize, compression.model.config.latent
@@ -96,7 +97,7 @@ def compression_rows(model: str, compression: Any) -> list[dict[str, Any]]:
         "kind": "summary",
         "model": model,
         "target": latent.compression["param_ratio_target"],
-        "target_of": "bytes" if latent.compression["search_method"] == "global_bits" else "numbers",
+        "target_of": "bytes" if chooses_bits(latent.compression["search_method"]) else "numbers",
         "kept_ratio": compression.kept_ratio,
         "latent_bytes_per_token": latent.bytes_per_token(itemsize),
         "full_numbers": sum(shape.group_dim for shape in compression.shapes),

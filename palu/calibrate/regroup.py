@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from palu.calibrate.metrics import site_metric
 from palu.calibrate.moments import LayerMoments
 from palu.calibrate.sites import site_weight
-from palu.config import CompressionConfig, head_dim
+from palu.config import CompressionConfig, chooses_bits, head_dim
 from palu.core.linalg import roots
 from palu.core.types import Site, SiteShape
 from palu.decompose import get_decomposition
@@ -42,7 +42,7 @@ def head_order(
     energy = _key_energy(model, config, layer, moments, distances)
     size, dim = config.group_size("key", heads), head_dim(model.config)
     ratio = config.param_ratio_target
-    if config.search_method == "global_bits":
+    if chooses_bits(config.search_method):
         # Numbers that plans of so many bytes keep, about.
         ratio = min(3.6 * ratio, (1 + ratio) / 2)
 
