@@ -2,7 +2,8 @@
 
 Models of a given shape with random weights (no download) read random prompts in chunks and generate a few tokens. The
 difference of two peaks is compared with what the caches' and the weights' sizes say it has to be. Times are those of
-`generate` as it is, without CUDA graphs, of a second run: of a prompt and its first token, and per token after that.
+`generate` as it is, without CUDA graphs, after a shorter run: of a prompt and its first token, and per token after
+that, at lengths that the process has decoded at before, and at new ones.
 
     python examples/measure_generation.py --model_shape llama-2-7b --context 32768 --batch_size 4 --bits 16,4
     python examples/measure_generation.py --context 16384 --batch_size 1 --prefill_chunk 16384 \\
@@ -94,6 +95,8 @@ def main(args: argparse.Namespace) -> None:
     from utils.results import environment, results_path, write_results
 
     check_counts({f"--{name}": getattr(args, name) for name in COUNTS})
+    if args.context <= args.new_tokens + 1:
+        raise PaluError(f"--context {args.context} must be above --new_tokens {args.new_tokens} + 1")
     settings = [palu.QuantizationConfig(bits, bits) for bits in args.bits]
     policies = asked_policies(args)
     check_shares(args)
@@ -130,12 +133,15 @@ def measure(model: Any, label: str, args: argparse.Namespace) -> dict[str, Any]:
 
     ids = torch.randint(model.config.vocab_size, (args.batch_size, args.context), device=model.device)
     weights = torch.cuda.memory_allocated(model.device)
+    count = args.new_tokens + 1
     with working(f"generating: {label}"):
-        # The first run compiles kernels and asks the allocator for memory.
-        generated(model, ids, args.new_tokens + 1, args)
+        # Compiles kernels and asks the allocator for memory, at lengths before those that are measured.
+        generated(model, warm_up_prompt(ids, args), count, args)
+        generated(model, ids, 1, args)
         prompt_seconds, _ = generated(model, ids, 1, args)
+        new_seconds, _ = generated(model, ids, count, args)
         torch.cuda.reset_peak_memory_stats(model.device)
-        seconds, cache = generated(model, ids, args.new_tokens + 1, args)
+        seconds, cache = generated(model, ids, count, args)
     peak = torch.cuda.max_memory_allocated(model.device)
     return {
         "model": label,
@@ -143,12 +149,18 @@ def measure(model: Any, label: str, args: argparse.Namespace) -> dict[str, Any]:
         "batch_size": args.batch_size,
         "prompt_milliseconds": prompt_seconds * 1e3,
         "step_milliseconds": (seconds - prompt_seconds) / args.new_tokens * 1e3,
+        "new_length_step_milliseconds": (new_seconds - prompt_seconds) / args.new_tokens * 1e3,
         "peak_bytes": peak,
         "weight_bytes": weights,
         "cache_bytes": cache,
         "transient_bytes": peak - weights - cache,
         "cache_bytes_per_token": cache / (args.batch_size * (args.context + args.new_tokens)),
     }
+
+
+def warm_up_prompt(ids: Any, args: argparse.Namespace) -> Any:
+    """A prompt whose generation meets none of the measured lengths; all of it where the cache has one length."""
+    return ids if args.cache_implementation == "static" else ids[:, : -args.new_tokens - 1]
 
 
 def generated(model: Any, ids: Any, count: int, args: argparse.Namespace) -> tuple[float, int]:
@@ -194,13 +206,17 @@ def report(results: dict[str, Any]) -> None:
         saved, expected = row.get("saved_bytes"), row.get("expected_saved_bytes")
         parts = (row[name] for name in ("peak_bytes", "weight_bytes", "cache_bytes", "transient_bytes"))
         off = f"{saved / expected - 1:+.1%}" if saved is not None else None
-        times = (f"{row[name]:,.0f}" for name in ("prompt_milliseconds", "step_milliseconds"))
+        times = (f"{row[f'{name}_milliseconds']:,.0f}" for name in ("prompt", "step", "new_length_step"))
         lines.append([row["model"], *map(gigabytes, (*parts, saved, expected)), off, *times])
-    columns = ["GB", "peak", "weights", "cache", "rest", "saved", "expected", "off by", "prompt", "step"]
+    columns = ["GB", "peak", "weights", "cache", "rest", "saved", "expected", "off by", "prompt", "step", "new"]
     asked = results["config"]
     device = results["environment"]["device"]
     title = f"{asked['model_shape']}, {asked['batch_size']} rows of {asked['context']:,} tokens, {device}"
-    print_table(title, columns, lines, "a prompt with its first token and a step after it in milliseconds")
+    note = (
+        "milliseconds of a prompt with its first token and of a step after it, at lengths that the process has decoded "
+        "at before and at new ones, for which some attention implementations prepare"
+    )
+    print_table(title, columns, lines, note)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ TINY = ("--model_shape", "tiny", "--context", 96, "--batch_size", 2, "--new_toke
     ("flags", "message"),
     [
         (("--context", 0), "--context 0 must be at least 1"),
+        (("--context", 4), "--context 4 must be above --new_tokens 3 + 1"),
         (("--bits", "5"), "5 must be one of 2, 3, 4, 8, 16"),
         (("--value_share", 1.5), "keeps -50% of the keys; it must be more than nothing and at most all"),
         (("--kept_ratio", 0.8), "keeps 120% of the values"),
@@ -31,6 +32,18 @@ TINY = ("--model_shape", "tiny", "--context", 96, "--batch_size", 2, "--new_toke
 def test_bad_flags_are_refused_in_one_line(flags, message, capsys):
     assert invoke(example("measure_generation"), *TINY, *flags) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_what_warms_up_meets_no_length_that_is_measured_unless_the_cache_has_one_length(cache):
+    module = example("measure_generation")
+    args = module.parse([str(each) for each in (*TINY, "--cache_implementation", cache)])
+    ids = torch.zeros(2, args.context, dtype=torch.long)
+    length = module.warm_up_prompt(ids, args).shape[1]
+    if cache == "static":
+        assert length == args.context
+    else:
+        assert 0 < length + args.new_tokens < args.context
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -59,4 +72,5 @@ def test_caches_are_as_large_as_their_settings_say(tmp_path, capsys):
     assert fewer < 0.6 * latents
     assert fewer_codes < 0.7 * codes
     assert all(row["step_milliseconds"] > 0 and row["prompt_milliseconds"] > 0 for row in rows)
+    assert all(row["new_length_step_milliseconds"] > 0 for row in rows)
     assert "tiny, 2 rows of 96 tokens" in capsys.readouterr().out
