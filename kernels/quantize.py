@@ -38,7 +38,7 @@ class Quantization:
     clip_ratios: tuple[float, ...] = ()
     fine_zeros: bool = False
 
-    @functools.cached_property
+    @property
     def width(self) -> int:
         """Latents per token."""
         return sum(self.widths)
@@ -64,14 +64,14 @@ class Quantization:
         return packed_width(self.width, self.bits)
 
     @property
-    def parameters(self) -> int:
+    def parameter_count(self) -> int:
         """Scales and, if asymmetric, zero points of a token."""
         return len(self.widths) * (1 if self.symmetric else 2)
 
     @property
     def bytes_per_token(self) -> int:
         """Codes, scales and zero points."""
-        return self.packed_width + 2 * self.parameters
+        return self.packed_width + 2 * self.parameter_count
 
     def split(self, sizes: Sequence[int]) -> list["Quantization"]:
         """The same of consecutive parts of the latents, `sizes` wide.

@@ -1,7 +1,8 @@
 """Launches Triton kernels; at less cost what was launched before.
 
 At every launch Triton looks at each argument to find what it compiled for such ones, which takes the host longer than a
-short kernel takes the GPU. Here the numbers that are compiled in, constants and types are compared all at once.
+short kernel takes the GPU. Here what it compiles for is compared all at once. Of its settings (`triton.knobs`) the
+hooks of launches count every time, the others at the first launch.
 """
 
 import functools
@@ -11,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-# What is remembered at most: launches that differ in numbers, most of all in strides of caches that grew.
+# What is remembered at most.
 MOST_KNOWN = 4096
-# Triton compiles apart for pointers that are multiples of so many bytes, and for numbers of more bits.
-ALIGNMENT, NUMBER_BITS = 16, 31
+# Triton compiles apart for pointers and numbers that are multiples of this, and for numbers of more bits.
+MULTIPLE, NUMBER_BITS = 16, 31
 _orders: dict[int, "_Order"] = {}
 _known: dict[tuple, tuple[Any, tuple]] = {}
 
@@ -34,11 +36,11 @@ class Constants(dict):
 
 @dataclass(frozen=True, eq=False)
 class _Order:
-    """A kernel's parameters: so many tensors, numbers that are compiled in and others, by index, names of constants."""
+    """A kernel's parameters: so many tensors, numbers that Triton looks at and others, by index, names of constants."""
 
     kernel: JITFunction
     tensors: int
-    compiled: tuple[int, ...]
+    looked_at: tuple[int, ...]
     free: tuple[int, ...]
     constants: tuple[str, ...]
 
@@ -50,35 +52,53 @@ def relaunch(
 
     Args:
         arguments: tensors, then numbers.
-        constants: made once for many launches, or, one by one, the others.
+        constants: made once for many launches; else the others, one by one.
+
+    Raises:
+        TypeError: for both.
     """
-    device, constants = arguments[0].device, constants or Constants(others)
+    if constants is None:
+        constants = Constants(others)
+    elif others:
+        raise TypeError(f"relaunch takes constants or {', '.join(others)}, not both")
+    device = arguments[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         # Triton launches on the current device, which need not be that of the layer.
         with torch.cuda.device(device):
             relaunch(kernel, grid, *arguments, constants=constants)
         return
     order = _orders.get(id(kernel)) or _order_of(kernel, arguments)
-    if order is None or any([arguments[index] >> NUMBER_BITS for index in order.free]):
+    numbers = [] if order is None else [_kind(arguments[index]) for index in order.looked_at]
+    if order is None or None in numbers or any([arguments[index] >> NUMBER_BITS for index in order.free]):
         kernel[grid](*arguments, **constants)
         return
     tensors = arguments[: order.tensors]
     pointers = [tensor.data_ptr() for tensor in tensors]
-    aligned = functools.reduce(operator.or_, pointers) % ALIGNMENT == 0
+    aligned = functools.reduce(operator.or_, pointers) % MULTIPLE == 0
+    # With the devices, as Triton refuses tensors that are elsewhere, but not addresses.
     key = (
-        order, device.index, constants, aligned or tuple(pointer % ALIGNMENT == 0 for pointer in pointers),
-        *[tensor.dtype for tensor in tensors], *[arguments[index] for index in order.compiled],
+        order, constants, aligned or tuple(pointer % MULTIPLE == 0 for pointer in pointers),
+        *[tensor.get_device() for tensor in tensors], *[tensor.dtype for tensor in tensors], *numbers,
     )  # fmt: skip
     known = _known.get(key)
     if known is not None:
         compiled, values = known
-        # Of addresses Triton does not ask whose they are.
         compiled[(*grid, 1, 1)[:3]](*pointers, *arguments[order.tensors :], *values)
         return
     compiled = kernel[grid](*arguments, **constants)
-    if len(_known) >= MOST_KNOWN:
-        _known.clear()
-    _known[key] = compiled, tuple(constants[name] for name in order.constants)
+    if isinstance(compiled, CompiledKernel):
+        if len(_known) >= MOST_KNOWN:
+            _known.clear()
+        _known[key] = compiled, tuple(constants[name] for name in order.constants)
+
+
+def _kind(number: Any) -> Any:
+    """What Triton compiles in of a number: that it is one, or a multiple; of no integer its type; None of wide ones."""
+    if type(number) is not int:
+        return type(number)
+    if number >> NUMBER_BITS:
+        return None
+    return "one" if number == 1 else number % MULTIPLE == 0
 
 
 def _order_of(kernel: Any, arguments: tuple) -> _Order | None:

@@ -43,10 +43,10 @@ def pick(
         return candidates[0]
     known = (key, device)
     if known not in _fastest:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return candidates[0]
-        # What is timed is the current device's.
+        # What is captured and timed is the current device's.
         with torch.cuda.device(device if device.type == "cuda" else -1):
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return candidates[0]
             _fastest[known] = min(candidates, key=lambda candidate: _milliseconds(lambda: run(candidate)))
     return _fastest[known]
 

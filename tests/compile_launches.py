@@ -90,7 +90,7 @@ HOPPER_CALLS += [Call(absorbed=True, bits=bits) for bits in (8, 4)] + [Call(bits
 # A tile for each program, two of which share a group's heads.
 HOPPER_CALLS += [Call(8, bits, length=4096, bias=bits == 8) for bits in (16, 8, 4)]
 # More rows than can have a multiprocessor each where their parts are added up.
-HOPPER_CALLS += [Call(8, 4, queries=queries) for queries in (2, 4, 8)]
+HOPPER_CALLS += [Call(8, 4, queries=queries) for queries in (2, 4, 8)] + [Call(8, value_rank=512, queries=6)]
 
 
 class Launch(NamedTuple):
@@ -156,6 +156,7 @@ def record(architecture):
     attention.runs_hopper_kernel = lambda device: False
     for dtype in (torch.float16, torch.bfloat16):
         record_beside(dtype)
+        record_growing(dtype, launches)
     for call in CALLS:
         attention.decode_attention(*arguments(call))
     if architecture == 90:
@@ -178,6 +179,18 @@ def record_beside(dtype):
     for head_dim in (64, 96, 128):
         tables_ = torch.empty(2, 1, 64, head_dim, dtype=dtype)
         launch_rotation(torch.empty(1, 64, 8, head_dim, dtype=dtype).transpose(1, 2), *tables_)
+
+
+def record_growing(dtype, launches):
+    """New tokens' codes behind those of a cache, aligned or not, take the same code."""
+    for ranks in ((384, 384), (48, 48), (16,)):
+        settings, latents = Quantization(4, ranks), torch.empty(1, 1, sum(ranks), dtype=dtype)
+        held = (settings.packed_width, torch.uint8), (settings.parameter_count, torch.float16)
+        storages = [torch.empty(1, 99, width, dtype=each) for width, each in held]
+        before = len(launches)
+        for slot in range(99):
+            quantization.launch_encode_into(*(each[:, slot : slot + 1] for each in storages), latents, settings)
+        assert len(launches) == before + 1
 
 
 def arguments(call):

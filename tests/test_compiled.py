@@ -62,6 +62,21 @@ def test_a_compiled_step_is_one_graph_of_kernel_calls(family, bits, launches):
     assert not compiled._tables
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("capacity", [PROMPT, None], ids=["fixed", "growing"])
+def test_a_first_call_may_be_a_compiled_one(capacity):
+    latent = compressed(tiny_model("llama", num_hidden_layers=1), 0.75).model
+    ids = random_windows(latent, 2, PROMPT)
+    palu.set_quantization(latent, palu.QuantizationConfig(4, 4))
+    expected = latent(ids, past_key_values=LatentCache(latent.config, capacity=capacity)).logits
+    # Anew, so that nothing has been worked out yet.
+    palu.set_quantization(latent, palu.QuantizationConfig(4, 4))
+    cache = LatentCache(latent.config, capacity=capacity)
+    torch._dynamo.reset()
+    first = torch.compile(lambda ids: latent(ids, past_key_values=cache).logits, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(first(ids), expected, atol=1e-4)
+
+
 def test_nothing_is_made_by_another_thread_while_a_compiler_traces():
     def step(states):
         return states + made_apart(torch.device("cuda"), lambda: torch.ones(3))

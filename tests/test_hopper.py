@@ -270,14 +270,35 @@ def test_the_same_call_gives_the_same_numbers_every_time(heads, bits):
     assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 
+@pytest.mark.parametrize(
+    ("rows_heads", "head_dim", "chunks", "outputs"),
+    [
+        (32, 128, 3, (32, True)),
+        (64, 128, 3, (64, True)),
+        (128, 128, 3, (128, True)),
+        (256, 128, 3, (128, False)),
+        (256, 128, 4, (64, False)),
+        (256, 64, 3, (64, False)),
+        (44, 96, 1, (32, True)),
+        (133, 96, 1, (128, False)),
+    ],
+)
+def test_programs_that_add_parts_up_have_a_multiprocessor_each_where_there_are_enough(
+    rows_heads, head_dim, chunks, outputs
+):
+    assert hopper.outputs_of(rows_heads, head_dim, chunks, 132) == outputs
+
+
 @needs_hopper
 @torch.no_grad()
 @pytest.mark.parametrize("count", [1, 5, 16, 40, 64])
 @pytest.mark.parametrize("ranks", [(48, 32), (384, 384), (512, 144)], ids=lambda ranks: "-".join(map(str, ranks)))
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 @pytest.mark.parametrize("biased", [True, False])
-def test_parts_are_added_up_before_their_launch_ends_as_after_it(count, ranks, head_dim, biased):
-    rows, heads, kv_heads = 3, 8, 4
+# So many that programs have a multiprocessor each with the fewest numbers, with more, and not at all.
+@pytest.mark.parametrize("rows", [3, 9, 40])
+def test_parts_are_added_up_before_their_launch_ends_as_after_it(count, ranks, head_dim, biased, rows):
+    heads, kv_heads = 8, 4
     sums = torch.randn(count, rows, heads, max(ranks), device="cuda")
     totals, peaks = torch.rand(count, rows, heads, device="cuda") + 0.1, torch.randn(count, rows, heads, device="cuda")
     # A part in which no token is visible.

@@ -6,8 +6,10 @@ from transformers import DynamicCache
 
 import palu
 from palu.core.errors import PaluError
+from palu.kernels.quantize import Quantization
 from palu.nn.latent_cache import LatentCache, adopt_cache, cache_bytes_per_token, cache_nbytes
 from palu.nn.latent_layer import LatentLayer
+from palu.nn.packed_buffer import PackedBuffer
 from palu.nn.token_buffer import TokenBuffer
 from tests.helpers import compressed, left_padded_batch, random_windows, tiny_model
 
@@ -91,6 +93,18 @@ def test_buffer_growth_is_bounded_where_the_length_is_known():
     buffer.append(torch.zeros(1, 100, 2), max_length=110)
     buffer.append(torch.zeros(1, 1, 2), max_length=110)
     assert buffer.storage.shape[1] == 110
+
+
+@pytest.mark.parametrize(
+    "make", [TokenBuffer, lambda: PackedBuffer(Quantization(4, (32, 16)))], ids=["numbers", "codes"]
+)
+def test_tokens_that_do_not_fit_leave_a_buffer_as_it_was(make):
+    buffer = make()
+    buffer.append(torch.randn(2, 3, 48))
+    for shape in ((2, 1, 47), (1, 1, 48), (3, 1, 48)):
+        with pytest.raises((ValueError, RuntimeError)):
+            buffer.append(torch.randn(shape))
+        assert [len(part) for part in buffer.parts] == [3] * len(buffer.parts)
 
 
 @pytest.mark.parametrize("window", [None, 6])

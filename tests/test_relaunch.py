@@ -49,6 +49,7 @@ class Again:
 def compiled(monkeypatch):
     """A kernel that Triton compiles."""
     monkeypatch.setattr(module, "JITFunction", Kernel)
+    monkeypatch.setattr(module, "CompiledKernel", Again)
     monkeypatch.setattr(module, "_known", {})
     monkeypatch.setattr(module, "_orders", {})
     return Kernel()
@@ -85,6 +86,9 @@ def test_a_launch_as_one_before_is_given_addresses_and_constants_in_the_order_of
     "other",
     [
         {"stride": 1},
+        {"stride": 40},
+        {"stride": 48.0},
+        {"stride": 1 << 31},
         {"length": 1 << 31},
         {"WIDTH": 6},
         {"KIND": "b"},
@@ -93,20 +97,41 @@ def test_a_launch_as_one_before_is_given_addresses_and_constants_in_the_order_of
         {"tensors": [torch.zeros(65)[1:], torch.zeros(64)]},
         {"tensors": [torch.zeros(64), torch.zeros(65)[1:]]},
     ],
-    ids=lambda other: next(iter(other)),
+    ids=lambda other: "-".join(f"{name} {value}" for name, value in other.items())[:20],
 )
 def test_triton_is_asked_where_it_may_compile_other_code(other, compiled):
     start(compiled)
     start(compiled, **other)
     assert len(compiled.launches) == 2
-    start(compiled)
+    # Of another length and of another multiple the code is the same.
+    start(compiled, length=3, stride=64)
+    assert len(compiled.launches) == 2
     assert len(compiled.again) == 1
+
+
+def test_tensors_that_are_elsewhere_are_triton_s_to_refuse(compiled):
+    tensors = start(compiled)
+    there = SimpleNamespace(data_ptr=tensors[1].data_ptr, dtype=tensors[1].dtype, get_device=lambda: 1)
+    start(compiled, [tensors[0], there])
+    assert len(compiled.launches) == 2
+
+
+def test_what_triton_did_not_hand_out_is_not_remembered(compiled, monkeypatch):
+    monkeypatch.setattr(module, "CompiledKernel", str)
+    for _ in range(2):
+        start(compiled)
+    assert len(compiled.launches) == 2
+
+
+def test_constants_come_from_one_place(compiled):
+    with pytest.raises(TypeError, match="constants or KIND, not both"):
+        relaunch(compiled, (4,), torch.zeros(3), constants=Constants(WIDTH=5), KIND="a")
 
 
 def test_what_is_remembered_is_bounded(compiled, monkeypatch):
     monkeypatch.setattr(module, "MOST_KNOWN", 3)
-    for stride in range(16, 30):
-        start(compiled, stride=stride)
+    for width in range(14):
+        start(compiled, WIDTH=width)
         assert len(module._known) <= 3
 
 

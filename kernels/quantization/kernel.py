@@ -7,7 +7,7 @@ import triton.language as tl
 ROUNDING: tl.constexpr = tl.constexpr(12582912.0)
 
 
-# In a cache that grows, places of one token are aligned and those of the next one not.
+# In a cache that grows, some tokens' places are aligned and others' not.
 @triton.jit(do_not_specialize_on_alignment=["codes", "parameters"])
 def quantize_kernel(
     latents, clips, codes, parameters, slots, width_of, offset_of, byte_of, plane_of,

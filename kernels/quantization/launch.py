@@ -26,7 +26,7 @@ def launch_encode(latents: Tensor, quantization: Quantization) -> tuple[Tensor, 
     """As `palu.kernels.quantize.encode`, in one launch."""
     batch, length, _ = latents.shape
     codes = latents.new_empty(batch, length, quantization.packed_width, dtype=torch.uint8)
-    parameters = latents.new_empty(batch, length, quantization.parameters, dtype=torch.float16)
+    parameters = latents.new_empty(batch, length, quantization.parameter_count, dtype=torch.float16)
     launch_encode_into(codes, parameters, latents, quantization)
     return codes, parameters
 
@@ -39,10 +39,10 @@ def launch_encode_into(
     if batch * length == 0:
         return
     rows, bits = latents.reshape(batch * length, width), quantization.bits
-    clips = clip_tensor(quantization, latents.device) if quantization.clip_ratios else parameters
+    clips = clip_tensor(quantization, latents.device) if quantization.clip_ratios else rows
     relaunch(
         quantize_kernel, (batch * length, len(quantization.widths)),
-        rows, clips, codes, parameters, codes if slots is None else slots,
+        rows, clips, codes, parameters, rows if slots is None else slots,
         *side_of(quantization.widths, bits, latents.device),
         length, rows.stride(0), *codes.stride()[:2], *parameters.stride()[:2],
         SMALLEST_SCALE, quantization.largest_zero,

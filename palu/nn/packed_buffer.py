@@ -44,15 +44,16 @@ class PackedBuffer(BufferGroup):
     def append(self, tokens: Tensor, max_length: int | None = None) -> None:
         """Quantise latents [batch, new, width] and add them at the back."""
         (codes, parameters), kind = self.members, self.quantization
-        room = codes.extend(tokens, kind.packed_width, torch.uint8, max_length)
-        encode_into(room, parameters.extend(tokens, kind.parameters, torch.float16, max_length), tokens, kind)
+        room = codes.room(tokens, kind.packed_width, torch.uint8, max_length)
+        encode_into(room, parameters.room(tokens, kind.parameter_count, torch.float16, max_length), tokens, kind)
+        for part in self.members:
+            part.stop += tokens.shape[1]
 
     def take(self, slots: Tensor, widths: Sequence[int]) -> None:
         """As of `TokenBuffer`, of latents as wide as `widths` say; the codes stay what they are."""
         codes, parameters = self.members
         bits, parts = self.quantization.bits, self.quantization.split(widths)
-        each = 1 if self.quantization.symmetric else 2
-        parameters.take(slots, [each * len(part.widths) for part in parts])
+        parameters.take(slots, [part.parameter_count for part in parts])
         unpacked = unpack(codes.tokens, self.quantization.width, bits)
         codes.storage, codes.start, codes.stop = pack(taken(unpacked, slots, widths), bits), 0, slots.shape[1]
 

@@ -58,17 +58,23 @@ class TokenBuffer:
 
     def append(self, tokens: Tensor, max_length: int | None = None) -> None:
         """Add [batch, new, width] at the back; `max_length` bounds the growth by doubling where it is known."""
-        self.extend(tokens, tokens.shape[2], tokens.dtype, max_length).copy_(tokens)
+        self.room(tokens, tokens.shape[2], tokens.dtype, max_length).copy_(tokens)
+        self.stop += tokens.shape[1]
 
-    def extend(self, tokens: Tensor, width: int, dtype: torch.dtype, max_length: int | None = None) -> Tensor:
-        """Room at the back for what becomes of tokens [batch, new, ...], to be written: [batch, new, width]."""
+    def room(self, tokens: Tensor, width: int, dtype: torch.dtype, max_length: int | None = None) -> Tensor:
+        """Where what becomes of new tokens [batch, new, ...] is to be written, [batch, new, width], behind those held.
+
+        Raises:
+            ValueError: if the held tokens have another number of rows.
+        """
         batch, new = tokens.shape[:2]
         if self.storage is None:
             self.storage = tokens.new_empty(batch, new, width, dtype=dtype)
+        elif batch != self.rows:
+            raise ValueError(f"tokens of {batch} rows do not fit behind those of {self.rows}")
         elif self.stop + new > self.storage.shape[1]:
             self._make_room(new, max_length)
-        self.stop += new
-        return self.last(new)
+        return self.storage.narrow(1, self.stop, new)
 
     def _make_room(self, new: int, max_length: int | None) -> None:
         needed = len(self) + new

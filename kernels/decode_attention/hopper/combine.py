@@ -13,7 +13,7 @@ from palu.kernels.decode_attention.kernel import LOWEST
 WARPS: gl.constexpr = gl.constexpr(8)
 CHUNK: gl.constexpr = gl.constexpr(128)
 MOST_CHUNKS: gl.constexpr = gl.constexpr(4)
-# Times that the warps' sums of a chunk fit into more than half of a multiprocessor's shared memory.
+# Chunks of which the warps' sums take more than half of a multiprocessor's shared memory.
 ALONE_CHUNKS: gl.constexpr = gl.constexpr(32)
 
 
@@ -52,15 +52,7 @@ def hopper_combine_kernel(
         latent = chunk * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(0, by_part))
         found = found + (gl.load(at_sums + latent[None, :], mask=(latent < rank)[None, :], other=0.0),)
     share = gl.convert_layout(_shares(totals, peaks, row_head, parts, rows_heads, PARTS), gl.SliceLayout(1, by_part))
-    ROOM: gl.constexpr = ALONE_CHUNKS if ALONE else MOST_CHUNKS
-    of_warps = gl.allocate_shared_memory(gl.float32, [ROOM, WARPS, CHUNK], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-    for chunk in gl.static_range(CHUNKS):
-        weighed = (found[chunk] * share[:, None]).reshape([WARPS, PARTS // WARPS, CHUNK])
-        of_warps.index(chunk).store(gl.sum(weighed, 1))
-    by_latent: gl.constexpr = gl.BlockedLayout([WARPS, 1], [1, 32], [1, WARPS], [1, 0])
-    means = gl.allocate_shared_memory(gl.float32, [MOST_CHUNKS, CHUNK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    for chunk in gl.static_range(CHUNKS):
-        means.index(chunk).store(gl.sum(of_warps.index(chunk).load(by_latent), 0))
+    means = _means(found, share, ALONE_CHUNKS if ALONE else MOST_CHUNKS)
     products = gl.zeros([OUTPUTS, CHUNK], gl.float32, by_out)
     for chunk in gl.static_range(CHUNKS):
         mean = means.index(chunk).load(gl.SliceLayout(0, by_out))
@@ -69,6 +61,21 @@ def hopper_combine_kernel(
     if HAS_BIAS:
         result += gl.load(bias + head // QUERIES * HEAD_DIM + out, mask=out < HEAD_DIM, other=0.0).to(gl.float32)
     gl.store(output + row_head * HEAD_DIM + out, result.to(output.dtype.element_ty), mask=out < HEAD_DIM)
+
+
+@gluon.jit
+def _means(found, share, ROOM: gl.constexpr):
+    """The means of latents, chunk after chunk in shared memory. ROOM: chunks that there is room for on the way."""
+    PARTS: gl.constexpr = found[0].shape[0]
+    of_warps = gl.allocate_shared_memory(gl.float32, [ROOM, WARPS, CHUNK], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    for chunk in gl.static_range(len(found)):
+        weighed = (found[chunk] * share[:, None]).reshape([WARPS, PARTS // WARPS, CHUNK])
+        of_warps.index(chunk).store(gl.sum(weighed, 1))
+    by_latent: gl.constexpr = gl.BlockedLayout([WARPS, 1], [1, 32], [1, WARPS], [1, 0])
+    means = gl.allocate_shared_memory(gl.float32, [MOST_CHUNKS, CHUNK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    for chunk in gl.static_range(len(found)):
+        means.index(chunk).store(gl.sum(of_warps.index(chunk).load(by_latent), 0))
+    return means
 
 
 @gluon.jit

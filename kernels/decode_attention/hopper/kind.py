@@ -39,7 +39,7 @@ REGISTERS = {
 
 @dataclass(frozen=True, eq=False)
 class Kind:
-    """A call but for its tensors, its rows and the tokens; there is one of each, so that what it needs is found once.
+    """A call but for its tensors, its rows and the tokens. `the_kind` keeps each, so that what it needs is found once.
 
     width: of a query; kv: kv heads of a group, None where keys are absorbed; query_dtype: of the model; mask: as
     `mask_kind` calls it; rows_per_latent: rows that read the same row of latents; memory: bytes that a block may have;
@@ -109,7 +109,7 @@ class Kind:
         return plans_for(*kind, windows, all_of_them, self.has_bias, self.has_norm)
 
 
-# Of each kind one.
+# The same object for the same call.
 the_kind = functools.lru_cache(maxsize=4096)(Kind)
 
 

@@ -30,7 +30,8 @@ from palu.kernels.tuning import length_class, pick, searches
 WINDOW_FAST, WINDOW_COLUMNS = KERNEL_FAST.value, KERNEL_COLUMNS.value
 COMBINE_WARPS, CHUNK, MOST_CHUNKS = KERNEL_WARPS.value, KERNEL_CHUNK.value, KERNEL_MOST_CHUNKS.value
 # Parts at least that a program adds up, and numbers of a head that it computes: all programs of a head read all parts.
-LEAST_PARTS, OUTPUTS = 16, (32, 64, 128)
+# With the most chunks of latents there are registers for fewer numbers.
+LEAST_PARTS, OUTPUTS, FEWER_OUTPUTS = 16, (32, 64, 128), (32, 64)
 # Tiles of a program from which on windows are worth their making.
 LEAST_TILES = 8
 # Pairs of keys with several queries that are rebuilt where the others are interpolated.
@@ -114,7 +115,7 @@ def _launch_best(call: Call, tables: Tables, parts: int, found: Parts) -> None:
 
 
 def _tables(call: Call, is_long: bool) -> Tables:
-    """Made once for all layers; `is_long`: whether programs have so many tiles that windows are worth their making."""
+    """Made once for all layers of a kind; `is_long`: whether programs have so many tiles that windows are worth it."""
     kind, query, rotation = call.kind, call.query, call.rotation
     if rotation is None:
         return Tables(query, query, query, query, None)
@@ -133,7 +134,8 @@ def _tables(call: Call, is_long: bool) -> Tables:
         spans = spans_of(rotation, call.mask, length, kind.rows_per_latent, TILE)
         return Tables(table, fast_table, spans, rotation.frequencies.to(query.device, torch.float32), window)
 
-    return Tables(*rotation.seen(("hopper", kind, length, is_long), call.mask, make))
+    mask = call.mask if is_long and kind.takes_windows else None
+    return Tables(*rotation.seen(("hopper", kind, length, is_long), mask, make))
 
 
 def _launch(plan: Plan, call: Call, tables: Tables, parts: int, found: Parts) -> None:
@@ -171,10 +173,12 @@ def _combine_early(parts: Parts, value: LatentProjection, query: Tensor, head_di
     """As `parts.combine`, of parts that a launch makes which allows this one to begin before it ends."""
     rows, num_heads, _ = query.shape
     ranks, count = tuple(value.ranks), parts.sums.shape[0]
-    fits = cdiv(max(ranks), CHUNK) <= MOST_CHUNKS and count <= MOST_PARTS and parts.sums.numel() < 1 << 31
+    chunks = cdiv(max(ranks), CHUNK)
+    fits = chunks <= MOST_CHUNKS and count <= MOST_PARTS and parts.sums.numel() < 1 << 31
     if value.up is None or not fits:
         return combine(parts, value, query, head_dim)
-    side, (outputs, alone) = side_of(ranks, 16, query.device), _outputs_of(rows * num_heads, head_dim, query.device)
+    side, programs = side_of(ranks, 16, query.device), processors(query.device)
+    outputs, alone = outputs_of(rows * num_heads, head_dim, chunks, programs)
     output = query.new_empty(rows, num_heads, head_dim)
     relaunch(
         hopper_combine_kernel, (rows * num_heads, cdiv(head_dim, outputs)),
@@ -188,12 +192,15 @@ def _combine_early(parts: Parts, value: LatentProjection, query: Tensor, head_di
     return output.view(rows, -1)
 
 
-def _outputs_of(rows_heads: int, head_dim: int, device: torch.device) -> tuple[int, bool]:
-    """The fewest numbers per program with which each has a multiprocessor to itself; the most, if there are too few."""
-    for outputs in OUTPUTS:
-        if rows_heads * cdiv(head_dim, outputs) <= processors(device):
+@functools.lru_cache(maxsize=4096)
+def outputs_of(rows_heads: int, head_dim: int, chunks: int, processors: int) -> tuple[int, bool]:
+    """The fewest numbers per program with which each has a multiprocessor to itself, else the most; which of both."""
+    wide = next_power_of_2(head_dim)
+    fitting = [outputs for outputs in (OUTPUTS if chunks < MOST_CHUNKS else FEWER_OUTPUTS) if outputs <= wide]
+    for outputs in fitting:
+        if rows_heads * cdiv(head_dim, outputs) <= processors:
             return outputs, True
-    return OUTPUTS[-1], False
+    return fitting[-1], False
 
 
 @functools.lru_cache(maxsize=4096)
