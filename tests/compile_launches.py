@@ -89,8 +89,6 @@ HOPPER_CALLS += [Call(4, 4, bias=True, heads=28, mask=None), Call(5, heads=10, g
 HOPPER_CALLS += [Call(absorbed=True, bits=bits) for bits in (8, 4)] + [Call(bits=4, dtype=torch.bfloat16)]
 # A tile for each program, two of which share a group's heads.
 HOPPER_CALLS += [Call(8, bits, length=4096, bias=bits == 8) for bits in (16, 8, 4)]
-# More rows than can have a multiprocessor each where their parts are added up.
-HOPPER_CALLS += [Call(8, 4, queries=queries) for queries in (2, 4, 8)] + [Call(8, value_rank=512, queries=6)]
 
 
 class Launch(NamedTuple):
@@ -163,6 +161,7 @@ def record(architecture):
         attention.runs_hopper_kernel = lambda device: True
         for call in HOPPER_CALLS:
             attention.decode_attention(*arguments(call))
+        record_combining()
     return launches
 
 
@@ -179,6 +178,15 @@ def record_beside(dtype):
     for head_dim in (64, 96, 128):
         tables_ = torch.empty(2, 1, 64, head_dim, dtype=dtype)
         launch_rotation(torch.empty(1, 64, 8, head_dim, dtype=dtype).transpose(1, 2), *tables_)
+
+
+def record_combining():
+    """Rows of which the programs that add parts up have a multiprocessor each, and do not."""
+    for rows, rank in ((2, 384), (4, 384), (8, 384), (6, 512)):
+        sums, weights = torch.empty(16, rows, 32, rank), torch.empty(2, 16, rows, 32)
+        value = LatentProjection(torch.empty(4 * HEAD_DIM, 2 * rank, dtype=torch.float16), (rank, rank))
+        query = torch.empty(rows, 32, HEAD_DIM, dtype=torch.float16)
+        hopper._combine_early(parts.Parts(sums, *weights.unbind()), value, query, HEAD_DIM)
 
 
 def record_growing(dtype, launches):
