@@ -154,7 +154,7 @@ def record(architecture):
     attention.runs_hopper_kernel = lambda device: False
     for dtype in (torch.float16, torch.bfloat16):
         record_beside(dtype)
-        record_growing(dtype, launches)
+    record_growing(launches)
     for call in CALLS:
         attention.decode_attention(*arguments(call))
     if architecture == 90:
@@ -189,16 +189,18 @@ def record_combining():
         hopper._combine_early(parts.Parts(sums, *weights.unbind()), value, query, HEAD_DIM)
 
 
-def record_growing(dtype, launches):
+def record_growing(launches):
     """New tokens' codes behind those of a cache, aligned or not, take the same code."""
     for ranks in ((384, 384), (48, 48), (16,)):
-        settings, latents = Quantization(4, ranks), torch.empty(1, 1, sum(ranks), dtype=dtype)
+        settings, latents = Quantization(4, ranks), torch.empty(1, 1, sum(ranks), dtype=torch.float16)
         held = (settings.packed_width, torch.uint8), (settings.parameter_count, torch.float16)
         storages = [torch.empty(1, 99, width, dtype=each) for width, each in held]
         before = len(launches)
         for slot in range(99):
             quantization.launch_encode_into(*(each[:, slot : slot + 1] for each in storages), latents, settings)
         assert len(launches) == before + 1
+        # As others, which are compiled.
+        launches.popitem()
 
 
 def arguments(call):
