@@ -38,7 +38,9 @@ def test_rows_of_a_wider_tensor_are_read_where_they_lie():
     assert torch.equal(codes, reference_encode(wide[:, 1:3, 16:48].contiguous(), quantization)[0])
 
 
-def test_groups_that_straddle_bytes_and_latents_with_gradients_are_left_to_the_definition():
+def test_groups_that_straddle_bytes_and_latents_with_gradients_or_of_another_width_are_left_to_the_definition():
+    assert can_take(torch.randn(1, 1, 32), Quantization(4, (32,)))
+    assert not can_take(torch.randn(1, 1, 31), Quantization(4, (32,)))
     assert not can_take(torch.randn(1, 1, 40), Quantization(3, (40,)))
     assert not can_take(torch.randn(1, 1, 32, requires_grad=True), Quantization(4, (32,)))
 

@@ -19,6 +19,8 @@ CODES, COLUMNS = 4096, 1024
 def can_take(latents: Tensor, quantization: Quantization) -> bool:
     """Whether the kernel can compute this call."""
     fits = all(width % WIDTH_MULTIPLE == 0 and width <= LARGEST_WIDTH for width in quantization.widths)
+    # Others are the definition's to refuse.
+    fits = fits and latents.shape[-1] == quantization.width
     return fits and not (torch.is_grad_enabled() and latents.requires_grad) and latents.dtype != torch.float64
 
 
