@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from palu.kernels.packing import packed_width
 from palu.kernels.quantize import Quantization, encode
 
 # Code that travels with a checkpoint may be loaded beside the installed one.
@@ -30,8 +29,8 @@ def _encode(
 def _(
     latents: Tensor, bits: int, widths: Sequence[int], symmetric: bool, clip_ratios: Sequence[float], fine_zeros: bool
 ) -> tuple[Tensor, Tensor]:
-    batch, length, width = latents.shape
+    batch, length, _ = latents.shape
     # A number that differs between calls is a symbol here.
-    codes = latents.new_empty(batch, length, packed_width(width, int(bits)), dtype=torch.uint8)
-    count = len(widths) * (1 if symmetric else 2)
-    return codes, latents.new_empty(batch, length, count, dtype=torch.float16)
+    kind = Quantization(int(bits), tuple(int(width) for width in widths), symmetric)
+    codes = latents.new_empty(batch, length, kind.packed_width, dtype=torch.uint8)
+    return codes, latents.new_empty(batch, length, kind.parameter_count, dtype=torch.float16)

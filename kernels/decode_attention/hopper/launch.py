@@ -28,7 +28,7 @@ from palu.kernels.rotation import Rotation, Window
 from palu.kernels.tuning import length_class, pick, searches
 
 WINDOW_FAST, WINDOW_COLUMNS = KERNEL_FAST.value, KERNEL_COLUMNS.value
-COMBINE_WARPS, CHUNK, MOST_CHUNKS = KERNEL_WARPS.value, KERNEL_CHUNK.value, KERNEL_MOST_CHUNKS.value
+COMBINE_WARPS, COMBINE_CHUNK, MOST_CHUNKS = KERNEL_WARPS.value, KERNEL_CHUNK.value, KERNEL_MOST_CHUNKS.value
 # Parts at least that a program adds up, and numbers of a head that it computes: all programs of a head read all parts.
 # With the most chunks of latents there are registers for fewer numbers.
 LEAST_PARTS, OUTPUTS, FEWER_OUTPUTS = 16, (32, 64, 128), (32, 64)
@@ -173,7 +173,7 @@ def _combine_early(parts: Parts, value: LatentProjection, query: Tensor, head_di
     """As `parts.combine`, of parts that a launch makes which allows this one to begin before it ends."""
     rows, num_heads, _ = query.shape
     ranks, count = tuple(value.ranks), parts.sums.shape[0]
-    chunks = cdiv(max(ranks), CHUNK)
+    chunks = cdiv(max(ranks), COMBINE_CHUNK)
     fits = chunks <= MOST_CHUNKS and count <= MOST_PARTS and parts.sums.numel() < 1 << 31
     if value.up is None or not fits:
         return combine(parts, value, query, head_dim)
@@ -212,7 +212,7 @@ def _combine_constants(
     return Constants(
         HEADS=num_heads, HEADS_PER_GROUP=num_heads // len(ranks),
         QUERIES=num_heads // (group_dim * len(ranks) // head_dim), HEAD_DIM=head_dim,
-        RANK_STRIDE=max(ranks), PARTS=max(LEAST_PARTS, count), CHUNKS=cdiv(max(ranks), CHUNK), OUTPUTS=outputs,
+        RANK_STRIDE=max(ranks), PARTS=max(LEAST_PARTS, count), CHUNKS=cdiv(max(ranks), COMBINE_CHUNK), OUTPUTS=outputs,
         ALONE=alone, HAS_BIAS=has_bias, DIVISOR=divisor(ranks), EVEN=even_rank(ranks),
         num_warps=COMBINE_WARPS, launch_pdl=True,
     )  # fmt: skip
