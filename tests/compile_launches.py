@@ -183,10 +183,10 @@ def record_beside(dtype):
 def record_combining():
     """Rows of which the programs that add parts up have a multiprocessor each, and do not."""
     for rows, rank in ((2, 384), (4, 384), (8, 384), (6, 512)):
-        sums, weights = torch.empty(16, rows, 32, rank), torch.empty(2, 16, rows, 32)
+        means = hopper.Means(torch.empty(16, rows, 32, rank, dtype=torch.float16), torch.empty(16, rows, 32))
         value = LatentProjection(torch.empty(4 * HEAD_DIM, 2 * rank, dtype=torch.float16), (rank, rank))
         query = torch.empty(rows, 32, HEAD_DIM, dtype=torch.float16)
-        hopper._combine_early(parts.Parts(sums, *weights.unbind()), value, query, HEAD_DIM)
+        hopper._combine_early(means, value, query, HEAD_DIM)
 
 
 def record_growing(launches):

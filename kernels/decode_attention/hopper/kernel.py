@@ -15,7 +15,7 @@ from palu.kernels.latent_scores.tiles import GAPS
 @gluon.jit(do_not_specialize=["length", "table_b", "fast_b", "mask_b", "spans_b", "rows_heads"])
 def hopper_kernel(
     query, keys, values, up, bias, norm, table, fast_table, mask, key_parameters, value_parameters, spans,
-    bases, basis, frequencies, sums, totals, peaks,
+    bases, basis, frequencies, means, logarithms,
     key_rank_of, key_offset_of, value_rank_of, value_offset_of,
     length, keys_b, keys_t, values_b, values_t, key_parameters_b, key_parameters_t, value_parameters_b,
     value_parameters_t, up_stride, table_b, table_t, fast_b, fast_t, mask_b, mask_t, spans_b, query_stride, rows_heads,
@@ -31,7 +31,7 @@ def hopper_kernel(
     VALUE_REGISTERS: gl.constexpr, WHOLE: gl.constexpr, SCALED: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_NORM: gl.constexpr, EVEN_KEYS: gl.constexpr, EVEN_VALUES: gl.constexpr,
 ):  # fmt: skip
-    """Sums of value latents of a group's heads over a part of the tokens, relative to their peaks.
+    """Mean value latents of a group's heads over a part of the tokens, and the logarithms of the weights' sums.
 
     GROUPS: with SHARES programs for each group's heads, those of all groups.
 
@@ -41,8 +41,8 @@ def hopper_kernel(
     pairs. parameters: of codes, scales of every group, with their zero points behind them if ASYMMETRIC. SPAN: tokens
     of a window, or 0; where there are windows, rows without gaps, by `spans_of`, are computed in them, with a mode and
     a plan of their own (SPAN_*), the others as without; bases, basis: of `palu.kernels.rotation.Window`, of folded
-    queries by lane. sums: float32 [parts, rows, heads, RANK_STRIDE]; totals, peaks: [parts, rows, heads], as
-    `combine_kernel` takes them: WEIGHERS parts of every program.
+    queries by lane. means: [parts, rows, heads, RANK_STRIDE]; logarithms: of base 2, float32 [parts, rows, heads]:
+    WEIGHERS parts of every program.
     """
     wait_for_launch_before()
     # First of all: everything waits for them.
@@ -79,7 +79,7 @@ def hopper_kernel(
         at_up += share % SHARES * (KV * WIDTH) * up_stride
     given = (
         at_keys, at_values, parameters, at_up, at_query, bias + share * (KV * WIDTH), norm, mask,
-        bases, basis, frequencies, sums, totals, peaks, key_rank, up_rank, value_rank, length, keys_t, values_t,
+        bases, basis, frequencies, means, logarithms, key_rank, up_rank, value_rank, length, keys_t, values_t,
         row * mask_b, mask_t, up_stride, query_stride, rows_heads, scaling, epsilon,
     )  # fmt: skip
     at_table = table + gl.multiple_of(at_row * table_b, 8)

@@ -52,6 +52,16 @@ class Call(NamedTuple):
     key_norm: Any
 
 
+class Means(NamedTuple):
+    """Mean latents of ranges of tokens [parts, rows, heads, rank], and the logarithms of their weights' sums.
+
+    Logarithms: of base 2, float32 [parts, rows, heads].
+    """
+
+    means: Tensor
+    logarithms: Tensor
+
+
 class Tables(NamedTuple):
     """What weighs products by token, all and fast pairs, where the rows' tokens stand, and what windows are made with.
 
@@ -84,8 +94,8 @@ def launch(
         # Half of the factor to copy, and half of the parts to add up.
         call, parts = call._replace(kind=kind.shared), cdiv(tiles, 2)
     count = parts * kind.weighers
-    sums = query.new_empty(count, rows, num_heads, max(kind.value_ranks), dtype=torch.float32)
-    found = Parts(sums, *query.new_empty(2, count, rows, num_heads, dtype=torch.float32).unbind())
+    means = query.new_empty(count, rows, num_heads, max(kind.value_ranks))
+    found = Means(means, query.new_empty(count, rows, num_heads, dtype=torch.float32))
     _launch_best(call, tables, parts, found)
     return _combine_early(found, value, query, head_dim)
 
@@ -100,7 +110,7 @@ def _window_of(call: Call) -> Window | None:
     return call.rotation.window(FAST, COLUMNS - FAST, COLUMNS // heads.slots)
 
 
-def _launch_best(call: Call, tables: Tables, parts: int, found: Parts) -> None:
+def _launch_best(call: Call, tables: Tables, parts: int, found: Means) -> None:
     """Launch with the best plan, of calls with windows for these: rows with gaps are few."""
     window = tables.window
     plans = call.kind.plans(window is not None, searches())
@@ -138,7 +148,7 @@ def _tables(call: Call, is_long: bool) -> Tables:
     return Tables(*rotation.seen(("hopper", kind, length, is_long), mask, make))
 
 
-def _launch(plan: Plan, call: Call, tables: Tables, parts: int, found: Parts) -> None:
+def _launch(plan: Plan, call: Call, tables: Tables, parts: int, found: Means) -> None:
     """Launch with a plan, of calls with windows for these."""
     kind, query, key_latents, value_latents, key, rotation, mask, scaling, key_norm = call
     rows, absorbed, bits, device = query.shape[0], key.up is None, kind.bits, query.device
@@ -169,14 +179,15 @@ def _launch(plan: Plan, call: Call, tables: Tables, parts: int, found: Parts) ->
     )  # fmt: skip
 
 
-def _combine_early(parts: Parts, value: LatentProjection, query: Tensor, head_dim: int) -> Tensor:
+def _combine_early(parts: Means, value: LatentProjection, query: Tensor, head_dim: int) -> Tensor:
     """As `parts.combine`, of parts that a launch makes which allows this one to begin before it ends."""
     rows, num_heads, _ = query.shape
-    ranks, count = tuple(value.ranks), parts.sums.shape[0]
+    ranks, count = tuple(value.ranks), parts.means.shape[0]
     chunks = cdiv(max(ranks), COMBINE_CHUNK)
-    fits = chunks <= MOST_CHUNKS and count <= MOST_PARTS and parts.sums.numel() < 1 << 31
+    fits = chunks <= MOST_CHUNKS and count <= MOST_PARTS and parts.means.numel() < 1 << 31
     if value.up is None or not fits:
-        return combine(parts, value, query, head_dim)
+        # Means are sums of weights that add up to one.
+        return combine(Parts(parts.means, torch.ones_like(parts.logarithms), parts.logarithms), value, query, head_dim)
     side, programs = side_of(ranks, 16, query.device), processors(query.device)
     outputs, alone = outputs_of(rows * num_heads, head_dim, chunks, programs)
     output = query.new_empty(rows, num_heads, head_dim)

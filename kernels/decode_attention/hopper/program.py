@@ -83,7 +83,7 @@ def attend(
     row of `spans_of`. HELD: heads whose slow pairs of factors are in shared memory at a time.
     """
     (
-        at_keys, at_values, parameters, up, at_query, bias, norm, mask, bases, basis, frequencies, sums, totals, peaks,
+        at_keys, at_values, parameters, up, at_query, bias, norm, mask, bases, basis, frequencies, means, logarithms,
         key_rank, up_rank, value_rank, length, keys_t, values_t, row_mask, mask_t, up_stride, query_stride, rows_heads,
         scaling, epsilon,
     ) = given  # fmt: skip
@@ -151,7 +151,7 @@ def attend(
         tiles = (part, parts, begin, end, length)
     # Each group of warps that weighs values has a part of the sums of its own.
     out = part * WEIGHERS * rows_heads + first_head
-    to_values = (found, scales, full, empty, tiles, at_values, sums, totals, peaks, value_rank, values_t)
+    to_values = (found, scales, full, empty, tiles, at_values, means, logarithms, value_rank, values_t)
     key_units_there = gl.multiple_of(key_rank * BITS // 16, 8)
     OF_VALUES: gl.constexpr = (KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS)
     if MODE == "absorbed":

@@ -4,8 +4,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from palu.kernels.decode_attention.hopper.common import TILE, WARPS, bits_of, buffer_in, exp2, phase_of
+from palu.kernels.decode_attention.hopper.common import TILE, WARPS, bits_of, buffer_in, exp2, log2, phase_of, reciprocal
 from palu.kernels.decode_attention.hopper.operands import kv_head_of
+from palu.kernels.decode_attention.kernel import LOWEST
 
 # Weights are 2 ** HEADROOM where they are relative to the largest score so far, and never more than 2 ** MOST.
 HEADROOM: gl.constexpr = gl.constexpr(8.0)
@@ -193,3 +194,12 @@ def softmax(
         else:
             total += weight
     return reference, total, shifted, summed
+
+
+@gluon.jit
+def logarithm_and_scale(reference, total):
+    """Base-2 logarithms of sums of weights that are relative to references, and one over the sums.
+
+    Where nothing is seen the lowest number, and a finite one.
+    """
+    return gl.where(total > 0, reference + log2(total), LOWEST), reciprocal(gl.maximum(total, 1e-30))

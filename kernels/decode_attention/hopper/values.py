@@ -22,6 +22,7 @@ from palu.kernels.decode_attention.hopper.softmax import (
     hand_back,
     head_of,
     load_scores,
+    logarithm_and_scale,
     of_all_slots,
     softmax,
     store_excess,
@@ -62,7 +63,7 @@ def copy_step(rings, stage, latents, tiles, begin, number, latents_t, units, EVE
 @gluon.jit
 def start_copies(rings, arguments, WHICH: gl.constexpr, SHARED_BY: gl.constexpr, BITS: gl.constexpr):
     """Start copying the first steps' values, of a group of warps that weighs: as `weigh_values` and `weigh_whole`."""
-    _, _, _, _, tiles, latents, _, _, _, rank, latents_t = arguments
+    _, _, _, _, tiles, latents, _, _, rank, latents_t = arguments
     units = gl.multiple_of(rank * BITS // 16, 8)
     for stage in gl.static_range(rings[0].shape[0] - 1):
         copy_step(rings, stage, latents, tiles, tiles[2] + WHICH, stage, latents_t, units, SHARED_BY)
@@ -118,19 +119,20 @@ def latents_layout(slots: int, bits: int, halved: bool) -> gl.DistributedLinearL
 
 
 @gluon.jit
-def store_sums(
-    sums, out, summed, away, rank, layout: gl.constexpr, KV: gl.constexpr, QUERIES: gl.constexpr,
+def store_means(
+    means, out, summed, scale, away, rank, layout: gl.constexpr, KV: gl.constexpr, QUERIES: gl.constexpr,
     QUERY_SLOTS: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr, RANK_STRIDE: gl.constexpr,
     BITS: gl.constexpr, WHOLE: gl.constexpr,
 ):  # fmt: skip
-    """Store sums [CHUNK, slots] of every chunk, less what codes' shifts make of them [slots].
+    """Store means: sums [CHUNK, slots] of every chunk times scales [slots], less what codes' shifts make of them.
 
     WHOLE: of whole numbers, else, of codes, of what `value_operand` makes of them.
     """
     SLOTS: gl.constexpr = summed[0].shape[1]
     column = gl.arange(0, SLOTS, gl.SliceLayout(0, layout))
     head, there = head_of(column, KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS)
-    at_head = sums + (out + head).to(gl.int64) * RANK_STRIDE
+    at_head = means + (out + head).to(gl.int64) * RANK_STRIDE
+    scale = gl.convert_layout(scale, gl.SliceLayout(0, layout))
     away = gl.convert_layout(away, gl.SliceLayout(0, layout))
     for chunk in gl.static_range(len(summed)):
         latent = chunk * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(1, layout))
@@ -138,7 +140,8 @@ def store_sums(
         numbers = gl.convert_layout(by_latent(summed[chunk], BITS), layout, assert_trivial=True)
         if BITS < 16 and not WHOLE:
             numbers *= codes_of_numbers(latent, BITS)[:, None]
-        gl.store(at_head[None, :] + latent[:, None], numbers - away[None, :], mask=ok)
+        mean = (numbers * scale[None, :] - away[None, :]).to(means.dtype.element_ty)
+        gl.store(at_head[None, :] + latent[:, None], mean, mask=ok)
 
 
 @gluon.jit
@@ -153,9 +156,9 @@ def weigh_values(
     begun.
     Codes of two tiles at a time, if they are its own. rings: shared memory [stages, tokens of a step, units] of every
     chunk; weights: of each step of these tiles [slots, tokens of a step]; excess: int32 [warps], for scores above the
-    references; out: the group's first head in the part's totals and peaks.
+    references; out: the group's first head in the part's logarithms.
     """
-    found, scales, full, empty, tiles, latents, sums, totals, peaks, rank, latents_t = arguments
+    found, scales, full, empty, tiles, latents, means, logarithms, rank, latents_t = arguments
     STEPS: gl.constexpr = len(weights)
     SLOTS: gl.constexpr = weights[0].shape[0]
     STEP: gl.constexpr = weights[0].shape[1]
@@ -220,12 +223,12 @@ def weigh_values(
         if BITS == 16:
             summed = _there(summed)
     async_copy.wait_group(0)
-    gl.store(totals + out + head, gl.sum(total, 1), mask=there)
-    gl.store(peaks + out + head, reference, mask=there)
+    logarithm, scale = logarithm_and_scale(reference, gl.sum(total, 1))
+    gl.store(logarithms + out + head, logarithm, mask=there)
     away = gl.zeros([SLOTS], gl.float32, gl.SliceLayout(1, layout))
     if BITS < 16:
-        away = of_all_slots(gl.sum(shifted, 1), SLOTS, 0.0)
-    store_sums(
-        sums, out, summed, away, rank, latents_layout(SLOTS, BITS, False), KV, QUERIES, QUERY_SLOTS, TOGETHER,
+        away = of_all_slots(gl.sum(shifted, 1) * scale, SLOTS, 0.0)
+    store_means(
+        means, out, summed, of_all_slots(scale, SLOTS, 0.0), away, rank, latents_layout(SLOTS, BITS, False), KV, QUERIES, QUERY_SLOTS, TOGETHER,
         COLUMNS, RANK_STRIDE, BITS, False,
     )  # fmt: skip

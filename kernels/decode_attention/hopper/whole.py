@@ -21,10 +21,11 @@ from palu.kernels.decode_attention.hopper.softmax import (
     head_of,
     highest,
     load_scores,
+    logarithm_and_scale,
     parameters_of,
     weights_layout,
 )
-from palu.kernels.decode_attention.hopper.values import CHUNK, copy_step, latents_layout, store_sums
+from palu.kernels.decode_attention.hopper.values import CHUNK, copy_step, latents_layout, store_means
 from palu.kernels.decode_attention.kernel import LOWEST
 
 # The largest weight of a tile: its upper byte is 127.
@@ -136,7 +137,7 @@ def weigh_whole(
     weights: int8, of each step [2, 2 * slots, tokens of a step]; tops: float32 [2, slots], the tiles' largest scores.
     Both by turns, so that warps wait for each other once per step only, and once for scores.
     """
-    found, scales, full, empty, tiles, latents, sums, totals, peaks, rank, latents_t = arguments
+    found, scales, full, empty, tiles, latents, means, logarithms, rank, latents_t = arguments
     TILES: gl.constexpr = 2 // SHARED_BY
     PARTS: gl.constexpr = len(weights)
     STEP: gl.constexpr = weights[0].shape[2]
@@ -188,9 +189,9 @@ def weigh_whole(
         summed = _added(summed, products, before, now)
         reference_of_sums = higher
     async_copy.wait_group(0)
-    gl.store(totals + out + head, gl.sum(total, 1), mask=there)
-    gl.store(peaks + out + head, reference, mask=there)
-    store_sums(
-        sums, out, summed, gl.sum(shifted, 1), rank, latents_layout(USED, BITS, True), KV, QUERIES, QUERY_SLOTS,
+    logarithm, scale = logarithm_and_scale(reference, gl.sum(total, 1))
+    gl.store(logarithms + out + head, logarithm, mask=there)
+    store_means(
+        means, out, summed, scale, gl.sum(shifted, 1) * scale, rank, latents_layout(USED, BITS, True), KV, QUERIES, QUERY_SLOTS,
         TOGETHER, COLUMNS, RANK_STRIDE, BITS, True,
     )  # fmt: skip
