@@ -53,15 +53,15 @@ def _weigh(
             if tiles[2] < tiles[3]:
                 mbarrier.wait(ready[0], 0)
         start_copies(memory[0], arguments, WHICH, SHARED_BY, KIND[6])
-    rings, weights, tops = memory
+    rings, weights, tops, of_slots = memory
     if WHOLE > 0:
         weigh_whole(
-            rings, weights, tops, out, arguments, WHICH, SHARED_BY,
+            rings, weights, tops, of_slots, out, arguments, WHICH, SHARED_BY,
             KIND[0], KIND[1], KIND[2], KIND[3], KIND[4], KIND[5], KIND[6],
         )  # fmt: skip
     else:
         weigh_values(
-            rings, weights, tops, out, arguments, WHICH, SHARED_BY,
+            rings, weights, tops, of_slots, out, arguments, WHICH, SHARED_BY,
             KIND[0], KIND[1], KIND[2], KIND[3], KIND[4], KIND[5], KIND[6],
         )  # fmt: skip
 
@@ -111,7 +111,8 @@ def attend(
             for _step in gl.static_range(STEPS):
                 weights = weights + (gl.allocate_shared_memory(DTYPE, [SLOTS, STEP], swizzled(STEP)),)
             tops = gl.allocate_shared_memory(gl.int32, [WARPS], LINES)
-        memories = memories + ((value_rings, weights, tops),)
+        of_slots = gl.allocate_shared_memory(gl.float32, [2, SLOTS], LINES)
+        memories = memories + ((value_rings, weights, tops, of_slots),)
     # Of tiles of codes that two groups score; else both buffers are one's, or taken in turn.
     OWN: gl.constexpr = 2 if SCORERS == 2 and BITS < 16 else 1
     BUFFERS: gl.constexpr = 2 // OWN

@@ -23,7 +23,6 @@ from palu.kernels.decode_attention.hopper.softmax import (
     head_of,
     load_scores,
     logarithm_and_scale,
-    of_all_slots,
     softmax,
     store_excess,
     weights_layout,
@@ -120,7 +119,7 @@ def latents_layout(slots: int, bits: int, halved: bool) -> gl.DistributedLinearL
 
 @gluon.jit
 def store_means(
-    means, out, summed, scale, away, rank, layout: gl.constexpr, KV: gl.constexpr, QUERIES: gl.constexpr,
+    means, out, summed, of_slots, scale, away, rank, layout: gl.constexpr, KV: gl.constexpr, QUERIES: gl.constexpr,
     QUERY_SLOTS: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr, RANK_STRIDE: gl.constexpr,
     BITS: gl.constexpr, WHOLE: gl.constexpr,
 ):  # fmt: skip
@@ -132,21 +131,31 @@ def store_means(
     column = gl.arange(0, SLOTS, gl.SliceLayout(0, layout))
     head, there = head_of(column, KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS)
     at_head = means + (out + head).to(gl.int64) * RANK_STRIDE
-    scale = gl.convert_layout(scale, gl.SliceLayout(0, layout))
-    away = gl.convert_layout(away, gl.SliceLayout(0, layout))
+    by_slot: gl.constexpr = gl.SliceLayout(0, layout)
+    USED: gl.constexpr = scale.shape[0]
+    of_slots.index(0).slice(0, USED).store(scale)
+    of_slots.index(1).slice(0, USED).store(away)
+    synchronize()
+    scale = of_slots.index(0).slice(0, SLOTS).load(by_slot)
+    if BITS < 16:
+        away = of_slots.index(1).slice(0, SLOTS).load(by_slot)
     for chunk in gl.static_range(len(summed)):
         latent = chunk * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(1, layout))
         ok = (latent < rank)[:, None] & there[None, :]
         numbers = gl.convert_layout(by_latent(summed[chunk], BITS), layout, assert_trivial=True)
         if BITS < 16 and not WHOLE:
-            numbers *= codes_of_numbers(latent, BITS)[:, None]
-        mean = (numbers * scale[None, :] - away[None, :]).to(means.dtype.element_ty)
-        gl.store(at_head[None, :] + latent[:, None], mean, mask=ok)
+            # The same for many latents: the compiler multiplies once.
+            numbers *= codes_of_numbers(latent, BITS)[:, None] * scale[None, :]
+        else:
+            numbers *= scale[None, :]
+        if BITS < 16:
+            numbers -= away[None, :]
+        gl.store(at_head[None, :] + latent[:, None], numbers.to(means.dtype.element_ty), mask=ok)
 
 
 @gluon.jit
 def weigh_values(
-    rings, weights, excess, out, arguments, WHICH: gl.constexpr, SHARED_BY: gl.constexpr, KV: gl.constexpr,
+    rings, weights, excess, of_slots, out, arguments, WHICH: gl.constexpr, SHARED_BY: gl.constexpr, KV: gl.constexpr,
     QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr,
     RANK_STRIDE: gl.constexpr, BITS: gl.constexpr,
 ):  # fmt: skip
@@ -225,10 +234,7 @@ def weigh_values(
     async_copy.wait_group(0)
     logarithm, scale = logarithm_and_scale(reference, gl.sum(total, 1))
     gl.store(logarithms + out + head, logarithm, mask=there)
-    away = gl.zeros([SLOTS], gl.float32, gl.SliceLayout(1, layout))
-    if BITS < 16:
-        away = of_all_slots(gl.sum(shifted, 1) * scale, SLOTS, 0.0)
     store_means(
-        means, out, summed, of_all_slots(scale, SLOTS, 0.0), away, rank, latents_layout(SLOTS, BITS, False), KV, QUERIES, QUERY_SLOTS, TOGETHER,
+        means, out, summed, of_slots, scale, gl.sum(shifted, 1) * scale, rank, latents_layout(SLOTS, BITS, False), KV, QUERIES, QUERY_SLOTS, TOGETHER,
         COLUMNS, RANK_STRIDE, BITS, False,
     )  # fmt: skip

@@ -128,7 +128,7 @@ def _added(summed, products, before, now):
 
 @gluon.jit
 def weigh_whole(
-    rings, weights, tops, out, arguments, WHICH: gl.constexpr, SHARED_BY: gl.constexpr, KV: gl.constexpr,
+    rings, weights, tops, of_slots, out, arguments, WHICH: gl.constexpr, SHARED_BY: gl.constexpr, KV: gl.constexpr,
     QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr,
     RANK_STRIDE: gl.constexpr, BITS: gl.constexpr,
 ):  # fmt: skip
@@ -192,6 +192,6 @@ def weigh_whole(
     logarithm, scale = logarithm_and_scale(reference, gl.sum(total, 1))
     gl.store(logarithms + out + head, logarithm, mask=there)
     store_means(
-        means, out, summed, scale, gl.sum(shifted, 1) * scale, rank, latents_layout(USED, BITS, True), KV, QUERIES, QUERY_SLOTS,
+        means, out, summed, of_slots, scale, gl.sum(shifted, 1) * scale, rank, latents_layout(USED, BITS, True), KV, QUERIES, QUERY_SLOTS,
         TOGETHER, COLUMNS, RANK_STRIDE, BITS, True,
     )  # fmt: skip
