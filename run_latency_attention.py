@@ -7,7 +7,8 @@
 
 Without --palu only the baselines are timed: torch's SDPA with its flash and its cuDNN backend and a plain matrix
 product, softmax, matrix product, each over a full fp16 key and value cache of fixed size. Calls are held in a CUDA
-graph and rotate over random inputs that together are several times larger than the L2 cache.
+graph and rotate over random inputs that together are several times larger than the L2 cache. Between measurements the
+GPU rests (--rest): a model's step is not attention alone, of which 0.1 s on end may reach a GPU's power limit.
 
 The floor is the larger of bytes / copy bandwidth and FLOPs / matrix throughput, both measured first on this device:
   bytes = latents (or codes, scales and zero points) read once; baselines: full keys and values
@@ -24,7 +25,17 @@ from typing import Any
 from utils import latency
 from utils.cli import add_common_flags, bit_list, group_size, new_parser, run_script
 from utils.latency import Call
-from utils.latency_shapes import Heads, check_bits, check_counts, check_rope_base, count_list, record_path
+from utils.latency_shapes import (
+    REST,
+    Heads,
+    check_bits,
+    check_counts,
+    check_rest,
+    check_rope_base,
+    count_list,
+    record_path,
+    rest_help,
+)
 from utils.random_models import MODEL_SHAPES
 
 SHAPES = [shape for shape in MODEL_SHAPES if shape != "tiny"]
@@ -33,7 +44,7 @@ BASELINES = {"attention": ("sdpa_flash", "sdpa_cudnn", "eager"), "model": ("sdpa
 DEFAULTS = {
     "attention": {
         "rank_k": 1024, "rank_v": 3072, "num_heads": 32, "num_kv_heads": None, "head_dim": 128, "rope_base": 10000.0,
-        "no_rope": False, "key_biases": False, "key_norm": False, "check": False,
+        "no_rope": False, "key_biases": False, "key_norm": False, "check": False, "rest": REST,
     },
     "model": {"model_shape": "llama-2-7b", "kept_ratio": 0.5, "compile": False},
 }  # fmt: skip
@@ -70,6 +81,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     part("--key_biases", action="store_true", default=None, help="keys have biases, as in Qwen2")
     part("--key_norm", action="store_true", default=None, help="keys are normalised, as in Qwen3")
     part("--check", action="store_true", default=None, help="also compare the latents' output with float64")
+    part("--rest", type=float, help=rest_help(REST))
     part = parser.add_argument_group("--scope model").add_argument
     part("--model_shape", choices=SHAPES, help="(default: llama-2-7b)")
     part("--kept_ratio", type=float, help="kept fraction of the cache, a quarter of it keys (default: 0.5)")
@@ -125,6 +137,7 @@ def check_flags(args: argparse.Namespace) -> Heads | None:
     heads = Heads.asked(args)
     heads.ranks(args.rank_k, "--rank_k")
     heads.ranks(args.rank_v, "--rank_v")
+    check_rest(args.rest)
     check_rope_base(args.rope_base)
     require(args.palu or not args.check, "--check compares the latents with float64; it needs --palu")
     for name in ("no_rope", "key_biases", "key_norm"):
@@ -162,7 +175,7 @@ def measure_attention(
     from utils.latency_attention import Attention, measure
 
     with working("measuring this device's peaks"):
-        peaks = latency.measure_peaks(device)
+        peaks = latency.measure_peaks(device, args.rest)
     variants = [(name, 16) for name in baselines(args)] + [("latents", bits) for bits in args.bits if args.palu]
     tasks = [
         Attention(heads, provider, bits, batch, length, args, device)

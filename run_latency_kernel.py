@@ -23,9 +23,11 @@ from utils import latency
 from utils.cli import add_common_flags, bit_list, group_size, new_parser, run_script
 from utils.latency import Call, Cost, Peaks
 from utils.latency_shapes import (
+    REST,
     Heads,
     check_bits,
     check_counts,
+    check_rest,
     check_rope_base,
     columns_of,
     common_columns,
@@ -36,6 +38,7 @@ from utils.latency_shapes import (
     random_up,
     record_path,
     relative_error,
+    rest_help,
     rotation_of,
     score_cost,
 )
@@ -61,6 +64,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("--rope_base", type=float, default=10000.0, help="base of the rotary frequencies (default: %(default)s)")
     flag("--check", action="store_true", help="also compare the kernel's scores with float64")
     flag("--repeats", type=int, default=20, help="measurements per time (default: %(default)s)")
+    flag("--rest", type=float, default=REST, help=rest_help(REST))
     add_common_flags(parser)
     return parser.parse_args(argv)
 
@@ -78,7 +82,7 @@ def main(args: argparse.Namespace) -> None:
     device = latency.select_gpu(args.device)
     torch.manual_seed(args.seed)
     with working("measuring this device's peaks"):
-        peaks = latency.measure_peaks(device)
+        peaks = latency.measure_peaks(device, args.rest)
     ways = [("full keys", 16), *((way, bits) for bits in args.bits for way in ("rebuild", "kernel"))]
     tasks = [(*way, length) for length in args.target_seq_lens for way in ways]
     rows = []
@@ -103,6 +107,7 @@ def check_flags(args: argparse.Namespace) -> tuple[Heads, tuple[int, ...]]:
     check_bits(args.bits)
     counts = {"--target_seq_lens": args.target_seq_lens, "--batch_size": args.batch_size, "--repeats": args.repeats}
     check_counts(counts)
+    check_rest(args.rest)
     check_rope_base(args.rope_base)
     return heads, ranks
 
@@ -131,7 +136,7 @@ def measure(
             make = scores.kernel_call if provider == "kernel" else scores.rebuild_call
             calls = latency.rotating_calls(make, cost.bytes, device)
             check = scores.error if provider == "kernel" and args.check else None
-        return latency.time_calls(calls, args.repeats), check and check()
+        return latency.time_calls(calls, args.repeats, rest=args.rest), check and check()
 
     found, note = latency.attempt(timed)
     return row_of(provider, heads, bits, length, batch, cost, peaks, found or (None, None), note)

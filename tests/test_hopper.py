@@ -299,15 +299,15 @@ def test_programs_that_add_parts_up_have_a_multiprocessor_each_where_there_are_e
 @pytest.mark.parametrize("rows", [3, 9, 40])
 def test_parts_are_added_up_before_their_launch_ends_as_after_it(count, ranks, head_dim, biased, rows):
     heads, kv_heads = 8, 4
-    sums = torch.randn(count, rows, heads, max(ranks), device="cuda")
-    totals, peaks = torch.rand(count, rows, heads, device="cuda") + 0.1, torch.randn(count, rows, heads, device="cuda")
+    found = torch.randn(count, rows, heads, max(ranks), device="cuda", dtype=torch.float16)
+    logarithms = torch.randn(count, rows, heads, device="cuda")
     # A part in which no token is visible.
     if count > 1:
-        sums[1], totals[1], peaks[1] = 0.0, 0.0, -1e30
+        found[1], logarithms[1] = 0.0, -1e30
     up = torch.randn(kv_heads // 2 * head_dim, sum(ranks), device="cuda", dtype=torch.float16) / max(ranks) ** 0.5
     bias = torch.randn(kv_heads * head_dim, device="cuda", dtype=torch.float16) if biased else None
-    weights = torch.exp2(peaks.double() - peaks.double().amax(0))
-    means = (weights[..., None] * sums.double()).sum(0) / (weights * totals.double()).sum(0)[..., None]
+    weights = torch.exp2(logarithms.double())
+    means = (weights[..., None] * found.double()).sum(0) / weights.sum(0)[..., None]
     expected = []
     for head in range(heads):
         group, kv_head = head // 4, head // 2
@@ -316,8 +316,12 @@ def test_parts_are_added_up_before_their_launch_ends_as_after_it(count, ranks, h
         added = 0.0 if bias is None else bias.double()[kv_head * head_dim :][:head_dim]
         expected.append(means[:, head, : ranks[group]] @ own.T + added)
         # Nobody writes what is behind a group's rank.
-        sums[:, :, head, ranks[group] :] = float("nan")
+        found[:, :, head, ranks[group] :] = float("nan")
     value, query = LatentProjection(up, ranks, bias), torch.empty(rows, heads, head_dim, device="cuda").half()
-    for add in (hopper._combine_early, parts.combine):
-        output = add(parts.Parts(sums, totals, peaks), value, query, head_dim)
+    totals = torch.rand_like(logarithms) + 0.1
+    sums = parts.Parts(found.float() * totals[..., None], totals, logarithms - totals.log2())
+    for output in (
+        hopper._combine_early(hopper.Means(found, logarithms), value, query, head_dim),
+        parts.combine(sums, value, query, head_dim),
+    ):
         assert close(output, torch.cat(expected, dim=1).cpu(), "float16")

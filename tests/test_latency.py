@@ -1,5 +1,6 @@
 """What latencies are compared with: costs worked out by hand, ratios, how calls are timed, tables and plots."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -107,7 +108,8 @@ def test_calls_rotate_over_the_sets(monkeypatch):
     assert len(calls) >= latency.LEAST_CALLS
 
 
-def test_counters_are_reset_before_every_run_and_only_runs_are_timed(monkeypatch):
+@pytest.mark.parametrize("rest", [0.0, 3.0])
+def test_counters_are_reset_before_every_run_and_only_runs_are_timed(rest, monkeypatch):
     log = []
 
     class Event:
@@ -123,12 +125,12 @@ def test_counters_are_reset_before_every_run_and_only_runs_are_timed(monkeypatch
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     calls = [lambda: log.append("call")] * 3
-    timing = latency.time_calls(calls, 2, graph=False, before=lambda: log.append("before"))
-    first, timed = (
-        ["before", "call", "before", "call", "call", "call"],
-        ["before", "event", "call", "call", "call", "event"],
-    )
-    assert log == first + timed + timed
+    monkeypatch.setattr(time, "sleep", lambda seconds: log.append("rest" if 0 < seconds < 1 else seconds))
+    timing = latency.time_calls(calls, 2, graph=False, before=lambda: log.append("before"), rest=rest)
+    once = ["before", "call", "call", "call"]
+    # After a rest they run once more, so that the clock is up.
+    timed = [*(["rest", *once] if rest else []), "before", "event", "call", "call", "call", "event"]
+    assert log == ["before", "call", *once, *timed, *timed]
     assert timing[:3] == (2000.0, 2000.0, 2000.0)
     assert 0 < timing.first_call < 1
 

@@ -33,17 +33,17 @@ def fake_gpu(monkeypatch):
     """Everything runs once on the CPU and takes 100 us, the n-th measurement 10 us more than the one before."""
     taken = []
 
-    def time_calls(calls, repeats, graph=True, before=None):
+    def time_calls(calls, repeats, graph=True, before=None, rest=0.0):
         for call in dict.fromkeys(calls):
             if before is not None:
                 before()
             call()
-        taken.append((len(calls), repeats, graph))
+        taken.append((len(calls), repeats, graph, rest))
         return Timing(90.0 + 10 * len(taken), 80.0, 120.0)
 
     monkeypatch.setattr(latency, "select_gpu", lambda name: "cpu")
     monkeypatch.setattr(latency, "l2_bytes", lambda device: 1)
-    monkeypatch.setattr(latency, "measure_peaks", lambda device: Peaks(4e12, 5e14))
+    monkeypatch.setattr(latency, "measure_peaks", lambda device, rest: Peaks(4e12, 5e14))
     monkeypatch.setattr(latency, "time_calls", time_calls)
     monkeypatch.setattr(latency, "free_memory", lambda: None)
     monkeypatch.setitem(MODEL_SHAPES, "llama-2-7b", MODEL_SHAPES["tiny"])
@@ -79,7 +79,7 @@ def test_the_kernel_script_writes_record_csv_and_plot(fake_gpu, capsys):
     assert kernel["ratio_to_fastest_baseline"] == pytest.approx(100 / 120)
     assert kernel["bytes"] == 40 * (64 * 2 + 4 * 4)
     assert results["config"]["peaks"] == {"bytes_per_second": 4e12, "flops_per_second": 5e14}
-    assert fake_gpu[0][1:] == (2, True)
+    assert fake_gpu[0][1:] == (2, True, 3.0)
     with Path("r.csv").open() as file:
         assert [row["provider"] for row in csv.DictReader(file)] == [name for _, name, _ in providers]
     assert Path("r.png").read_bytes().startswith(b"\x89PNG")
@@ -176,6 +176,8 @@ BAD = [
     (["--bits", "few"], "'few' must be numbers such as 8,4,2"),
     (["--repeats", "0"], "--repeats 0 must be at least 1"),
     (["--batch_size", "0"], "--batch_size 0 must be at least 1"),
+    (["--rest", "-1"], "--rest -1.0 must be from 0 to 100"),
+    (["--rest", "nan"], "--rest nan must be from 0 to 100"),
     (["--rope_base", "0"], "--rope_base 0.0 must be a number above 1"),
     (["--rope_base", "nan"], "--rope_base nan must be a number above 1"),
     (["--results", "x.png"], "the plot takes that name"),

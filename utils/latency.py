@@ -93,12 +93,16 @@ def rotating_calls(make: Callable[[], Call], set_bytes: int, device: str) -> lis
     return sets * math.ceil(LEAST_CALLS / len(sets))
 
 
-def time_calls(calls: Sequence[Call], repeats: int, graph: bool = True, before: Call | None = None) -> Timing:
+def time_calls(
+    calls: Sequence[Call], repeats: int, graph: bool = True, before: Call | None = None, rest: float = 0.0
+) -> Timing:
     """Time per call.
 
     Args:
         graph: replay the calls as one CUDA graph; otherwise launch them one by one, as a user's Python would.
         before: run ahead of the calls each time, and not timed (resets counters).
+        rest: ahead of each measurement, how many times as long as it works the device rests; 0: back to back, in which
+            a power limit may come to lower the clock.
     """
     import torch
 
@@ -111,9 +115,19 @@ def time_calls(calls: Sequence[Call], repeats: int, graph: bool = True, before: 
     run = captured(calls, before) if graph else (lambda: [call() for call in calls])
     # Everything is queued behind a first run, so that the GPU never waits for the host between two events.
     before()
+    started = time.perf_counter()
     run()
+    if rest > 0:
+        torch.cuda.synchronize()
+    worked = 2 * (time.perf_counter() - started)
     pairs = []
     for _ in range(repeats):
+        if rest > 0:
+            torch.cuda.synchronize()
+            time.sleep(rest * worked)
+            # The clock is up again by what is timed.
+            before()
+            run()
         before()
         pairs.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
         pairs[-1][0].record()
@@ -143,17 +157,17 @@ def captured(calls: Sequence[Call], before: Call) -> Call:
     return graph.replay
 
 
-def measure_peaks(device: str) -> Peaks:
-    """Peaks of this very device, from random data."""
+def measure_peaks(device: str, rest: float) -> Peaks:
+    """Peaks of this very device, from random data; rest: as of `time_calls`."""
     import torch
 
     size = PEAK_MATMUL_SIZE
     source = torch.randn(PEAK_COPY_BYTES // 2, device=device, dtype=torch.float16)
     target = torch.empty_like(source)
-    copy = time_calls([lambda: target.copy_(source)], 20, graph=False)
+    copy = time_calls([lambda: target.copy_(source)], 20, graph=False, rest=rest)
     left, right = source[: 2 * size * size].view(2, size, size)
     product = target[: size * size].view(size, size)
-    matmul = time_calls([lambda: torch.mm(left, right, out=product)], 20, graph=False)
+    matmul = time_calls([lambda: torch.mm(left, right, out=product)], 20, graph=False, rest=rest)
     return Peaks(2 * source.nbytes / copy.median * 1e6, 2 * size**3 / matmul.median * 1e6)
 
 

@@ -149,7 +149,7 @@ def measure(task: Attention, peaks: Peaks) -> dict[str, Any]:
     def timed() -> tuple[Timing, float | None]:
         rotation = task.rotation()
         calls = latency.rotating_calls(lambda: task.call(rotation), task.cost.bytes, task.device)
-        timing = latency.time_calls(calls, task.args.repeats, task.args.cuda_graph)
+        timing = latency.time_calls(calls, task.args.repeats, task.args.cuda_graph, rest=task.args.rest)
         return timing, task.error(rotation) if task.args.check and not task.is_baseline else None
 
     found, note = latency.attempt(timed, optional=task.is_baseline)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 HEAD_DIMS = (64, 96, 128)
 RANK_MULTIPLE = 16
+# Of a GPU between measurements, in times of its work.
+REST, MOST_REST = 3.0, 100
 # Numbers that are drawn, and quantised, at a time.
 PIECE = 1 << 26
 
@@ -46,6 +48,21 @@ def check_bits(bits: Sequence[int]) -> None:
     allowed = ", ".join(map(str, sorted(ALLOWED_BITS, reverse=True)))
     for number in bits:
         require(number in ALLOWED_BITS, f"--bits {number} must be one of {allowed}")
+
+
+def rest_help(default: float) -> str:
+    """What `--rest` does."""
+    return (
+        "how many times as long as it works the GPU rests ahead of each measurement, so that its power limit does not "
+        f"lower the clock; 0: back to back (default: {default:g})"
+    )
+
+
+def check_rest(rest: float) -> None:
+    """Refuse what is no share of time."""
+    from palu.core.validate import require
+
+    require(0 <= rest <= MOST_REST, f"--rest {rest} must be from 0 to {MOST_REST}")
 
 
 def check_rope_base(base: float) -> None:

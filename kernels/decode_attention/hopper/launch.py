@@ -53,9 +53,9 @@ class Call(NamedTuple):
 
 
 class Means(NamedTuple):
-    """Mean latents of ranges of tokens [parts, rows, heads, rank], and the logarithms of their weights' sums.
+    """Mean latents of parts of the tokens, [parts, rows, heads, rank], of which combining reads half of what sums take.
 
-    Logarithms: of base 2, float32 [parts, rows, heads].
+    logarithms: of the weights' sums, of base 2, float32 [parts, rows, heads].
     """
 
     means: Tensor
@@ -179,21 +179,22 @@ def _launch(plan: Plan, call: Call, tables: Tables, parts: int, found: Means) ->
     )  # fmt: skip
 
 
-def _combine_early(parts: Means, value: LatentProjection, query: Tensor, head_dim: int) -> Tensor:
-    """As `parts.combine`, of parts that a launch makes which allows this one to begin before it ends."""
+def _combine_early(found: Means, value: LatentProjection, query: Tensor, head_dim: int) -> Tensor:
+    """As `parts.combine`, of means that a launch makes which allows this one to begin before it ends."""
     rows, num_heads, _ = query.shape
-    ranks, count = tuple(value.ranks), parts.means.shape[0]
+    ranks, count = tuple(value.ranks), found.means.shape[0]
     chunks = cdiv(max(ranks), COMBINE_CHUNK)
-    fits = chunks <= MOST_CHUNKS and count <= MOST_PARTS and parts.means.numel() < 1 << 31
+    fits = chunks <= MOST_CHUNKS and count <= MOST_PARTS and found.means.numel() < 1 << 31
     if value.up is None or not fits:
-        # Means are sums of weights that add up to one.
-        return combine(Parts(parts.means, torch.ones_like(parts.logarithms), parts.logarithms), value, query, head_dim)
+        # Sums of weights that add up to one are means.
+        parts = Parts(found.means, torch.ones_like(found.logarithms), found.logarithms)
+        return combine(parts, value, query, head_dim)
     side, programs = side_of(ranks, 16, query.device), processors(query.device)
     outputs, alone = outputs_of(rows * num_heads, head_dim, chunks, programs)
     output = query.new_empty(rows, num_heads, head_dim)
     relaunch(
         hopper_combine_kernel, (rows * num_heads, cdiv(head_dim, outputs)),
-        *parts, value.up, value.up if value.bias is None else value.bias, output, side.rank, side.offset,
+        *found, value.up, value.up if value.bias is None else value.bias, output, side.rank, side.offset,
         count, rows * num_heads, value.up.stride(0),
         constants=_combine_constants(
             num_heads, value.up.shape[0], ranks, head_dim, next_power_of_2(count), value.bias is not None,

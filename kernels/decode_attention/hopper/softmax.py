@@ -4,7 +4,16 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from palu.kernels.decode_attention.hopper.common import TILE, WARPS, bits_of, buffer_in, exp2, log2, phase_of, reciprocal
+from palu.kernels.decode_attention.hopper.common import (
+    TILE,
+    WARPS,
+    bits_of,
+    buffer_in,
+    exp2,
+    log2,
+    phase_of,
+    reciprocal,
+)
 from palu.kernels.decode_attention.hopper.operands import kv_head_of
 from palu.kernels.decode_attention.kernel import LOWEST
 

@@ -123,9 +123,10 @@ def store_means(
     QUERY_SLOTS: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr, RANK_STRIDE: gl.constexpr,
     BITS: gl.constexpr, WHOLE: gl.constexpr,
 ):  # fmt: skip
-    """Store means: sums [CHUNK, slots] of every chunk times scales [slots], less what codes' shifts make of them.
+    """Store means: sums [CHUNK, slots] of every chunk times scales, less what codes' shifts make of them.
 
-    WHOLE: of whole numbers, else, of codes, of what `value_operand` makes of them.
+    scale, away: by slot in use; of_slots: float32 [2, slots or more], through which all warps get them. WHOLE: of whole
+    numbers, else, of codes, of what `value_operand` makes of them.
     """
     SLOTS: gl.constexpr = summed[0].shape[1]
     column = gl.arange(0, SLOTS, gl.SliceLayout(0, layout))
@@ -134,7 +135,8 @@ def store_means(
     by_slot: gl.constexpr = gl.SliceLayout(0, layout)
     USED: gl.constexpr = scale.shape[0]
     of_slots.index(0).slice(0, USED).store(scale)
-    of_slots.index(1).slice(0, USED).store(away)
+    if BITS < 16:
+        of_slots.index(1).slice(0, USED).store(away)
     synchronize()
     scale = of_slots.index(0).slice(0, SLOTS).load(by_slot)
     if BITS < 16:
@@ -165,7 +167,7 @@ def weigh_values(
     begun.
     Codes of two tiles at a time, if they are its own. rings: shared memory [stages, tokens of a step, units] of every
     chunk; weights: of each step of these tiles [slots, tokens of a step]; excess: int32 [warps], for scores above the
-    references; out: the group's first head in the part's logarithms.
+    references; of_slots: as `store_means` takes it; out: the group's first head in the part's logarithms.
     """
     found, scales, full, empty, tiles, latents, means, logarithms, rank, latents_t = arguments
     STEPS: gl.constexpr = len(weights)
@@ -235,6 +237,6 @@ def weigh_values(
     logarithm, scale = logarithm_and_scale(reference, gl.sum(total, 1))
     gl.store(logarithms + out + head, logarithm, mask=there)
     store_means(
-        means, out, summed, of_slots, scale, gl.sum(shifted, 1) * scale, rank, latents_layout(SLOTS, BITS, False), KV, QUERIES, QUERY_SLOTS, TOGETHER,
-        COLUMNS, RANK_STRIDE, BITS, False,
+        means, out, summed, of_slots, scale, gl.sum(shifted, 1) * scale, rank, latents_layout(SLOTS, BITS, False),
+        KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS, False,
     )  # fmt: skip

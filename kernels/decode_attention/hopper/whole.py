@@ -134,7 +134,8 @@ def weigh_whole(
 ):  # fmt: skip
     """As `weigh_values`, of codes; two tiles at a time, or of two groups of warps each every other tile.
 
-    weights: int8, of each step [2, 2 * slots, tokens of a step]; tops: float32 [2, slots], the tiles' largest scores.
+    weights: int8, of each step [2, 2 * slots, tokens of a step]; tops: float32 [2, slots], the tiles' largest scores;
+    of_slots: as `store_means` takes it.
     Both by turns, so that warps wait for each other once per step only, and once for scores.
     """
     found, scales, full, empty, tiles, latents, means, logarithms, rank, latents_t = arguments
@@ -192,6 +193,6 @@ def weigh_whole(
     logarithm, scale = logarithm_and_scale(reference, gl.sum(total, 1))
     gl.store(logarithms + out + head, logarithm, mask=there)
     store_means(
-        means, out, summed, of_slots, scale, gl.sum(shifted, 1) * scale, rank, latents_layout(USED, BITS, True), KV, QUERIES, QUERY_SLOTS,
-        TOGETHER, COLUMNS, RANK_STRIDE, BITS, True,
+        means, out, summed, of_slots, scale, gl.sum(shifted, 1) * scale, rank, latents_layout(USED, BITS, True),
+        KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS, True,
     )  # fmt: skip
