@@ -31,6 +31,8 @@ from palu.kernels.decode_attention.kernel import LOWEST
 
 # Latents of a product.
 CHUNK: gl.constexpr = gl.constexpr(128)
+# Slots with which there are no registers for more than sums.
+MANY_SLOTS: gl.constexpr = gl.constexpr(32)
 
 
 @gluon.jit
@@ -145,11 +147,14 @@ def store_means(
         latent = chunk * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(1, layout))
         ok = (latent < rank)[:, None] & there[None, :]
         numbers = gl.convert_layout(by_latent(summed[chunk], BITS), layout, assert_trivial=True)
+        of_latents = scale[None, :]
         if BITS < 16 and not WHOLE:
-            # The same for many latents: the compiler multiplies once.
-            numbers *= codes_of_numbers(latent, BITS)[:, None] * scale[None, :]
-        else:
-            numbers *= scale[None, :]
+            if SLOTS < MANY_SLOTS:
+                # The same for many latents: the compiler multiplies once, where there are registers.
+                of_latents *= codes_of_numbers(latent, BITS)[:, None]
+            else:
+                numbers *= codes_of_numbers(latent, BITS)[:, None]
+        numbers *= of_latents
         if BITS < 16:
             numbers -= away[None, :]
         gl.store(at_head[None, :] + latent[:, None], numbers.to(means.dtype.element_ty), mask=ok)
