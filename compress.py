@@ -95,6 +95,14 @@ def add_rank_flags(flag: Callable[..., Any]) -> None:
         "cache stays as it is (default: on)",
     )
     flag(
+        "--adapt",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="then move the o_projs towards the calibration text: perplexity falls on texts like it, for which "
+        "predictions may differ from the original's by this share more than they do already (default: 0, not at all)",
+    )
+    flag(
         "--fuse_values",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -200,6 +208,7 @@ def checkpoint_name(model: str, config: Any) -> str:
         latents += f"-{key_bits}bit" if key_bits == value_bits else f"-k{key_bits}v{value_bits}bit"
     methods = f"{config.search_method}-{config.decompose_method}"
     methods += "".join(f"-{name}" for name in ("regroup", "sequential") if getattr(config, name))
+    methods += f"-adapt-{config.adapt:g}" if config.adapt else ""
     return f"{model}_ratio-{config.param_ratio_target:g}_{groups}-{methods}{latents}"
 
 

@@ -5,10 +5,10 @@
         --methods fisher_uniform+whiten,global+fisher+sequential --ratios 0.3,0.5 --lt_bits 16,4 --lt_hadamard
 
 A method is a search and a decomposition, as --search_method and --decompose_method of compress.py, and may go on with
-a --value_group_size of its own, with regroup and with sequential: global+fisher+all+sequential. The original is
-measured too, and with its full keys and values in --plain_bits. KL is the mean divergence of predictions from the
-original's, which tells methods apart that perplexity does not. The search global_bits chooses bits itself, whatever
---lt_bits says. Only the record and the plot are written.
+a --value_group_size of its own, with regroup, with sequential and with adapt and its share, as in
+global+fisher+all+sequential+adapt=0.1. The original is measured too, and with its full keys and values in --plain_bits.
+KL is the mean divergence of predictions from the original's, which tells methods apart that perplexity does not. The
+search global_bits chooses bits itself, whatever --lt_bits says. Only the record and the plot are written.
 """
 
 import argparse
@@ -65,12 +65,11 @@ def main(args: argparse.Namespace) -> None:
     """Compress and measure everything, write the record, print the table."""
     import torch
 
-    from palu.calibrate.refit import check_refit_windows
     from palu.calibrate.text import DEMO_ASSETS
     from palu.calibrate.windows import check_seqlen
     from palu.checkpoint import check_weight_files, load_config, load_model, load_tokenizer, parse_dtype
     from palu.core.errors import PaluError
-    from palu.pipeline import check_compression
+    from palu.pipeline import check_compression, check_moments
     from utils.console import console, working
     from utils.report import perplexity_table, plot_front
     from utils.results import environment, results_path, write_results
@@ -96,8 +95,8 @@ def main(args: argparse.Namespace) -> None:
         tokenizer = load_tokenizer(source, args.trust_remote_code)
         windows = {name: evaluation_windows(tokenizer, name, model_config, args) for name in names}
         calibration = drawn_windows(tokenizer, model_config, list(configs.values()))
-        if any(config.sequential for config in configs.values()):
-            check_refit_windows(calibration.moments)
+        for config in configs.values():
+            check_moments(config, calibration)
         saved = dtype if dtype != "auto" else (model_config.dtype or torch.float32)
         model = load_model(source, torch.float32 if device == "cpu" else saved, device, args.trust_remote_code)
     rows = list(measure(model, configs, calibration, windows, saved, args))
@@ -126,19 +125,35 @@ def method_settings(method: str) -> dict[str, Any]:
     if not more:
         raise PaluError(
             f"--methods {method!r} must be SEARCH+DECOMPOSITION, such as global+fisher, with +VALUE_GROUP_SIZE and "
-            "+regroup and +sequential behind it if wanted"
+            "+regroup, +sequential and +adapt=SHARE behind it if wanted"
         )
     asked: dict[str, Any] = {"search_method": search, "decompose_method": more[0], "sequential": False}
     for word in more[1:]:
-        name = word if word in ("regroup", "sequential") else "value_group_size"
         try:
-            value = group_size(word) if name == "value_group_size" else True
+            name, value = _setting(word)
         except argparse.ArgumentTypeError as error:
-            raise PaluError(f"--methods {method!r}: {error}, nor 'regroup' or 'sequential'") from None
+            others = "nor 'regroup', 'sequential' or 'adapt=' and a share"
+            raise PaluError(f"--methods {method!r}: {error}, {others}") from None
         if asked.get(name):
             raise PaluError(f"--methods {method!r} has two {name}")
         asked[name] = value
     return asked
+
+
+def _setting(word: str) -> tuple[str, Any]:
+    """The field of CompressionConfig that a word of a method's name sets, and to what.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is none.
+    """
+    if word in ("regroup", "sequential"):
+        return word, True
+    if word.startswith("adapt="):
+        try:
+            return "adapt", float(word.removeprefix("adapt="))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{word!r} is no share") from None
+    return "value_group_size", group_size(word)
 
 
 def check_bits(args: argparse.Namespace, model_config: Any) -> None:

@@ -70,6 +70,8 @@ class CompressionConfig:
     fuse_values: fold the values' up factors into o_proj in the layers where that makes the weights smaller.
     sequential: fit every o_proj again, layer after layer, to what compressed attention hands it (on the moments'
         windows).
+    adapt: then move the o_projs towards the calibration text, as far as predictions change by that share more than they
+        do already (on the moments' windows); 0 does not.
     regroup: put the kv heads side by side whose keys lose least together, layer by layer, before anything else.
     seed: draws the calibration windows.
     """
@@ -92,6 +94,7 @@ class CompressionConfig:
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     fuse_values: bool = True
     sequential: bool = True
+    adapt: float = 0.0
     regroup: bool = False
 
     def __post_init__(self) -> None:
@@ -119,14 +122,25 @@ class CompressionConfig:
             require(self.lt_hadamard, f"{named} plans for turned latents; give lt_hadamard")
             plain = self.quantization.is_full and self.quantization.layer_bits is None
             require(plain, f"{named} chooses the bits; give no lt_bits or lt_value_bits")
+        share = self.adapt
         require(
-            not self.sequential or self.n_whiten_calib_samples > 1,
-            "sequential needs n_whiten_calib_samples of two or more; or turn sequential off",
+            isinstance(share, int | float) and 0 <= share <= 1,
+            f"adapt {share!r} must be a share from 0, which does nothing, to 1",
         )
+        for name in self.on_moments:
+            require(
+                self.n_whiten_calib_samples > 1,
+                f"{name} needs n_whiten_calib_samples of two or more; or turn {name} off",
+            )
         require(self.seed < 2**63, f"seed {self.seed} must be below 2**63")
         for name, size in (("head_group_size", self.head_group_size), ("value_group_size", self.value_group_size)):
             valid = size == "all" or (is_count(size) and size >= 1) or (size is None and name == "value_group_size")
             require(valid, f"{name} {size!r} must be a number of kv heads or 'all'")
+
+    @property
+    def on_moments(self) -> tuple[str, ...]:
+        """What is done on the moments' windows besides, and needs two or more of them."""
+        return tuple(name for name in ("sequential", "adapt") if getattr(self, name))
 
     @property
     def searches_clip_ratios(self) -> bool:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from palu.calibrate.adapt import adapt_outputs
 from palu.calibrate.clip import search_clip_ratios
 from palu.calibrate.damage import Damage
 from palu.calibrate.evidence import Calibration
-from palu.calibrate.refit import check_refit_windows, refit_outputs
+from palu.calibrate.refit import refit_outputs
 from palu.calibrate.regroup import in_order
 from palu.calibrate.sites import check_weights, site_shapes
 from palu.calibrate.text import load_text
@@ -71,7 +72,7 @@ def statistics_needed(config: CompressionConfig) -> frozenset[Statistic]:
         PaluError: if a method's name is unknown.
     """
     needed = get_search(config.search_method).needs | get_decomposition(config.decompose_method).needs
-    return needed | {Statistic.MOMENTS} if config.sequential else needed
+    return needed | {Statistic.MOMENTS} if config.on_moments else needed
 
 
 def rank_budget(config: CompressionConfig) -> RankBudget:
@@ -106,6 +107,20 @@ def check_compression(model_config: Any, config: CompressionConfig, windows: Cal
     for kind, name in (("moments", "calib_seqlen"), ("fisher", "fisher_seqlen")):
         if kind in needed and name in lengths:
             check_seqlen(lengths[name], model_config, name)
+
+
+def check_moments(config: CompressionConfig, windows: CalibrationWindows) -> None:
+    """Refuse a single window for what cannot do with one.
+
+    Raises:
+        PaluError: saying what to do.
+    """
+    for name in config.on_moments:
+        require(
+            len(windows.moments) > 1,
+            f"{name} needs two or more calibration windows, the text holds one; give a longer one, a smaller "
+            f"calib_seqlen, or turn {name} off",
+        )
 
 
 def calibration_windows(
@@ -175,8 +190,7 @@ def compress(
             "lt_clip_ratio auto needs calibration windows",
         )
         windows = windows.only(statistics_needed(config))
-        if config.sequential:
-            check_refit_windows(windows.moments)
+        check_moments(config, windows)
     was_training = model.training
     model.eval()
     try:
@@ -229,6 +243,10 @@ def _compress(
     if config.sequential:
         with _stage("refitting o_proj", stages, model.device):
             refit_outputs(compressed, model, windows.moments, progress)
+    if config.adapt:
+        with _stage("adapting o_proj", stages, model.device):
+            gain = adapt_outputs(compressed, model, windows.moments, config.adapt, progress)
+        logger.info("a step towards the calibration text gains %.4f nats per token of it", gain)
     with _stage("assembling", stages, model.device):
         _fold(compressed, config, plan)
     return Compression(compressed, plan, shapes, plan.kept_ratio(shapes), windows.describe(), stages)

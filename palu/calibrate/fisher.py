@@ -37,7 +37,7 @@ def fisher_information(model: PreTrainedModel, windows: Tensor, progress: Progre
         of_weights = gradient.T @ inputs.float()
         squared[key].addcmul_(of_weights, of_weights)
 
-    stream_gradients(model, windows, loss, take, progress, "Fisher information")
+    stream_gradients(model, dict(_projections(model)), windows, loss, take, progress, "Fisher information")
     return {side: _reduce(model, squared, side, windows) for side in SIDES}
 
 
@@ -75,7 +75,9 @@ def output_fisher(
         by_group = gradient.unflatten(1, (groups[key[1]], -1)).transpose(0, 1)
         sums[key].baddbmm_(by_group.transpose(1, 2), by_group)
 
-    stream_gradients(model, windows, loss, take, progress, "Fisher information of keys and values")
+    stream_gradients(
+        model, dict(_projections(model)), windows, loss, take, progress, "Fisher information of keys and values"
+    )
     for key, total in sums.items():
         _check_finite(total.div_(windows.numel()), key)
     return sums

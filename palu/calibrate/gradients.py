@@ -1,32 +1,38 @@
-"""Gradients of keys and values, projection by projection, as a backward pass makes them."""
+"""Gradients of what linear maps put out, as a backward pass makes them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from palu.calibrate.sites import projection
 from palu.core.progress import Progress
-from palu.core.types import SIDES, Projection
 
+Key = TypeVar("Key")
 # loss(logits [seqlen, vocabulary] in float32, window [seqlen]): a sum over tokens, not a mean, of which larger
 # gradients survive 16-bit arithmetic.
 Loss = Callable[[Tensor, Tensor], Tensor]
-# take(projection, inputs [seqlen, in_features] as they are, gradient [seqlen, out_features] in float32).
-Taker = Callable[[Projection, Tensor, Tensor], None]
+# take(which, inputs [seqlen, in_features] as they are, gradient [seqlen, out_features] in float32).
+Taker = Callable[[Key, Tensor, Tensor], None]
 
 
 def stream_gradients(
-    model: PreTrainedModel, windows: Tensor, loss: Loss, take: Taker, progress: Progress, name: str
+    model: PreTrainedModel,
+    linears: Mapping[Key, nn.Linear],
+    windows: Tensor,
+    loss: Loss,
+    take: Taker,
+    progress: Progress,
+    name: str,
 ) -> None:
-    """Hand every window's gradients of the key and value projections' outputs over; no `.grad` is ever stored.
+    """Hand every window's gradients of what the model's `linears` put out over; no `.grad` is ever stored.
 
     Args:
         windows: token ids, int64 [windows, seqlen].
     """
-    with torch.enable_grad(), _frozen(model), _watched(model, take):
+    with torch.enable_grad(), _frozen(model), _watched(linears, take):
         for window in progress(windows.to(model.device), name, len(windows)):
             loss(model(window[None], use_cache=False).logits[0].float(), window).backward()
 
@@ -46,13 +52,9 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(model: PreTrainedModel, take: Taker) -> Iterator[None]:
+def _watched(linears: Mapping[Key, nn.Linear], take: Taker) -> Iterator[None]:
     """`take` is given every backward pass's gradients."""
-    handles = [
-        projection(model, layer, side).register_forward_hook(_watch_output((layer, side), take))
-        for layer in range(model.config.num_hidden_layers)
-        for side in SIDES
-    ]
+    handles = [linear.register_forward_hook(_watch_output(key, take)) for key, linear in linears.items()]
     try:
         yield
     finally:
@@ -60,7 +62,7 @@ def _watched(model: PreTrainedModel, take: Taker) -> Iterator[None]:
             handle.remove()
 
 
-def _watch_output(which: Projection, take: Taker):  # noqa: ANN202 (a hook; its type says nothing)
+def _watch_output(which: Key, take: Taker):  # noqa: ANN202 (a hook; its type says nothing)
     def forward_hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         inputs = args[0].detach()[0]
         output.register_hook(lambda gradient: take(which, inputs, gradient[0].float()))

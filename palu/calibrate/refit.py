@@ -10,23 +10,9 @@ from transformers import PreTrainedModel
 from palu.calibrate.stream import Stop, embed, exact_products, through
 from palu.core.errors import PaluError
 from palu.core.progress import Progress, silent
-from palu.core.validate import require
 
 # Weights of staying as it was that are tried, over the mean energy of what comes in.
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
-
-
-def check_refit_windows(windows: Tensor) -> None:
-    """Refuse a single window, with which nothing can be foretold.
-
-    Raises:
-        PaluError: saying what to do.
-    """
-    require(
-        len(windows) > 1,
-        "sequential needs two or more calibration windows, the text holds one; give a longer one, a smaller "
-        "calib_seqlen, or turn sequential off",
-    )
 
 
 @torch.no_grad()
@@ -50,16 +36,15 @@ def refit_outputs(
         windows: token ids, int64 [windows, seqlen], two or more.
 
     Raises:
-        PaluError: if there is but one window, or an activation is not finite, naming the layer.
+        PaluError: if an activation is not finite, naming the layer.
     """
-    check_refit_windows(windows)
     windows = windows.to(original.device)
     (wanted, wanted_arguments), (hidden, arguments) = embed(original, windows), embed(compressed, windows)
     layers = list(zip(original.model.layers, compressed.model.layers, wanted_arguments, arguments, strict=True))
     ticks = iter(progress(range(len(layers) * len(windows)), "refitting o_proj", len(layers) * len(windows)))
     for index, (layer, own, its_arguments, own_arguments) in enumerate(layers):
         output = own.self_attn.o_proj
-        halves = [_Sums(output), _Sums(output)]
+        halves = [Sums(output), Sums(output)]
         for place in range(len(windows)):
             next(ticks)
             with _seen(layer.self_attn.o_proj) as expected:
@@ -76,7 +61,7 @@ def refit_outputs(
     next(ticks, None)
 
 
-class _Sums:
+class Sums:
     """Sums over tokens of what a linear map is given and of what it should put out besides."""
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -97,7 +82,7 @@ class _Sums:
         return bool(torch.isfinite(self.gram).all() and torch.isfinite(self.cross).all())
 
 
-def best_change(one: _Sums, other: _Sums) -> Tensor:
+def best_change(one: Sums, other: Sums) -> Tensor:
     """The change of the weight, float64 [out_features, in_features], that tokens of both halves ask for."""
     halves = [(each.gram.double(), each.cross.double()) for each in (one, other)]
 
@@ -105,7 +90,7 @@ def best_change(one: _Sums, other: _Sums) -> Tensor:
         """How much more is missing of one half with the change that the other asks for."""
         total = 0.0
         for (gram, cross), (its_gram, its_cross) in (halves, halves[::-1]):
-            change = _change(gram, cross, ridge)
+            change = ridge_change(gram, cross, ridge)
             total += ((change @ its_gram - 2 * its_cross) * change).sum().item()
         return total
 
@@ -114,10 +99,11 @@ def best_change(one: _Sums, other: _Sums) -> Tensor:
     if tried[best] >= 0:
         return torch.zeros_like(halves[0][1])
     # Staying as it was weighs in all tokens together what it weighed in half of them.
-    return _change(*(sum(pair) for pair in zip(*halves, strict=True)), best / 2)
+    return ridge_change(*(sum(pair) for pair in zip(*halves, strict=True)), best / 2)
 
 
-def _change(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
+def ridge_change(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    """`cross (gram + ridge * mean eigenvalue)^-1`, of sums [in, in] and [out, in]."""
     weight = ridge * gram.diagonal().mean().clamp_min(1e-300)
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     return torch.linalg.solve(gram + weight * eye, cross.T).T
