@@ -99,8 +99,9 @@ def add_rank_flags(flag: Callable[..., Any]) -> None:
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="then move the o_projs towards the calibration text: perplexity falls on texts like it, for which "
-        "predictions may differ from the original's by this share more than they do already (default: 0, not at all)",
+        help="at last, tune the output projections on the calibration text: perplexity falls on texts like it, and "
+        "tells less about how much of the original is kept; SHARE is how much further predictions may drift from the "
+        "original's (their divergence), 0.1 for a tenth (default: 0, off)",
     )
     flag(
         "--fuse_values",
@@ -184,12 +185,13 @@ def load_inputs(
     import torch
 
     from palu.checkpoint import check_space, load_model, load_tokenizer
-    from palu.pipeline import calibration_windows
+    from palu.pipeline import calibration_windows, check_moments
     from utils.console import working
 
     with working("reading the calibration text and the model"):
         tokenizer = load_tokenizer(source, args.trust_remote_code)
         windows = calibration_windows(tokenizer, model_config, config)
+        check_moments(config, windows)
         compute_dtype = torch.float32 if device == "cpu" else dtype
         model = load_model(source, compute_dtype, device, args.trust_remote_code)
     if output is not None:

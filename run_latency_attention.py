@@ -27,6 +27,7 @@ from utils.cli import add_common_flags, bit_list, group_size, new_parser, run_sc
 from utils.latency import Call
 from utils.latency_shapes import (
     REST,
+    REST_HELP,
     Heads,
     check_bits,
     check_counts,
@@ -34,7 +35,6 @@ from utils.latency_shapes import (
     check_rope_base,
     count_list,
     record_path,
-    rest_help,
 )
 from utils.random_models import MODEL_SHAPES
 
@@ -81,7 +81,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     part("--key_biases", action="store_true", default=None, help="keys have biases, as in Qwen2")
     part("--key_norm", action="store_true", default=None, help="keys are normalised, as in Qwen3")
     part("--check", action="store_true", default=None, help="also compare the latents' output with float64")
-    part("--rest", type=float, help=rest_help(REST))
+    part("--rest", type=float, help=REST_HELP)
     part = parser.add_argument_group("--scope model").add_argument
     part("--model_shape", choices=SHAPES, help="(default: llama-2-7b)")
     part("--kept_ratio", type=float, help="kept fraction of the cache, a quarter of it keys (default: 0.5)")

@@ -127,17 +127,16 @@ def method_settings(method: str) -> dict[str, Any]:
             f"--methods {method!r} must be SEARCH+DECOMPOSITION, such as global+fisher, with +VALUE_GROUP_SIZE and "
             "+regroup, +sequential and +adapt=SHARE behind it if wanted"
         )
-    asked: dict[str, Any] = {"search_method": search, "decompose_method": more[0], "sequential": False}
+    asked: dict[str, Any] = {"search_method": search, "decompose_method": more[0]}
     for word in more[1:]:
         try:
             name, value = _setting(word)
         except argparse.ArgumentTypeError as error:
-            others = "nor 'regroup', 'sequential' or 'adapt=' and a share"
-            raise PaluError(f"--methods {method!r}: {error}, {others}") from None
-        if asked.get(name):
+            raise PaluError(f"--methods {method!r}: {error}") from None
+        if asked.get(name) is not None:
             raise PaluError(f"--methods {method!r} has two {name}")
         asked[name] = value
-    return asked
+    return {"sequential": False} | asked
 
 
 def _setting(word: str) -> tuple[str, Any]:
@@ -148,12 +147,16 @@ def _setting(word: str) -> tuple[str, Any]:
     """
     if word in ("regroup", "sequential"):
         return word, True
-    if word.startswith("adapt="):
+    name, _, share = word.partition("=")
+    if name == "adapt":
         try:
-            return "adapt", float(word.removeprefix("adapt="))
+            return name, float(share)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{word!r} is no share") from None
-    return "value_group_size", group_size(word)
+            raise argparse.ArgumentTypeError(f"{word!r} needs a share, as in adapt=0.1") from None
+    try:
+        return "value_group_size", group_size(word)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, nor 'regroup', 'sequential' or 'adapt=' and a share") from None
 
 
 def check_bits(args: argparse.Namespace, model_config: Any) -> None:

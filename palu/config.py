@@ -124,7 +124,7 @@ class CompressionConfig:
             require(plain, f"{named} chooses the bits; give no lt_bits or lt_value_bits")
         share = self.adapt
         require(
-            isinstance(share, int | float) and 0 <= share <= 1,
+            isinstance(share, int | float) and not isinstance(share, bool) and 0 <= share <= 1,
             f"adapt {share!r} must be a share from 0, which does nothing, to 1",
         )
         for name in self.on_moments:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from palu.calibrate.adapt import adapt_outputs
+from palu.calibrate.adapt import Adaptation, adapt_outputs
 from palu.calibrate.clip import search_clip_ratios
 from palu.calibrate.damage import Damage
 from palu.calibrate.evidence import Calibration
@@ -55,6 +55,7 @@ class Compression:
     kept_ratio: cached numbers per token over the original's.
     calibration: the windows that were really used.
     stages: seconds and, on a GPU, peak memory in bytes of every stage.
+    adaptation: what the step towards the calibration text did, if one was asked for.
     """
 
     model: PreTrainedModel
@@ -63,6 +64,7 @@ class Compression:
     kept_ratio: float
     calibration: dict[str, Any] = field(default_factory=dict)
     stages: list[dict[str, Any]] = field(default_factory=list)
+    adaptation: Adaptation | None = None
 
 
 def statistics_needed(config: CompressionConfig) -> frozenset[Statistic]:
@@ -243,13 +245,15 @@ def _compress(
     if config.sequential:
         with _stage("refitting o_proj", stages, model.device):
             refit_outputs(compressed, model, windows.moments, progress)
+    adaptation = None
     if config.adapt:
         with _stage("adapting o_proj", stages, model.device):
-            gain = adapt_outputs(compressed, model, windows.moments, config.adapt, progress)
-        logger.info("a step towards the calibration text gains %.4f nats per token of it", gain)
+            adaptation = adapt_outputs(compressed, model, windows.moments, config.adapt, progress)
+        if adaptation.step == 0:
+            logger.warning("adapt %g moved nothing: no step lowers the text's loss within that share", config.adapt)
     with _stage("assembling", stages, model.device):
         _fold(compressed, config, plan)
-    return Compression(compressed, plan, shapes, plan.kept_ratio(shapes), windows.describe(), stages)
+    return Compression(compressed, plan, shapes, plan.kept_ratio(shapes), windows.describe(), stages, adaptation)
 
 
 @contextmanager

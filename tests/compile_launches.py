@@ -187,6 +187,11 @@ def record_combining():
         value = LatentProjection(torch.empty(4 * HEAD_DIM, 2 * rank, dtype=torch.float16), (rank, rank))
         query = torch.empty(rows, 32, HEAD_DIM, dtype=torch.float16)
         hopper._combine_early(means, value, query, HEAD_DIM)
+    # More latents than that launch takes, and none of the up factor.
+    for rank, up in ((640, torch.empty(4 * HEAD_DIM, 1280, dtype=torch.float16)), (384, None)):
+        means = hopper.Means(torch.empty(16, 1, 32, rank, dtype=torch.float16), torch.empty(16, 1, 32))
+        query = torch.empty(1, 32, HEAD_DIM, dtype=torch.float16)
+        hopper._combine_early(means, LatentProjection(up, (rank, rank)), query, HEAD_DIM)
 
 
 def record_growing(launches):

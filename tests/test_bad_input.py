@@ -51,6 +51,7 @@ BAD_COMPRESS = [
         "decompose_method 'qr' is unknown; use one of whiten, query, output, attention, fisher, svd",
     ),
     (["--palu", "--decompose_method", "svd"], "--palu says what --decompose_method is; leave one of them out"),
+    (["--adapt", "2"], "adapt 2.0 must be a share from 0, which does nothing, to 1"),
     (["--palu", "--sequential"], "--palu says what --sequential is"),
     (
         ["--n_whiten_calib_samples", "1"],

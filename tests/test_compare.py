@@ -67,6 +67,13 @@ def test_a_text_too_short_to_refit_on_is_refused_before_anything_is_compressed(c
     assert not Path("out.json").exists()
 
 
+def test_a_method_may_be_adapted_to_the_calibration_text():
+    methods = "uniform+whiten+sequential,uniform+whiten+sequential+adapt=0.5"
+    assert compare("--methods", methods, "--ratios", "0.5", "--plain_bits", "8", "--n_whiten_calib_samples", "8") == 0
+    plain, adapted = (row["divergence"] for row in read_results(Path("out.json"))["rows"][:2])
+    assert plain != adapted
+
+
 def test_a_method_may_have_a_value_group_size_of_its_own():
     few = ["--ratios", "0.5", "--plain_bits", "8", "--value_group_size"]
     assert compare("--methods", "uniform+svd+2,uniform+svd", *few, "1") == 0
@@ -94,6 +101,9 @@ def test_divergence_is_that_of_the_predictions_from_the_originals(batch_size, ch
         (["--methods", "fisher"], "must be SEARCH+DECOMPOSITION"),
         (["--methods", "uniform+svd+all+1"], "'uniform+svd+all+1' has two value_group_size"),
         (["--methods", "uniform+svd+some"], "'uniform+svd+some': 'some' is neither"),
+        (["--methods", "uniform+svd+adapt"], "'uniform+svd+adapt': 'adapt' needs a share, as in adapt=0.1"),
+        (["--methods", "uniform+svd+adapt=0+adapt=0.1"], "has two adapt"),
+        (["--methods", "uniform+svd+adapt=2"], "adapt 2.0 must be a share from 0"),
         (["--methods", "best+whiten"], "search_method 'best' is unknown"),
         (["--ratios", "0.3,2"], "param_ratio_target 2.0"),
         (["--lt_bits", "5"], "bits 5 must be one of"),

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from palu.kernels.decode_attention import launch, parts
+from palu.kernels.decode_attention import launch
 from palu.kernels.decode_attention.hopper import kind, plans
 from palu.kernels.decode_attention.hopper import launch as hopper
 from palu.kernels.decode_attention.spec import HOPPER_SHAPES, Shape
@@ -15,7 +15,7 @@ from palu.kernels.latents import LatentProjection
 from palu.kernels.quantize import PackedLatents
 from palu.kernels.rotation import Rotation
 from tests.hopper_calls import LLAMA_2, LLAMA_3, MEMORY, checked, fitting, needs_hopper
-from tests.kernel_calls import RandomNorm, close, name_of, on_device, quantized, random_call
+from tests.kernel_calls import RandomNorm, name_of, on_device, quantized, random_call
 
 MORE_PLANS = ((2, 32, 4), (1, 64, 3), (3, 16, 3), (2, 64, 2), (4, 16, 6))
 
@@ -287,41 +287,3 @@ def test_programs_that_add_parts_up_have_a_multiprocessor_each_where_there_are_e
     rows_heads, head_dim, chunks, outputs
 ):
     assert hopper.outputs_of(rows_heads, head_dim, chunks, 132) == outputs
-
-
-@needs_hopper
-@torch.no_grad()
-@pytest.mark.parametrize("count", [1, 5, 16, 40, 64])
-@pytest.mark.parametrize("ranks", [(48, 32), (384, 384), (512, 144)], ids=lambda ranks: "-".join(map(str, ranks)))
-@pytest.mark.parametrize("head_dim", [64, 96, 128])
-@pytest.mark.parametrize("biased", [True, False])
-# So many that programs have a multiprocessor each with the fewest numbers, with more, and not at all.
-@pytest.mark.parametrize("rows", [3, 9, 40])
-def test_parts_are_added_up_before_their_launch_ends_as_after_it(count, ranks, head_dim, biased, rows):
-    heads, kv_heads = 8, 4
-    found = torch.randn(count, rows, heads, max(ranks), device="cuda", dtype=torch.float16)
-    logarithms = torch.randn(count, rows, heads, device="cuda")
-    # A part in which no token is visible.
-    if count > 1:
-        found[1], logarithms[1] = 0.0, -1e30
-    up = torch.randn(kv_heads // 2 * head_dim, sum(ranks), device="cuda", dtype=torch.float16) / max(ranks) ** 0.5
-    bias = torch.randn(kv_heads * head_dim, device="cuda", dtype=torch.float16) if biased else None
-    weights = torch.exp2(logarithms.double())
-    means = (weights[..., None] * found.double()).sum(0) / weights.sum(0)[..., None]
-    expected = []
-    for head in range(heads):
-        group, kv_head = head // 4, head // 2
-        columns = up.double()[:, group * ranks[0] : group * ranks[0] + ranks[group]]
-        own = columns[kv_head % 2 * head_dim :][:head_dim]
-        added = 0.0 if bias is None else bias.double()[kv_head * head_dim :][:head_dim]
-        expected.append(means[:, head, : ranks[group]] @ own.T + added)
-        # Nobody writes what is behind a group's rank.
-        found[:, :, head, ranks[group] :] = float("nan")
-    value, query = LatentProjection(up, ranks, bias), torch.empty(rows, heads, head_dim, device="cuda").half()
-    totals = torch.rand_like(logarithms) + 0.1
-    sums = parts.Parts(found.float() * totals[..., None], totals, logarithms - totals.log2())
-    for output in (
-        hopper._combine_early(hopper.Means(found, logarithms), value, query, head_dim),
-        parts.combine(sums, value, query, head_dim),
-    ):
-        assert close(output, torch.cat(expected, dim=1).cpu(), "float16")

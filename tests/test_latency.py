@@ -1,5 +1,6 @@
 """What latencies are compared with: costs worked out by hand, ratios, how calls are timed, tables and plots."""
 
+import itertools
 import time
 from pathlib import Path
 
@@ -125,14 +126,16 @@ def test_counters_are_reset_before_every_run_and_only_runs_are_timed(rest, monke
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     calls = [lambda: log.append("call")] * 3
-    monkeypatch.setattr(time, "sleep", lambda seconds: log.append("rest" if 0 < seconds < 1 else seconds))
+    clock = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(time, "sleep", lambda seconds: log.append(seconds))
     timing = latency.time_calls(calls, 2, graph=False, before=lambda: log.append("before"), rest=rest)
     once = ["before", "call", "call", "call"]
-    # After a rest they run once more, so that the clock is up.
-    timed = [*(["rest", *once] if rest else []), "before", "event", "call", "call", "call", "event"]
-    assert log == ["before", "call", *once, *timed, *timed]
+    # After a rest, of as many times both runs, they run once more, so that the clock is up.
+    timed = [*([2 * rest, *once] if rest else []), "before", "event", "call", "call", "call", "event"]
+    assert log == ["before", "call", *once, *(once if rest else []), *timed, *timed]
     assert timing[:3] == (2000.0, 2000.0, 2000.0)
-    assert 0 < timing.first_call < 1
+    assert timing.first_call == 1
 
 
 def test_ratios_are_to_the_fastest_baseline_of_the_same_length_and_batch():

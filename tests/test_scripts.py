@@ -193,6 +193,18 @@ def test_palu_is_one_flag_away():
     assert default["config"]["compression"]["search_method"] == "global"
 
 
+def test_adapting_to_the_calibration_text_is_told_and_recorded(capsys):
+    asked = ["--palu", "--n_whiten_calib_samples", "8", "--adapt", "0.5", "--no-dump_huggingface_model"]
+    record = compress_rows(*asked)
+    row = next(row for row in record["rows"] if row["kind"] == "adaptation")
+    assert record["config"]["compression"]["adapt"] == 0.5
+    assert row["model"].endswith("-fisher_uniform-whiten-adapt-0.5")
+    assert row["step"] == 0 or row["adapted_loss"] < row["loss"]
+    assert row["adapted_divergence"] <= 1.5 * row["divergence"]
+    told = " ".join(capsys.readouterr().out.split())
+    assert "output projections " + ("were not" if row["step"] == 0 else "tuned on the calibration text") in told
+
+
 def test_key_cost_moves_ranks_from_keys_to_values():
     kept = []
     # More tokens than directions, so that none is free.

@@ -115,11 +115,16 @@ def time_calls(
     run = captured(calls, before) if graph else (lambda: [call() for call in calls])
     # Everything is queued behind a first run, so that the GPU never waits for the host between two events.
     before()
-    started = time.perf_counter()
     run()
+    worked = 0.0
     if rest > 0:
+        # Not of the first run, which uploads a graph.
         torch.cuda.synchronize()
-    worked = 2 * (time.perf_counter() - started)
+        started = time.perf_counter()
+        before()
+        run()
+        torch.cuda.synchronize()
+        worked = 2 * (time.perf_counter() - started)
     pairs = []
     for _ in range(repeats):
         if rest > 0:

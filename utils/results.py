@@ -1,5 +1,6 @@
 """Result files: flat rows, what was asked, and where it ran."""
 
+import dataclasses
 import datetime
 import json
 import os
@@ -88,7 +89,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def compression_rows(model: str, compression: Any) -> list[dict[str, Any]]:
-    """Flat rows of a `palu.Compression`: a summary, every site's rank, every layer's fusion, every stage's time."""
+    """Flat rows of a `palu.Compression`: a summary, ranks by site, layers' fusion, stages' times, what adapting did."""
     from palu.config import chooses_bits
     from palu.nn.fusion import fusion_sizes
 
@@ -128,4 +129,6 @@ def compression_rows(model: str, compression: Any) -> list[dict[str, Any]]:
         }
         for index, (layer, sizes) in enumerate(zip(latent.layers, fusion_sizes(compression.model.config), strict=True))
     ]
-    return [summary, *ranks, *fusion, *({"kind": "stage"} | stage for stage in compression.stages)]
+    done = compression.adaptation
+    adapted = [] if done is None else [{"kind": "adaptation", "model": model} | dataclasses.asdict(done)]
+    return [summary, *ranks, *fusion, *adapted, *({"kind": "stage"} | stage for stage in compression.stages)]

@@ -158,10 +158,12 @@ def combine_kernel(
     sums, totals, peaks, up, bias, output, rank_of, offset_of, parts, rows_heads, up_stride,
     HEADS: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr,
     RANK_STRIDE: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_PARTS: tl.constexpr, PASSES: tl.constexpr,
-    AHEAD: tl.constexpr, BLOCK_OUT: tl.constexpr, CHUNKS: tl.constexpr, HAS_UP: tl.constexpr, HAS_BIAS: tl.constexpr,
-    DIVISOR: tl.constexpr,
+    AHEAD: tl.constexpr, BLOCK_OUT: tl.constexpr, CHUNKS: tl.constexpr, HAS_TOTALS: tl.constexpr,
+    HAS_UP: tl.constexpr, HAS_BIAS: tl.constexpr, DIVISOR: tl.constexpr,
 ):  # fmt: skip
     """One head's mean latents: the ranges' sums over their weights; with an up factor, BLOCK_OUT of its outputs.
+
+    HAS_TOTALS: else the weights of every range add up to one.
 
     output: [rows, HEADS, HEAD_DIM], or without an up factor [rows, HEADS, RANK_STRIDE].
     """
@@ -193,7 +195,7 @@ def combine_kernel(
         at = (begin + part) * rows_heads + row_head
         ok = begin + part < parts
         share = tl.exp2(tl.load(peaks + at, mask=ok, other=LOWEST) - peak)
-        weight += share * tl.load(totals + at, mask=ok, other=0.0)
+        weight += share * (tl.load(totals + at, mask=ok, other=0.0) if HAS_TOTALS else ok.to(tl.float32))
     inverse = 1.0 / tl.maximum(tl.sum(weight, 0), 1e-30)
     if HAS_UP:
         result = tl.zeros((BLOCK_OUT,), tl.float32)

@@ -17,10 +17,13 @@ MOST_AHEAD = 4
 
 
 class Parts(NamedTuple):
-    """Sums over ranges of tokens, float32 [parts, rows, heads, rank], their weights and peaks [parts, rows, heads]."""
+    """Sums over ranges of tokens [parts, rows, heads, rank], their weights and peaks, float32 [parts, rows, heads].
+
+    totals: the weights' sums; None if they are one, so that sums are means.
+    """
 
     sums: Tensor
-    totals: Tensor
+    totals: Tensor | None
     peaks: Tensor
 
 
@@ -40,14 +43,16 @@ def combine(parts: Parts, value: LatentProjection, query: Tensor, head_dim: int)
     pieces = cdiv(stride, COMBINE_RANK) if value.up is None else cdiv(head_dim, out)
     relaunch(
         combine_kernel, (rows * num_heads, pieces),
-        *parts, up, up if value.bias is None else value.bias, output, side.rank, side.offset,
+        parts.sums, parts.peaks if parts.totals is None else parts.totals, parts.peaks,
+        up, up if value.bias is None else value.bias, output, side.rank, side.offset,
         parts.sums.shape[0], rows * num_heads, up.stride(0),
         HEADS=num_heads, HEADS_PER_GROUP=per_group, QUERIES=num_heads // kv_heads, HEAD_DIM=head_dim,
         RANK_STRIDE=stride, BLOCK_RANK=COMBINE_RANK,
         BLOCK_PARTS=block, PASSES=next_power_of_2(cdiv(parts.sums.shape[0], block)),
         AHEAD=cdiv(stride, COMBINE_RANK) <= MOST_AHEAD, BLOCK_OUT=out,
         CHUNKS=cdiv(stride, COMBINE_RANK),
-        HAS_UP=value.up is not None, HAS_BIAS=value.bias is not None, DIVISOR=divisor(ranks),
+        HAS_TOTALS=parts.totals is not None, HAS_UP=value.up is not None, HAS_BIAS=value.bias is not None,
+        DIVISOR=divisor(ranks),
         num_warps=block // 8,
     )  # fmt: skip
     if value.up is not None or len(set(ranks)) == 1:

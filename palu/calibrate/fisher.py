@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from palu.calibrate.gradients import stream_gradients
+from palu.calibrate.gradients import stream_gradients, text_loss
 from palu.calibrate.sites import projection
 from palu.config import head_dim
 from palu.core.errors import PaluError
@@ -30,14 +30,11 @@ def fisher_information(model: PreTrainedModel, windows: Tensor, progress: Progre
     """
     squared = {key: torch.zeros_like(linear.weight, dtype=torch.float32) for key, linear in _projections(model)}
 
-    def loss(logits: Tensor, window: Tensor) -> Tensor:
-        return F.cross_entropy(logits[:-1], window[1:], reduction="sum")
-
     def take(key: Projection, inputs: Tensor, gradient: Tensor) -> None:
         of_weights = gradient.T @ inputs.float()
         squared[key].addcmul_(of_weights, of_weights)
 
-    stream_gradients(model, dict(_projections(model)), windows, loss, take, progress, "Fisher information")
+    stream_gradients(model, dict(_projections(model)), windows, text_loss, take, progress, "Fisher information")
     return {side: _reduce(model, squared, side, windows) for side in SIDES}
 
 

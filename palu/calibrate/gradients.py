@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from palu.core.progress import Progress
@@ -18,12 +19,17 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 Taker = Callable[[Key, Tensor, Tensor], None]
 
 
+def text_loss(logits: Tensor, window: Tensor) -> Tensor:
+    """Of the text's own next tokens, whose labels are shifted once."""
+    return F.cross_entropy(logits[:-1], window[1:], reduction="sum")
+
+
 def stream_gradients(
     model: PreTrainedModel,
     linears: Mapping[Key, nn.Linear],
     windows: Tensor,
     loss: Loss,
-    take: Taker,
+    take: Taker[Key],
     progress: Progress,
     name: str,
 ) -> None:
@@ -52,7 +58,7 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(linears: Mapping[Key, nn.Linear], take: Taker) -> Iterator[None]:
+def _watched(linears: Mapping[Key, nn.Linear], take: Taker[Key]) -> Iterator[None]:
     """`take` is given every backward pass's gradients."""
     handles = [linear.register_forward_hook(_watch_output(key, take)) for key, linear in linears.items()]
     try:
@@ -62,7 +68,7 @@ def _watched(linears: Mapping[Key, nn.Linear], take: Taker) -> Iterator[None]:
             handle.remove()
 
 
-def _watch_output(which: Key, take: Taker):  # noqa: ANN202 (a hook; its type says nothing)
+def _watch_output(which: Key, take: Taker[Key]):  # noqa: ANN202 (a hook; its type says nothing)
     def forward_hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         inputs = args[0].detach()[0]
         output.register_hook(lambda gradient: take(which, inputs, gradient[0].float()))

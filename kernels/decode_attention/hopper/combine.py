@@ -59,28 +59,28 @@ def hopper_combine_kernel(
     every = gl.arange(0, PARTS, each)
     logarithm = gl.load(logarithms + every * rows_heads + row_head, mask=every < parts, other=LOWEST)
     most = gl.max(logarithm, 0)
-    whole = gl.sum(gl.where(every < parts, exp2(logarithm - most), 0.0), 0)
+    total = gl.sum(gl.where(every < parts, exp2(logarithm - most), 0.0), 0)
     share = gl.where(part < parts, exp2(gl.load(logarithms + own) - most), 0.0)
-    mean = _means(found, share, ALONE_CHUNKS if ALONE else MOST_CHUNKS)
+    sums = _sums(found, share, ALONE_CHUNKS if ALONE else MOST_CHUNKS)
     products = gl.zeros([OUTPUTS, CHUNK], gl.float32, by_out)
     for chunk in gl.static_range(CHUNKS):
-        products += factors[chunk].to(gl.float32) * mean.index(chunk).load(gl.SliceLayout(0, by_out))[None, :]
-    result = gl.sum(products, 1) * (1.0 / whole)
+        products += factors[chunk].to(gl.float32) * sums.index(chunk).load(gl.SliceLayout(0, by_out))[None, :]
+    result = gl.sum(products, 1) * (1.0 / total)
     if HAS_BIAS:
         result += gl.load(bias + head // QUERIES * HEAD_DIM + out, mask=out < HEAD_DIM, other=0.0).to(gl.float32)
     gl.store(output + row_head * HEAD_DIM + out, result.to(output.dtype.element_ty), mask=out < HEAD_DIM)
 
 
 @gluon.jit
-def _means(found, share, ROOM: gl.constexpr):
-    """The means of latents, chunk after chunk in shared memory. ROOM: chunks that there is room for on the way."""
+def _sums(found, share, ROOM: gl.constexpr):
+    """Weighed sums of latents, chunk after chunk in shared memory. ROOM: chunks that there is room for on the way."""
     PARTS: gl.constexpr = found[0].shape[0]
     of_warps = gl.allocate_shared_memory(gl.float32, [ROOM, WARPS, CHUNK], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     for chunk in gl.static_range(len(found)):
         weighed = (found[chunk].to(gl.float32) * share[:, None]).reshape([WARPS, PARTS // WARPS, CHUNK])
         of_warps.index(chunk).store(gl.sum(weighed, 1))
     by_latent: gl.constexpr = gl.BlockedLayout([WARPS, 1], [1, 32], [1, WARPS], [1, 0])
-    means = gl.allocate_shared_memory(gl.float32, [MOST_CHUNKS, CHUNK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    sums = gl.allocate_shared_memory(gl.float32, [MOST_CHUNKS, CHUNK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     for chunk in gl.static_range(len(found)):
-        means.index(chunk).store(gl.sum(of_warps.index(chunk).load(by_latent), 0))
-    return means
+        sums.index(chunk).store(gl.sum(of_warps.index(chunk).load(by_latent), 0))
+    return sums

@@ -186,9 +186,7 @@ def _combine_early(found: Means, value: LatentProjection, query: Tensor, head_di
     chunks = cdiv(max(ranks), COMBINE_CHUNK)
     fits = chunks <= MOST_CHUNKS and count <= MOST_PARTS and found.means.numel() < 1 << 31
     if value.up is None or not fits:
-        # Sums of weights that add up to one are means.
-        parts = Parts(found.means, torch.ones_like(found.logarithms), found.logarithms)
-        return combine(parts, value, query, head_dim)
+        return combine(Parts(found.means, None, found.logarithms), value, query, head_dim)
     side, programs = side_of(ranks, 16, query.device), processors(query.device)
     outputs, alone = outputs_of(rows * num_heads, head_dim, chunks, programs)
     output = query.new_empty(rows, num_heads, head_dim)

@@ -182,6 +182,8 @@ def plans_for(
     whole = whole_slots(heads, bits, chunks)
     # Weights of fp16, or both bytes of those of two tiles by turns.
     weights = 4 * whole * 2 * TILE if whole else (1 if bits == 16 else 2) * heads.slots * TILE * 2
+    # What slots' means are scaled with, and less by.
+    weights += 8 * heads.slots * weighers
     kept = 2 * kept + weights + 8 * TILE * (heads.slots + parameters) + RESERVED
     fitting = []
     first = FIRST_PLANS["numbers" if bits == 16 else "whole" if whole else heads.mode]

@@ -77,7 +77,7 @@ def attend(
     VALUE_REGISTERS: gl.constexpr, WHOLE: gl.constexpr, SCALED: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_NORM: gl.constexpr,
 ):  # fmt: skip
-    """The part of a row's sums that a program of `hopper_kernel` has, of one group's heads.
+    """The part of a row's means that a program of `hopper_kernel` has, of one group's heads.
 
     given: what does not depend on the mode, at the row and the group. lead, leading, end_tile: of windows, the
     row of `spans_of`. HELD: heads whose slow pairs of factors are in shared memory at a time.
@@ -150,7 +150,7 @@ def attend(
         count = gl.maximum(0, gl.cdiv(gl.cdiv(length, TILE) - part, parts))
         begin, end = visible_tiles(mask, row_mask, mask_t, part, parts, count, length, MASK)
         tiles = (part, parts, begin, end, length)
-    # Each group of warps that weighs values has a part of the sums of its own.
+    # Each group of warps that weighs values has a part of its own.
     out = part * WEIGHERS * rows_heads + first_head
     to_values = (found, scales, full, empty, tiles, at_values, means, logarithms, value_rank, values_t)
     key_units_there = gl.multiple_of(key_rank * BITS // 16, 8)

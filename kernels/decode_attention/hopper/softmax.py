@@ -52,13 +52,13 @@ def _everywhere(slots: int) -> gl.DistributedLinearLayout:
 
 
 @gluon.jit
-def of_all_slots(numbers, SLOTS: gl.constexpr, other: gl.constexpr):
-    """Numbers [slots in use] with another one for the slots behind."""
+def _of_all_slots(numbers, SLOTS: gl.constexpr):
+    """Numbers [slots in use] with ones for the slots behind."""
     USED: gl.constexpr = numbers.shape[0]
     everywhere: gl.constexpr = _everywhere(USED)
     numbers = gl.convert_layout(numbers, everywhere)
     if USED < SLOTS:
-        both = gl.join(numbers, gl.full_like(numbers, other))
+        both = gl.join(numbers, gl.full_like(numbers, 1.0))
         numbers = both.permute([1, 0]).reshape([SLOTS])
     return numbers
 
@@ -66,7 +66,7 @@ def of_all_slots(numbers, SLOTS: gl.constexpr, other: gl.constexpr):
 @gluon.jit
 def _rescaled(sums, factor):
     """Sums [CHUNK, slots] times factors [slots in use]."""
-    factor = of_all_slots(factor, sums[0].shape[1], 1.0)
+    factor = _of_all_slots(factor, sums[0].shape[1])
     result = ()
     for chunk in gl.static_range(len(sums)):
         by_column = gl.convert_layout(factor, gl.SliceLayout(0, sums[chunk].type.layout))

@@ -166,9 +166,9 @@ def weigh_values(
     QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr,
     RANK_STRIDE: gl.constexpr, BITS: gl.constexpr,
 ):  # fmt: skip
-    """Sums of the value latents of the tiles first + index * step, weighed with the scores' exponentials.
+    """Means of the value latents of the tiles first + index * step, weighed with the scores' exponentials.
 
-    WHICH: of SHARED_BY groups of warps each has every other tile, and a part of the sums of its own. `start_copies` has
+    WHICH: of SHARED_BY groups of warps each has every other tile, and parts of its own. `start_copies` has
     begun.
     Codes of two tiles at a time, if they are its own. rings: shared memory [stages, tokens of a step, units] of every
     chunk; weights: of each step of these tiles [slots, tokens of a step]; excess: int32 [warps], for scores above the
