@@ -32,7 +32,7 @@ MOST_RANK, MOST_SUMS = 256, 96
 MOST_OPERANDS = 112
 # Latents of a group, keys' and values' together, at least: of less a program reads too little per tile.
 LEAST_WIDTH = 256
-# What the compiler keeps in shared memory.
+# Of shared memory: what the compiler keeps, barriers, what slots' means are scaled with, and less by (512 at most).
 RESERVED = 1024
 # Parts that are added up at once.
 MOST_PARTS = 2 * COMBINE_PARTS
@@ -182,8 +182,6 @@ def plans_for(
     whole = whole_slots(heads, bits, chunks)
     # Weights of fp16, or both bytes of those of two tiles by turns.
     weights = 4 * whole * 2 * TILE if whole else (1 if bits == 16 else 2) * heads.slots * TILE * 2
-    # What slots' means are scaled with, and less by.
-    weights += 8 * heads.slots * weighers
     kept = 2 * kept + weights + 8 * TILE * (heads.slots + parameters) + RESERVED
     fitting = []
     first = FIRST_PLANS["numbers" if bits == 16 else "whole" if whole else heads.mode]
