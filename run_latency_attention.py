@@ -27,8 +27,8 @@ from utils.cli import add_common_flags, bit_list, group_size, new_parser, run_sc
 from utils.latency import Call
 from utils.latency_shapes import (
     REST,
-    REST_HELP,
     Heads,
+    add_rest_flag,
     check_bits,
     check_counts,
     check_rest,
@@ -81,7 +81,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     part("--key_biases", action="store_true", default=None, help="keys have biases, as in Qwen2")
     part("--key_norm", action="store_true", default=None, help="keys are normalised, as in Qwen3")
     part("--check", action="store_true", default=None, help="also compare the latents' output with float64")
-    part("--rest", type=float, help=REST_HELP)
+    add_rest_flag(part, default=None)
     part = parser.add_argument_group("--scope model").add_argument
     part("--model_shape", choices=SHAPES, help="(default: llama-2-7b)")
     part("--kept_ratio", type=float, help="kept fraction of the cache, a quarter of it keys (default: 0.5)")

@@ -23,9 +23,8 @@ from utils import latency
 from utils.cli import add_common_flags, bit_list, group_size, new_parser, run_script
 from utils.latency import Call, Cost, Peaks
 from utils.latency_shapes import (
-    REST,
-    REST_HELP,
     Heads,
+    add_rest_flag,
     check_bits,
     check_counts,
     check_rest,
@@ -64,7 +63,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("--rope_base", type=float, default=10000.0, help="base of the rotary frequencies (default: %(default)s)")
     flag("--check", action="store_true", help="also compare the kernel's scores with float64")
     flag("--repeats", type=int, default=20, help="measurements per time (default: %(default)s)")
-    flag("--rest", type=float, default=REST, help=REST_HELP)
+    add_rest_flag(flag)
     add_common_flags(parser)
     return parser.parse_args(argv)
 

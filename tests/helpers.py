@@ -70,11 +70,13 @@ def random_windows(model: PreTrainedModel, count: int = 4, seqlen: int = 48, see
     return torch.randint(3, model.config.vocab_size, (count, seqlen), generator=generator)
 
 
-def compressed(model: PreTrainedModel, ratio: float = 1.0, **options: object) -> palu.Compression:
-    """Compress on random tokens; full rank and plain SVD unless told otherwise."""
+def compressed(
+    model: PreTrainedModel, ratio: float = 1.0, windows: torch.Tensor | None = None, **options: object
+) -> palu.Compression:
+    """Compress on random tokens or on `windows`; full rank and plain SVD unless told otherwise."""
     settings = {"head_group_size": 2, "search_method": "uniform", "decompose_method": "svd", "rank_multiple": 4}
     config = palu.CompressionConfig(param_ratio_target=ratio, **(settings | options))
-    windows = random_windows(model)
+    windows = random_windows(model) if windows is None else windows
     return palu.compress(model, config=config, windows=CalibrationWindows(windows, windows))
 
 

@@ -6,7 +6,6 @@ from torch.nn import functional as F
 
 import palu
 from palu.calibrate.adapt import RIDGE, _Trial, adapt_outputs
-from palu.calibrate.windows import CalibrationWindows
 from tests.helpers import FAMILIES, compressed, random_windows, tiny_model
 
 
@@ -24,10 +23,9 @@ def loss_and_divergence(model, original, windows):
     return loss.item(), (expected.exp() * (expected - found)).sum(-1).mean().item()
 
 
-def adapted(model, windows, share, ratio=0.4, **settings):
-    methods = {"search_method": "uniform", "decompose_method": "whiten", "rank_multiple": 4}
-    config = palu.CompressionConfig(ratio, 2, adapt=share, fuse_values=False, **(methods | settings))
-    return palu.compress(model, config=config, windows=CalibrationWindows(windows, windows)).model
+def adapted(model, windows, share, **settings):
+    methods = {"decompose_method": "whiten", "fuse_values": False}
+    return compressed(model, 0.4, windows, adapt=share, **(methods | settings)).model
 
 
 def outputs(model):

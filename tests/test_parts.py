@@ -13,12 +13,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS, KV_HEADS = 8, 4
 
 
-def random_means(count, rows, ranks, dtype=torch.float16):
+def random_means(count, rows, ranks):
     """Means and logarithms of so many parts, in one of which no token is visible, and in float64 what they add up to.
 
     Returns them and the means of all tokens, [rows, HEADS, rank] with NaN behind a group's rank, which nobody writes.
     """
-    found = torch.randn(count, rows, HEADS, max(ranks), device=DEVICE).to(dtype)
+    found = torch.randn(count, rows, HEADS, max(ranks), device=DEVICE).half()
     logarithms = torch.randn(count, rows, HEADS, device=DEVICE)
     if count > 1:
         found[1], logarithms[1] = 0.0, -1e30
@@ -29,11 +29,11 @@ def random_means(count, rows, ranks, dtype=torch.float16):
     return hopper.Means(found, logarithms), means
 
 
-def random_up(ranks, head_dim, biased, dtype=torch.float16):
+def random_up(ranks, head_dim, biased):
     """The values' up factor and bias."""
     up = torch.randn(KV_HEADS // len(ranks) * head_dim, sum(ranks), device=DEVICE) / max(ranks) ** 0.5
-    bias = torch.randn(KV_HEADS * head_dim, device=DEVICE).to(dtype) if biased else None
-    return LatentProjection(up.to(dtype), ranks, bias)
+    bias = torch.randn(KV_HEADS * head_dim, device=DEVICE).half() if biased else None
+    return LatentProjection(up.half(), ranks, bias)
 
 
 def outputs_of(means, value, head_dim):

@@ -21,9 +21,7 @@ def seen_by_output(model, windows, layer):
 
 
 def sequential(model, windows, **settings):
-    methods = {"search_method": "uniform", "decompose_method": "whiten", "rank_multiple": 4}
-    config = palu.CompressionConfig(0.4, 2, sequential=True, **(methods | settings))
-    return palu.compress(model, config=config, windows=CalibrationWindows(windows, windows)).model
+    return compressed(model, 0.4, windows, **({"decompose_method": "whiten", "sequential": True} | settings)).model
 
 
 def ridge_regression(given, wanted, weight, stay):

@@ -108,31 +108,24 @@ def time_calls(
 
     before = before or (lambda: None)
     before()
-    started = time.perf_counter()
-    calls[0]()
-    torch.cuda.synchronize()
-    first_call = time.perf_counter() - started
+    first_call = _seconds(calls[0])
     run = captured(calls, before) if graph else (lambda: [call() for call in calls])
     # Everything is queued behind a first run, so that the GPU never waits for the host between two events.
-    before()
-    run()
-    worked = 0.0
-    if rest > 0:
-        # Not of the first run, which uploads a graph.
-        torch.cuda.synchronize()
-        started = time.perf_counter()
+
+    def once() -> None:
         before()
         run()
-        torch.cuda.synchronize()
-        worked = 2 * (time.perf_counter() - started)
+
+    once()
+    # Not of the first run, which uploads a graph; every measurement is of the second run after a rest.
+    resting = 2 * rest * _seconds(once) if rest > 0 else 0.0
     pairs = []
     for _ in range(repeats):
         if rest > 0:
             torch.cuda.synchronize()
-            time.sleep(rest * worked)
+            time.sleep(resting)
             # The clock is up again by what is timed.
-            before()
-            run()
+            once()
         before()
         pairs.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
         pairs[-1][0].record()
@@ -141,6 +134,17 @@ def time_calls(
     torch.cuda.synchronize()
     timing = Timing.of([start.elapsed_time(stop) * 1000 / len(calls) for start, stop in pairs])
     return timing._replace(first_call=first_call)
+
+
+def _seconds(call: Call) -> float:
+    """That the host waits for a call and all that it does on the GPU."""
+    import torch
+
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 def captured(calls: Sequence[Call], before: Call) -> Call:

@@ -19,10 +19,6 @@ HEAD_DIMS = (64, 96, 128)
 RANK_MULTIPLE = 16
 # Of a GPU between measurements, in times of its work.
 REST, MOST_REST = 3.0, 100
-REST_HELP = (
-    "how many times as long as it works the GPU rests ahead of each measurement, so that its power limit does not "
-    f"lower the clock; 0: back to back (default: {REST:g})"
-)
 # Numbers that are drawn, and quantised, at a time.
 PIECE = 1 << 26
 
@@ -52,6 +48,17 @@ def check_bits(bits: Sequence[int]) -> None:
     allowed = ", ".join(map(str, sorted(ALLOWED_BITS, reverse=True)))
     for number in bits:
         require(number in ALLOWED_BITS, f"--bits {number} must be one of {allowed}")
+
+
+def add_rest_flag(flag: Callable[..., Any], default: float | None = REST) -> None:
+    """Add `--rest`; default: None where a script fills REST in itself."""
+    flag(
+        "--rest",
+        type=float,
+        default=default,
+        help="how many times as long as it works the GPU rests ahead of each measurement, so that its power limit does "
+        f"not lower the clock; 0: back to back (default: {REST:g})",
+    )
 
 
 def check_rest(rest: float) -> None:

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from palu.calibrate.damage import MOST_TOKENS
 from palu.calibrate.gradients import stream_gradients, text_loss
 from palu.calibrate.refit import Sums, ridge_change
 from palu.core.errors import PaluError
 from palu.core.progress import Progress, silent
 
-# Tokens of a window that are read, windows that the step is made of, and windows that it is tried on, at most.
-MOST_TOKENS, MOST_WINDOWS, MOST_TRIED = 1024, 32, 8
+# Windows that the step is made of, and windows that it is tried on, at most.
+MOST_WINDOWS, MOST_TRIED = 32, 8
 # The first step that is tried, as a share of the weights, how much smaller each next one is, and how many there are.
 FIRST_STEP, SMALLER, MOST_STEPS = 0.5, 0.5, 14
 # Damping, over the mean energy of what comes in.
