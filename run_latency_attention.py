@@ -43,8 +43,9 @@ BASELINES = {"attention": ("sdpa_flash", "sdpa_cudnn", "eager"), "model": ("sdpa
 # Flags of one scope only, with their defaults; an absent one is None until then.
 DEFAULTS = {
     "attention": {
-        "rank_k": 1024, "rank_v": 3072, "num_heads": 32, "num_kv_heads": None, "head_dim": 128, "rope_base": 10000.0,
-        "no_rope": False, "key_biases": False, "key_norm": False, "check": False, "rest": REST,
+        "rank_k": 1024, "rank_v": 3072, "value_group_size": None, "num_heads": 32, "num_kv_heads": None,
+        "head_dim": 128, "rope_base": 10000.0, "no_rope": False, "key_biases": False, "key_norm": False,
+        "check": False, "rest": REST,
     },
     "model": {"model_shape": "llama-2-7b", "kept_ratio": 0.5, "compile": False},
 }  # fmt: skip
@@ -73,6 +74,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     part = parser.add_argument_group("--scope attention").add_argument
     part("--rank_k", type=int, help="sum of the key ranks over all groups (default: 1024)")
     part("--rank_v", type=int, help="sum of the value ranks (default: 3072)")
+    part("--value_group_size", type=group_size, help="kv heads per group of values (default: as --group_size)")
     part("--num_heads", type=int, help="query heads (default: 32)")
     part("--num_kv_heads", type=int, help="key and value heads (default: as many as query heads)")
     part("--head_dim", type=int, help="numbers per head: 64, 96 or 128 (default: 128)")
@@ -134,9 +136,9 @@ def check_flags(args: argparse.Namespace) -> Heads | None:
     if args.scope == "model":
         check_model_flags(args)
         return None
-    heads = Heads.asked(args)
+    heads = Heads.asked(args, args.value_group_size)
     heads.ranks(args.rank_k, "--rank_k")
-    heads.ranks(args.rank_v, "--rank_v")
+    heads.values.ranks(args.rank_v, "--rank_v")
     check_rest(args.rest)
     check_rope_base(args.rope_base)
     require(args.palu or not args.check, "--check compares the latents with float64; it needs --palu")

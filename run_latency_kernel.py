@@ -29,11 +29,10 @@ from utils.latency_shapes import (
     check_counts,
     check_rest,
     check_rope_base,
-    columns_of,
     common_columns,
     count_list,
     full_score_cost,
-    group_in_float64,
+    in_float64,
     random_latents,
     random_up,
     record_path,
@@ -224,14 +223,12 @@ class Scores:
         """Relative error of the kernel's scores of new inputs to float64."""
         from palu.kernels.latent_scores.op import latent_scores
         from palu.kernels.latent_scores.reference import latent_scores as reference
-        from palu.kernels.latents import LatentProjection
 
         query, latents, key = self.inputs()
         queries = query.double().chunk(self.heads.groups, dim=1)
 
         def of_group(group: int) -> Any:
-            side = LatentProjection(columns_of(key.up, self.ranks, group), self.ranks[group : group + 1])
-            return reference(queries[group], group_in_float64(latents, self.ranks, group), side, self.rotation)
+            return reference(queries[group], *in_float64(latents, key, group, self.heads.groups), self.rotation)
 
         return relative_error(latent_scores(query, latents, key, self.rotation), of_group, self.heads.groups, dim=1)
 

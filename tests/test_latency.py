@@ -52,6 +52,9 @@ def test_cost_of_attention():
     assert latent_attention_cost(HEADS, ranks, 16, 2, 10, absorbed=False) == rebuilt
     assert latent_attention_cost(HEADS, ranks, 16, 2, 10, absorbed=True).flops == 2 * 20 * (64 * 4 + 128 * 4)
     assert latent_attention_cost(HEADS, ranks, 8, 2, 10, absorbed=True).bytes == 20 * (64 + 8 + 128 + 8)
+    # All 8 query heads weigh the latents of all values.
+    joint = latent_attention_cost(HEADS, (RANKS, (128,)), 16, 2, 10, absorbed=False)
+    assert joint == Cost(20 * (128 + 256), 2 * 20 * (64 * 128 + 512 + 128 * 8))
     assert full_attention_cost(HEADS, 2, 10) == Cost(20 * 2 * 4 * 64 * 2, 4 * 20 * 512)
 
 

@@ -95,6 +95,8 @@ def test_the_kernel_script_writes_record_csv_and_plot(fake_gpu, capsys):
         ["--no-cuda_graph", "--batch_size", "1,3"],
         ["--num_kv_heads", 2, "--key_biases"],
         ["--num_kv_heads", 2, "--key_norm"],
+        ["--value_group_size", "all", "--no_rope"],
+        ["--value_group_size", 1, "--rank_v", 128, "--key_biases"],
     ],
 )
 def test_the_attention_script_measures_latents_beside_baselines(flags, fake_gpu):
@@ -201,6 +203,11 @@ BAD_KERNEL = [
 BAD_ATTENTION = [
     (["--rank_k", "1000"], "--rank_k 1000 must be a multiple of 128"),
     (["--rank_v", "-128"], "--rank_v -128 must be a multiple of 128"),
+    (["--value_group_size", "3"], "--value_group_size 3 does not divide the model's 32 kv heads"),
+    (
+        ["--value_group_size", "8", "--rank_v", "4160"],
+        "--rank_v 4160 must be a multiple of 64 (16 for each of 4 groups), from 64 to 4096",
+    ),
     (["--prompt_len", "-1"], "--prompt_len -1 must be at least 1"),
     (["--baseline", "fa4"], "invalid choice: 'fa4'"),
     (["--check"], "--check compares the latents with float64; it needs --palu"),
@@ -211,6 +218,7 @@ BAD_ATTENTION = [
     (["--model_shape", "llama-3-8b"], "--model_shape is for --scope model; the scope here is attention"),
     (["--scope", "model", "--no_rope"], "--no_rope is for --scope attention; the scope here is model"),
     (["--scope", "model", "--rank_k", "512"], "--rank_k is for --scope attention"),
+    (["--scope", "model", "--value_group_size", "8"], "--value_group_size is for --scope attention"),
     (["--scope", "model", "--check"], "--check is for --scope attention"),
     (["--scope", "model", "--kept_ratio", "0.9"], "--kept_ratio 0.9 must be above 0 and at most 0.6667"),
     (["--scope", "model", "--model_shape", "tiny"], "invalid choice: 'tiny'"),

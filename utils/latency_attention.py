@@ -10,10 +10,9 @@ from utils import latency
 from utils.latency import Call, Cost, Peaks, Timing
 from utils.latency_shapes import (
     Heads,
-    columns_of,
     common_columns,
     full_attention_cost,
-    group_in_float64,
+    in_float64,
     latent_attention_cost,
     random_latents,
     random_up,
@@ -54,7 +53,7 @@ class Attention:
     @cached_property
     def ranks(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Ranks of the groups, keys' and values'."""
-        return self.heads.ranks(self.args.rank_k, "--rank_k"), self.heads.ranks(self.args.rank_v, "--rank_v")
+        return self.heads.ranks(self.args.rank_k, "--rank_k"), self.heads.values.ranks(self.args.rank_v, "--rank_v")
 
     @property
     def cost(self) -> Cost:
@@ -83,7 +82,7 @@ class Attention:
         query *= math.sqrt(self.heads.head_dim / width)
         keys, values = (random_latents(self.batch, self.length, ranks, self.bits, self.device) for ranks in self.ranks)
         key_up = None if self.args.no_rope else random_up(self.heads, key_ranks, self.device)
-        value_up = random_up(self.heads, value_ranks, self.device)
+        value_up = random_up(self.heads.values, value_ranks, self.device)
         features = self.heads.num_kv_heads * self.heads.head_dim
         bias = torch.randn(features, **options) if self.args.key_biases else None
         return query, keys, values, LatentProjection(key_up, key_ranks, bias), LatentProjection(value_up, value_ranks)
@@ -124,23 +123,22 @@ class Attention:
     def error(self, rotation: "Rotation | None") -> float:
         """Relative error of the kernels' output of new inputs to float64."""
         from palu.kernels.decode_attention.reference import decode_attention as reference
-        from palu.kernels.latents import LatentProjection
 
         inputs = self.inputs()
         query, key_latents, value_latents, key, value = inputs
-        queries = query.double().chunk(self.heads.groups, dim=1)
+        # Groups of keys that share values, or the other way round, together.
+        parts = math.gcd(len(key.ranks), len(value.ranks))
+        queries = query.double().chunk(parts, dim=1)
 
-        def of_group(group: int) -> "Tensor":
-            latents, sides = [], []
-            for part, side in ((key_latents, key), (value_latents, value)):
-                latents.append(group_in_float64(part, side.ranks, group))
-                up = None if side.up is None else columns_of(side.up, side.ranks, group)
-                bias = None if side.bias is None else side.bias.chunk(self.heads.groups)[group].double()
-                sides.append(LatentProjection(up, side.ranks[group : group + 1], bias))
-            size = self.heads.head_dim
-            return reference(queries[group], *latents, *sides, rotation, None, self.scaling, self.key_norm, size)[0]
+        def of_part(part: int) -> "Tensor":
+            keys, key_side = in_float64(key_latents, key, part, parts)
+            values, value_side = in_float64(value_latents, value, part, parts)
+            return reference(
+                queries[part], keys, values, key_side, value_side, rotation, None, self.scaling, self.key_norm,
+                self.heads.head_dim,
+            )[0]  # fmt: skip
 
-        return relative_error(self.attend(inputs, rotation), of_group, self.heads.groups, dim=-1)
+        return relative_error(self.attend(inputs, rotation), of_part, parts, dim=-1)
 
 
 def measure(task: Attention, peaks: Peaks) -> dict[str, Any]:
@@ -162,6 +160,7 @@ def measure(task: Attention, peaks: Peaks) -> dict[str, Any]:
         "relative_error": error,
         **heads.columns(),
         "group_size": heads.group_size,
+        "value_group_size": heads.values.group_size,
         "rank_k": None if task.is_baseline else task.args.rank_k,
         "rank_v": None if task.is_baseline else task.args.rank_v,
         "rope": not task.args.no_rope,

@@ -142,6 +142,8 @@ def plot_latency(results: dict[str, Any], path: Path) -> None:
 def _shape(results: dict[str, Any]) -> str:
     row = latency_rows(results)[0]
     heads = f"{row['num_heads']}/{row['num_kv_heads']} heads of {row['head_dim']}, group size {row['group_size']}"
+    if row.get("value_group_size") not in (None, row["group_size"]):
+        heads += f", of values {row['value_group_size']}"
     return f"one token, {heads}, {results['environment']['device']}"
 
 

@@ -3,7 +3,7 @@
 import argparse
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,8 @@ from utils.latency import Cost
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from palu.kernels.latents import Latents
+    from palu.config import GroupSize
+    from palu.kernels.latents import LatentProjection, Latents
     from palu.kernels.rotation import Rotation
 
 HEAD_DIMS = (64, 96, 128)
@@ -87,15 +88,19 @@ def record_path(asked: str | None, script: str, name: str) -> Path:
 
 @dataclass(frozen=True)
 class Heads:
-    """The heads of one attention layer; `group_size` kv heads share a latent."""
+    """The heads of one attention layer; `group_size` kv heads share a latent.
+
+    value_group_size: the same for values, None if it is the same.
+    """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     group_size: int
+    value_group_size: int | None = None
 
     @classmethod
-    def asked(cls, args: argparse.Namespace) -> "Heads":
+    def asked(cls, args: argparse.Namespace, value_group_size: "GroupSize | None" = None) -> "Heads":
         """From the command line.
 
         Raises:
@@ -111,7 +116,14 @@ class Heads:
         allowed = ", ".join(map(str, HEAD_DIMS))
         require(args.head_dim in HEAD_DIMS, f"--head_dim {args.head_dim} must be one of {allowed}")
         size = resolve_group_size(args.group_size, kv_heads, "--group_size")
-        return cls(args.num_heads, kv_heads, args.head_dim, size)
+        if value_group_size is not None:
+            value_group_size = resolve_group_size(value_group_size, kv_heads, "--value_group_size")
+        return cls(args.num_heads, kv_heads, args.head_dim, size, value_group_size)
+
+    @property
+    def values(self) -> "Heads":
+        """The same in the groups of values."""
+        return replace(self, group_size=self.value_group_size or self.group_size)
 
     @property
     def groups(self) -> int:
@@ -172,11 +184,12 @@ def latent_attention_cost(
     FLOPs: keys rebuilt and multiplied with queries (with absorbed queries latents are), weighted sums of value latents;
     of interpolated keys there are fewer.
     """
-    key, value = (sum(side) for side in ranks)
-    per_group = heads.num_heads // heads.groups
-    scores = key * per_group if absorbed else key * heads.group_dim + heads.num_heads * heads.head_dim
+    # Every query head meets the latents of its group, keys' where they are absorbed.
+    key, value = (sum(side) * (heads.num_heads // len(side)) for side in ranks)
+    if not absorbed:
+        key = sum(ranks[0]) * heads.group_dim + heads.num_heads * heads.head_dim
     read = sum(latent_bytes(side, bits) for side in ranks)
-    return Cost(batch * length * read, 2 * batch * length * (scores + value * per_group))
+    return Cost(batch * length * read, 2 * batch * length * (key + value))
 
 
 def full_attention_cost(heads: Heads, batch: int, length: int) -> Cost:
@@ -235,19 +248,22 @@ def relative_error(output: "Tensor", reference: Callable[[int], "Tensor"], group
     return math.sqrt(difference / norm)
 
 
-def group_in_float64(latents: "Latents", ranks: Sequence[int], group: int) -> "Tensor":
-    """The latents of one group, [batch, length, rank]; of codes, what they stand for."""
+def in_float64(
+    latents: "Latents", side: "LatentProjection", part: int, parts: int
+) -> "tuple[Tensor, LatentProjection]":
+    """One of `parts` equal parts of the groups in float64: latents [batch, length, ranks] and their up side.
+
+    Of codes, what they stand for.
+    """
     import torch
 
-    from palu.kernels.latents import dense
+    from palu.kernels.latents import LatentProjection, dense
 
-    return dense(latents, torch.float64, sum(ranks[:group]), ranks[group])
-
-
-def columns_of(up: "Tensor", ranks: Sequence[int], group: int) -> "Tensor":
-    """One group's up factor in float64."""
-    first = sum(ranks[:group])
-    return up[:, first : first + ranks[group]].double()
+    each = len(side.ranks) // parts
+    ranks, first = side.ranks[part * each : (part + 1) * each], sum(side.ranks[: part * each])
+    up = None if side.up is None else side.up[:, first : first + sum(ranks)].double()
+    bias = None if side.bias is None else side.bias.chunk(parts)[part].double()
+    return dense(latents, torch.float64, first, sum(ranks)), LatentProjection(up, ranks, bias)
 
 
 def common_columns(provider: str, bits: int, length: int, batch: int, baseline: bool) -> dict[str, Any]:
