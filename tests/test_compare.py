@@ -9,6 +9,7 @@ import compress
 import run_ppl_eval
 from palu.evaluate.perplexity import perplexity
 from tests.helpers import compressed, example, in_an_empty_folder, invoke, random_windows, tiny_model  # noqa: F401
+from utils.report import bytes_of_16_bits
 from utils.results import read_results
 
 compare_methods = example("compare_methods")
@@ -37,6 +38,12 @@ def test_every_way_of_caching_is_measured_and_drawn(capsys):
     assert Path("out.png").stat().st_size > 0
     shown = capsys.readouterr().out
     assert all(text in shown for text in ("Perplexity on demo", "KL", "original"))
+
+
+def test_the_plot_counts_numbers_of_32_bits_as_16():
+    row = {"kv_bytes_per_token": 800, "bits": 32, "value_bits": 32}
+    assert bytes_of_16_bits(row) == 400
+    assert all(bytes_of_16_bits(row | {"bits": bits, "value_bits": bits}) == 800 for bits in (16, 8, 2))
 
 
 def test_a_row_is_what_compressing_and_measuring_one_by_one_gives():
