@@ -193,7 +193,8 @@ def plot_front(results: dict[str, Any], path: Path) -> None:
         for axis in (above, below):
             axis.set_xlim(left=0)
             axis.grid(alpha=0.3)
-        above.legend(fontsize=7)
+    # The same ways everywhere.
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     save_figure(figure, path)
 
 
@@ -206,8 +207,11 @@ def _fronts(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Rows of every method and number of bits, or of plain quantisation, by rising bytes."""
     fronts: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: row["kv_bytes_per_token"]):
-        plain = f"plain quantisation, keys per {row['plain']}"
-        fronts.setdefault(plain if row["plain"] else f"{row['method']}, {_bits(row)} bits", []).append(row)
+        if row["plain"]:
+            name = f"plain quantisation, keys per {row['plain']}"
+        else:
+            name = row["method"] if min(row["bits"], row["value_bits"]) >= 16 else f"{row['method']}, {_bits(row)} bits"
+        fronts.setdefault(name, []).append(row)
     return fronts
 
 
