@@ -149,47 +149,21 @@ def plans_for(
 
     windows: keys are interpolated in windows of positions, which those with biases or a norm are not.
     """
-    rank, wide = padded_rank(key_ranks, bits), next_power_of_2(head_dim)
-    rebuilt = heads.mode != "absorbed"
-    if heads.slots > MOST_SLOTS or (heads.mode == "rotated" and heads.query_slots > LEAST):
+    mode, chunks = mode_of(heads, windows), cdiv(max(value_ranks), CHUNK)
+    if not _are_taken(heads, head_dim, key_ranks, value_ranks, bits, windows) or chunks * heads.slots > MOST_SUMS:
         return ()
-    if rank > MOST_RANK or (rebuilt and heads.kv > MOST_KV):
-        return ()
-    if max(key_ranks) + max(value_ranks) < LEAST_WIDTH:
-        return ()
-    mode = mode_of(heads, windows)
     if (has_bias or has_norm) and mode != "rotated":
         return ()
-    if windows and (wide != 2 * COLUMNS or heads.slots > COLUMNS // LEAST_COLUMNS or rank > MOST_WINDOW_RANK):
-        return ()
-    # A norm's weights are float32.
-    biases, weights_of_norm = COLUMNS * bias_columns(heads.kv * wide // COLUMNS), 2 * wide
-    kept = {
-        "absorbed": heads.slots * rank,
-        "folded": heads.kv * wide * rank,
-        "rotated": heads.kv * wide * (rank + LEAST) + has_bias * biases + has_norm * weights_of_norm,
-        # Two heads have a unit of fast pairs and one of slow ones; turned queries.
-        "windows": cdiv(heads.kv, 2) * 2 * (COLUMNS * rank + COLUMNS * 4),
-        # Fast and slow pairs, the windows of these.
-        "mixed": (heads.kv * wide + COLUMNS) * rank + heads.kv * heads.slots * COLUMNS,
-    }[mode]
-    chunks = cdiv(max(value_ranks), CHUNK)
-    if chunks * heads.slots > MOST_SUMS:
-        return ()
-    # Bytes: numbers of 16 bits are kept, those of tiles are codes, which have scales and shifts.
-    weighers = weighers_of(heads.mode, bits)
-    parameters = 4 if bits < 16 else 0
-    whole = whole_slots(heads, bits, chunks)
+    weighers, whole = weighers_of(heads.mode, bits), whole_slots(heads, bits, chunks)
+    rank = padded_rank(key_ranks, bits)
     # Weights of fp16, or both bytes of those of two tiles by turns.
     weights = 4 * whole * 2 * TILE if whole else (1 if bits == 16 else 2) * heads.slots * TILE * 2
-    kept = 2 * kept + weights + 8 * TILE * (heads.slots + parameters) + RESERVED
+    # Bytes: numbers of 16 bits are kept, those of tiles are codes, which have scales and shifts.
+    parameters = 4 if bits < 16 else 0
+    kept = 2 * _kept(heads, mode, head_dim, rank, has_bias, has_norm)
+    kept += weights + 8 * TILE * (heads.slots + parameters) + RESERVED
     fitting = []
-    first = FIRST_PLANS["numbers" if bits == 16 else "whole" if whole else heads.mode]
-    preferred = (*first, *LAST_PLANS, *(GRID if all_of_them else ()))
-    if mode == "windows":
-        staying = tuple(plan._replace(stays=True) for plan in preferred if plan.value_stages > 2)
-        preferred = (*(staying if heads.kv <= MOST_STAYING else ()), *preferred)
-    for plan in dict.fromkeys(preferred):
+    for plan in _preferred(heads, mode, bits, whole, all_of_them):
         # Slow pairs of one head's factor or of two for each group of warps that scores.
         held = 2 * 2 * SLOW * rank * (1 + plan.stays) if mode == "windows" else 0
         tiles = scorers_of(mode, weighers, whole) * plan.key_stages * TILE * rank
@@ -198,6 +172,47 @@ def plans_for(
         if fits and kept + 2 * held + tiles * bits // 8 <= memory:
             fitting.append(plan)
     return tuple(fitting if all_of_them else fitting[:1])
+
+
+def _are_taken(
+    heads: Heads, head_dim: int, key_ranks: Sequence[int], value_ranks: Sequence[int], bits: int, windows: bool
+) -> bool:
+    """Whether the kernel is made for such heads and ranks, whatever the memory."""
+    rank = padded_rank(key_ranks, bits)
+    if heads.slots > MOST_SLOTS or (heads.mode == "rotated" and heads.query_slots > LEAST):
+        return False
+    if rank > MOST_RANK or (heads.mode != "absorbed" and heads.kv > MOST_KV):
+        return False
+    if max(key_ranks) + max(value_ranks) < LEAST_WIDTH:
+        return False
+    interpolated = next_power_of_2(head_dim) == 2 * COLUMNS and heads.slots <= COLUMNS // LEAST_COLUMNS
+    return not windows or (interpolated and rank <= MOST_WINDOW_RANK)
+
+
+def _kept(heads: Heads, mode: str, head_dim: int, rank: int, has_bias: bool, has_norm: bool) -> int:
+    """Numbers of 16 bits that stay in shared memory: what latents meet, and what stands beside it."""
+    wide = next_power_of_2(head_dim)
+    # A norm's weights are float32.
+    biases, weights_of_norm = COLUMNS * bias_columns(heads.kv * wide // COLUMNS), 2 * wide
+    return {
+        "absorbed": heads.slots * rank,
+        "folded": heads.kv * wide * rank,
+        "rotated": heads.kv * wide * (rank + LEAST) + has_bias * biases + has_norm * weights_of_norm,
+        # Two heads have a unit of fast pairs and one of slow ones; turned queries.
+        "windows": cdiv(heads.kv, 2) * 2 * (COLUMNS * rank + COLUMNS * 4),
+        # Fast and slow pairs, the windows of these.
+        "mixed": (heads.kv * wide + COLUMNS) * rank + heads.kv * heads.slots * COLUMNS,
+    }[mode]
+
+
+def _preferred(heads: Heads, mode: str, bits: int, whole: int, all_of_them: bool) -> tuple[Plan, ...]:
+    """The plans that are tried, in their order."""
+    first = FIRST_PLANS["numbers" if bits == 16 else "whole" if whole else heads.mode]
+    preferred = (*first, *LAST_PLANS, *(GRID if all_of_them else ()))
+    if mode == "windows":
+        staying = tuple(plan._replace(stays=True) for plan in preferred if plan.value_stages > 2)
+        preferred = (*(staying if heads.kv <= MOST_STAYING else ()), *preferred)
+    return tuple(dict.fromkeys(preferred))
 
 
 def _registers(plan: Plan, heads: Heads, chunks: int, bits: int, whole: int) -> int:
