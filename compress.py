@@ -77,6 +77,12 @@ def add_rank_flags(flag: Callable[..., Any]) -> None:
         "step, values are not (default: %(default)s)",
     )
     flag(
+        "--max_key_rank",
+        type=int,
+        help="at most so many latents per group of keys, all of which are rebuilt in every decoding step; values get "
+        "what this cuts off (default: no such limit)",
+    )
+    flag(
         "--decompose_method",
         help="svd; whiten: least error of keys and values on the text; query: keys' errors weighed by the queries "
         "that meet them; output: values' by what o_proj makes of them; attention: both; fisher: both, and by what they "

@@ -59,6 +59,8 @@ class CompressionConfig:
     rank_multiple: ranks are multiples of this (or a group's whole dimension).
     key_cost: how much more a rank of keys costs than one of values where the search is `global`: keys are rebuilt in
         every decoding step, values are not.
+    max_key_rank: the most ranks of a group of keys, a bound on what a decoding step rebuilds; None for none. Values get
+        what it cuts off, as far as they can take it.
     n_whiten_calib_samples, calib_seqlen: windows and tokens per window for the input moments.
     n_fisher_calib_samples, fisher_seqlen: the same for the Fisher information; a length of None means 1024, or
         calib_seqlen where that is shorter.
@@ -83,6 +85,7 @@ class CompressionConfig:
     decompose_method: str = "fisher"
     rank_multiple: int = 32
     key_cost: float = 1.0
+    max_key_rank: int | None = None
     n_whiten_calib_samples: int = 256
     n_fisher_calib_samples: int = 32
     n_probe_calib_samples: int = 4
@@ -116,6 +119,11 @@ class CompressionConfig:
         require(
             cost == 1 or self.search_method == "global",
             f"key_cost {cost} is for the search_method global, which weighs it",
+        )
+        most, least = self.max_key_rank, self.rank_multiple
+        require(
+            most is None or (is_count(most) and most >= least),
+            f"max_key_rank {most!r} must be a number of at least rank_multiple, {least}",
         )
         if chooses_bits(self.search_method):
             named = f"search_method {self.search_method}"

@@ -80,8 +80,9 @@ def statistics_needed(config: CompressionConfig) -> frozenset[Statistic]:
 def rank_budget(config: CompressionConfig) -> RankBudget:
     """What the rank search may spend."""
     return RankBudget(
-        config.param_ratio_target, config.rank_multiple, config.lt_hadamard, config.key_cost, config.quantization
-    )
+        config.param_ratio_target, config.rank_multiple, config.lt_hadamard, config.key_cost, config.quantization,
+        config.max_key_rank,
+    )  # fmt: skip
 
 
 def check_compression(model_config: Any, config: CompressionConfig, windows: CalibrationWindows | None = None) -> None:

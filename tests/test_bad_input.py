@@ -60,6 +60,10 @@ BAD_COMPRESS = [
     (["--regroup"], "regroup does nothing in groups of one or of all 4 kv heads"),
     (["--search_method", "global_bits", "--lt_hadamard", "--lt_bits", "16"], "chooses the bits; give no lt_bits"),
     (
+        ["--max_key_rank", "16"],
+        "max_key_rank 16 must be a number of at least rank_multiple, 32",
+    ),
+    (
         ["--search_method", "global_bits", "--lt_hadamard", "--key_cost", "2"],
         "key_cost 2.0 is for the search_method",
     ),

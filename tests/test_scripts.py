@@ -215,6 +215,16 @@ def test_key_cost_moves_ranks_from_keys_to_values():
     assert kept[0] > kept[1]
 
 
+def test_no_group_of_keys_has_more_ranks_than_asked_for():
+    results = compress_rows("--no-dump_huggingface_model", "--max_key_rank", "64")
+    ranks = {row["side"]: [] for row in results["rows"] if row["kind"] == "rank"}
+    for row in results["rows"]:
+        if row["kind"] == "rank":
+            ranks[row["side"]].append(row["rank"])
+    assert max(ranks["key"]) <= 64 < max(ranks["value"])
+    assert results["config"]["max_key_rank"] == 64
+
+
 def test_verbose_logs_what_every_site_loses(capsys):
     compress_rows("--no-dump_huggingface_model")
     assert "of the energy" not in capsys.readouterr().err

@@ -163,10 +163,28 @@ def test_the_dearer_keys_are_the_fewer_ranks_they_get():
     assert kept[0] > kept[2]
 
 
+@pytest.mark.parametrize("method", RANK_SEARCHES)
+def test_keys_have_at_most_so_many_ranks_and_values_get_the_rest(method):
+    shapes = sites(3, 2, 2, 64, 64)
+    evidence = evidence_for(shapes, random.Random())
+    plan = get_search(method)(shapes, evidence, RankBudget(0.6, 8, max_key_rank=20))
+    keys = [rank for site, rank in plan.ranks.items() if site.side == "key"]
+    assert max(keys) <= 16
+    assert sum(plan.ranks.values()) > 0.6 * 12 * 64 - 8
+    # More than keys and values may have together.
+    plan = get_search(method)(shapes, evidence, RankBudget(1.0, 8, max_key_rank=20))
+    assert set(plan.ranks.values()) == {16, 64}
+
+
 def test_what_a_cap_cuts_off_goes_to_the_others():
     shares = share_proportionally([100.0, 1.0, 1.0], [10, 50, 50], 60)
     assert shares == [10, 25, 25]
     assert share_proportionally([0.0, 0.0], [40, 40], 20) == [10, 10]
+
+
+def test_a_cap_without_a_rank_below_it_is_refused():
+    with pytest.raises(PaluError, match="no multiple of 32 up to 24 is there"):
+        get_search("uniform")(sites(1, 1, 1, 64, 64), Evidence(), RankBudget(0.5, 32, max_key_rank=24))
 
 
 def test_a_ratio_too_small_for_the_multiple_says_what_is_possible():

@@ -43,6 +43,7 @@ class RankBudget:
     key_cost: how much more a search that weighs gain against cost lets a rank of keys cost than one of values; the
         budget counts both the same.
     codes: what a search that chooses bits may choose.
+    max_key_rank: the most ranks of a group of keys, None for its dimension; what it cuts off is free for others.
     """
 
     kept_ratio: float
@@ -50,22 +51,31 @@ class RankBudget:
     hadamard: bool = False
     key_cost: float = 1.0
     codes: Codes | None = None
+    max_key_rank: int | None = None
 
     def total(self, shapes: Sequence[SiteShape]) -> int:
         """The largest allowed sum of ranks over `shapes`."""
         # The small slack keeps 0.7 * 10 = 7.000000000000001-like products from losing or gaining a rank.
         return math.floor(self.kept_ratio * sum(shape.group_dim for shape in shapes) + 1e-9)
 
-    def allowed_ranks(self, group_dim: int) -> list[int]:
-        """Ranks that a group may have, ascending.
+    def cap(self, shape: SiteShape) -> int:
+        """The most ranks of a site."""
+        if self.max_key_rank is None or shape.site.side != "key":
+            return shape.group_dim
+        return min(shape.group_dim, self.max_key_rank)
+
+    def allowed_ranks(self, shape: SiteShape) -> list[int]:
+        """Ranks that a site may have, ascending.
 
         Raises:
             PaluError: if there is none.
         """
-        ranks = [*range(self.rank_multiple, group_dim, self.rank_multiple), group_dim]
-        allowed = [rank for rank in ranks if not self.hadamard or is_reachable(rank)]
+        cap = self.cap(shape)
+        ranks = [*range(self.rank_multiple, shape.group_dim, self.rank_multiple), shape.group_dim]
+        allowed = [rank for rank in ranks if rank <= cap and (not self.hadamard or is_reachable(rank))]
         if not allowed:
-            raise PaluError(f"no multiple of {self.rank_multiple} up to {group_dim} has a Hadamard matrix")
+            kind = "has a Hadamard matrix" if self.hadamard else "is there"
+            raise PaluError(f"no multiple of {self.rank_multiple} up to {cap} {kind}")
         return allowed
 
     def check(self, shapes: Sequence[SiteShape]) -> None:
@@ -74,7 +84,7 @@ class RankBudget:
         Raises:
             PaluError: with the smallest ratio that would do.
         """
-        least = sum(self.allowed_ranks(shape.group_dim)[0] for shape in shapes)
+        least = sum(self.allowed_ranks(shape)[0] for shape in shapes)
         if least > self.total(shapes):
             needed = least / sum(shape.group_dim for shape in shapes)
             raise PaluError(
@@ -120,7 +130,7 @@ def round_to_budget(shapes: Sequence[SiteShape], ideal: Sequence[float], budget:
         PaluError: if not even the smallest ranks fit.
     """
     budget.check(shapes)
-    allowed = [budget.allowed_ranks(shape.group_dim) for shape in shapes]
+    allowed = [budget.allowed_ranks(shape) for shape in shapes]
     # Places in the lists of allowed ranks; a slack as in `RankBudget.total`.
     places = [max(0, bisect_right(ranks, want + 1e-9) - 1) for ranks, want in zip(allowed, ideal, strict=True)]
     total = budget.total(shapes)

@@ -19,5 +19,5 @@ class FisherUniform(RankSearch):
             for key, sites in by_projection(shape.site for shape in shapes).items()
         }
         weights = [mean[shape.site.projection] * shape.group_dim for shape in shapes]
-        ideal = share_proportionally(weights, [shape.group_dim for shape in shapes], budget.total(shapes))
+        ideal = share_proportionally(weights, [budget.cap(shape) for shape in shapes], budget.total(shapes))
         return round_to_budget(shapes, ideal, budget)

@@ -44,7 +44,7 @@ class GlobalBits(RankSearch):
         """
         ranks: dict[Projection, list[int]] = {}
         for shape in shapes:
-            ranks.setdefault(shape.site.projection, []).append(budget.allowed_ranks(shape.group_dim)[0])
+            ranks.setdefault(shape.site.projection, []).append(budget.allowed_ranks(shape)[0])
         least = sum(min(budget.codes.nbytes(each, bits) for bits in budget.codes.choices) for each in ranks.values())
         full = FULL_BYTES * sum(shape.group_dim for shape in shapes)
         if least > budget.kept_ratio * full:
@@ -88,7 +88,8 @@ def choices(sites: Sequence[Site], dims: dict[Site, int], evidence: Evidence, bu
     found = {}
     for bits in budget.codes.choices:
         groups = [
-            _lost(evidence.energy[site].tolist(), budget.allowed_ranks(dims[site]), bits, budget) for site in sites
+            _lost(evidence.energy[site].tolist(), budget.allowed_ranks(SiteShape(site, dims[site])), bits, budget)
+            for site in sites
         ]
         for ranks, energy in _widening(groups):
             damage = measured(energy) + LEAST_DAMAGE * energy / total

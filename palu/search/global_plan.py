@@ -53,7 +53,7 @@ class _Projection:
         self.shapes = shapes
         self.damage = DamageCurve(evidence.damage[site.projection])
         self.cost = budget.key_cost if site.side == "key" else 1.0
-        self.allowed = [budget.allowed_ranks(shape.group_dim) for shape in shapes]
+        self.allowed = [budget.allowed_ranks(shape) for shape in shapes]
         # Energy that is dropped behind every rank.
         energies = [evidence.energy[shape.site] for shape in shapes]
         self.tails = [[*energy.flip(0).cumsum(0).flip(0).tolist(), 0.0] for energy in energies]

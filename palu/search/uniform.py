@@ -8,10 +8,11 @@ from palu.search.base import RankSearch
 
 
 class Uniform(RankSearch):
-    """`rank = ratio * group_dim`."""
+    """`rank = ratio * group_dim`, as far as the cap allows."""
 
     needs: frozenset[Statistic] = frozenset()
 
     def __call__(self, shapes: Sequence[SiteShape], evidence: Evidence, budget: RankBudget) -> RankPlan:
         """The rank of every site."""
-        return round_to_budget(shapes, [budget.kept_ratio * shape.group_dim for shape in shapes], budget)
+        ideal = [min(budget.kept_ratio * shape.group_dim, budget.cap(shape)) for shape in shapes]
+        return round_to_budget(shapes, ideal, budget)
