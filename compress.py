@@ -79,8 +79,8 @@ def add_rank_flags(flag: Callable[..., Any]) -> None:
     flag(
         "--max_key_rank",
         type=int,
-        help="at most so many latents per group of keys, all of which are rebuilt in every decoding step; values get "
-        "what this cuts off (default: no such limit)",
+        help="at most so many latents per group of keys, which are rebuilt in every decoding step; the other groups, "
+        "values' above all, get what this cuts off (default: no such limit)",
     )
     flag(
         "--decompose_method",
@@ -217,6 +217,8 @@ def checkpoint_name(model: str, config: Any) -> str:
     methods = f"{config.search_method}-{config.decompose_method}"
     methods += "".join(f"-{name}" for name in ("regroup", "sequential") if getattr(config, name))
     methods += f"-adapt-{config.adapt:g}" if config.adapt else ""
+    methods += f"-key_cost-{config.key_cost:g}" if config.key_cost != 1 else ""
+    methods += f"-max_key_rank-{config.max_key_rank}" if config.max_key_rank else ""
     return f"{model}_ratio-{config.param_ratio_target:g}_{groups}-{methods}{latents}"
 
 

@@ -136,13 +136,13 @@ def check_flags(args: argparse.Namespace) -> Heads | None:
     if args.scope == "model":
         check_model_flags(args)
         return None
-    heads = Heads.asked(args, args.value_group_size)
+    heads = Heads.asked(args)
     heads.ranks(args.rank_k, "--rank_k")
     heads.values.ranks(args.rank_v, "--rank_v")
     check_rest(args.rest)
     check_rope_base(args.rope_base)
     require(args.palu or not args.check, "--check compares the latents with float64; it needs --palu")
-    for name in ("no_rope", "key_biases", "key_norm"):
+    for name in ("no_rope", "key_biases", "key_norm", "value_group_size"):
         require(args.palu or not getattr(args, name), f"--{name} changes the latents only; it needs --palu")
     for name in ("key_biases", "key_norm"):
         needless = args.no_rope and getattr(args, name)

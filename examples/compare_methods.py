@@ -40,6 +40,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("--plain_bits", type=bit_list, default=[8, 4, 3, 2], help="comma-separated, of full keys and values (8,4,3,2)")
     flag("--head_group_size", type=group_size, default=4, help="kv heads that share a latent (default: %(default)s)")
     flag("--value_group_size", type=group_size, help="the same for values (default: as --head_group_size)")
+    flag("--key_cost", type=float, default=1.0, help="as of compress.py (default: %(default)s)")
+    flag("--max_key_rank", type=int, help="as of compress.py (default: no such limit)")
     flag("--rank_multiple", type=int, default=32, help="ranks are multiples of this (default: %(default)s)")
     flag("--calib_dataset", help=f"{DATASET_HELP} (default: wikitext2; demo for the demo model)")
     flag("--n_whiten_calib_samples", type=int, default=256, help="windows for the moments (default: %(default)s)")

@@ -59,8 +59,8 @@ class CompressionConfig:
     rank_multiple: ranks are multiples of this (or a group's whole dimension).
     key_cost: how much more a rank of keys costs than one of values where the search is `global`: keys are rebuilt in
         every decoding step, values are not.
-    max_key_rank: the most ranks of a group of keys, a bound on what a decoding step rebuilds; None for none. Values get
-        what it cuts off, as far as they can take it.
+    max_key_rank: the most ranks of a group of keys, a bound on what a decoding step rebuilds; None for none. The other
+        groups get what it cuts off.
     n_whiten_calib_samples, calib_seqlen: windows and tokens per window for the input moments.
     n_fisher_calib_samples, fisher_seqlen: the same for the Fisher information; a length of None means 1024, or
         calib_seqlen where that is shorter.
@@ -108,7 +108,8 @@ class CompressionConfig:
             object.__setattr__(self, "fisher_seqlen", min(DEFAULT_FISHER_SEQLEN, self.calib_seqlen))
         for name in ("lt_hadamard", "fuse_values", "sequential", "regroup"):
             require(isinstance(getattr(self, name), bool), f"{name} {getattr(self, name)!r} must be True or False")
-        require(not self.regroup or ratio < 1, "regroup does nothing at param_ratio_target 1")
+        drops = ratio < 1 or self.max_key_rank is not None
+        require(not self.regroup or drops, "regroup does nothing at param_ratio_target 1")
         names = ("rank_multiple", "n_whiten_calib_samples", "n_fisher_calib_samples", "n_probe_calib_samples")
         counts = dict.fromkeys(names, 1)
         for name, least in (counts | {"calib_seqlen": 2, "fisher_seqlen": 2, "seed": 0}).items():
@@ -120,11 +121,8 @@ class CompressionConfig:
             cost == 1 or self.search_method == "global",
             f"key_cost {cost} is for the search_method global, which weighs it",
         )
-        most, least = self.max_key_rank, self.rank_multiple
-        require(
-            most is None or (is_count(most) and most >= least),
-            f"max_key_rank {most!r} must be a number of at least rank_multiple, {least}",
-        )
+        most = self.max_key_rank
+        require(most is None or (is_count(most) and most > 0), f"max_key_rank {most!r} must be a number of at least 1")
         if chooses_bits(self.search_method):
             named = f"search_method {self.search_method}"
             require(self.lt_hadamard, f"{named} plans for turned latents; give lt_hadamard")

@@ -80,9 +80,13 @@ def statistics_needed(config: CompressionConfig) -> frozenset[Statistic]:
 def rank_budget(config: CompressionConfig) -> RankBudget:
     """What the rank search may spend."""
     return RankBudget(
-        config.param_ratio_target, config.rank_multiple, config.lt_hadamard, config.key_cost, config.quantization,
-        config.max_key_rank,
-    )  # fmt: skip
+        kept_ratio=config.param_ratio_target,
+        rank_multiple=config.rank_multiple,
+        hadamard=config.lt_hadamard,
+        key_cost=config.key_cost,
+        codes=config.quantization,
+        max_key_rank=config.max_key_rank,
+    )
 
 
 def check_compression(model_config: Any, config: CompressionConfig, windows: CalibrationWindows | None = None) -> None:

@@ -59,9 +59,15 @@ BAD_COMPRESS = [
     ),
     (["--regroup"], "regroup does nothing in groups of one or of all 4 kv heads"),
     (["--search_method", "global_bits", "--lt_hadamard", "--lt_bits", "16"], "chooses the bits; give no lt_bits"),
+    (["--max_key_rank", "16"], "no rank up to max_key_rank 16 is a multiple of rank_multiple 32"),
+    (["--max_key_rank", "0"], "max_key_rank 0 must be a number of at least 1"),
     (
-        ["--max_key_rank", "16"],
-        "max_key_rank 16 must be a number of at least rank_multiple, 32",
+        ["--max_key_rank", "14", "--rank_multiple", "7", "--lt_hadamard"],
+        "no rank up to max_key_rank 14 is a multiple of rank_multiple 7 and has a Hadamard matrix",
+    ),
+    (
+        ["--max_key_rank", "64", "--param_ratio_target", "0.9"],
+        "max_key_rank 64 leaves no more than 0.6250 of the cache",
     ),
     (
         ["--search_method", "global_bits", "--lt_hadamard", "--key_cost", "2"],

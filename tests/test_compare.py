@@ -9,7 +9,7 @@ import compress
 import run_ppl_eval
 from palu.evaluate.perplexity import perplexity
 from tests.helpers import compressed, example, in_an_empty_folder, invoke, random_windows, tiny_model  # noqa: F401
-from utils.report import bytes_of_16_bits
+from utils import report
 from utils.results import read_results
 
 compare_methods = example("compare_methods")
@@ -40,10 +40,25 @@ def test_every_way_of_caching_is_measured_and_drawn(capsys):
     assert all(text in shown for text in ("Perplexity on demo", "KL", "original"))
 
 
-def test_the_plot_counts_numbers_of_32_bits_as_16():
-    row = {"kv_bytes_per_token": 800, "bits": 32, "value_bits": 32}
-    assert bytes_of_16_bits(row) == 400
-    assert all(bytes_of_16_bits(row | {"bits": bits, "value_bits": bits}) == 800 for bits in (16, 8, 2))
+def test_the_plot_counts_numbers_of_32_bits_as_16(monkeypatch):
+    def row(method, nbytes, bits, plain=None):
+        counted = {"kv_bytes_per_token": nbytes, "bits": bits, "value_bits": bits, "plain": plain, "hadamard": False}
+        return counted | {"method": method, "dataset": "text", "perplexity": 1 + 1 / nbytes, "divergence": 1 / nbytes}
+
+    rows = [row("uniform+svd", 400, 32), row("uniform+svd", 25, 4), row(None, 50, 4, "token"), row(None, 800, 32)]
+    rows += [row("global_bits+fisher", 70, 5.5), row("global_bits+fisher", 90, 7.2)]
+    figures = []
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: figures.append(figure))
+    report.plot_front({"rows": rows}, Path("front.png"))
+    (above, _), (legend,) = figures[0].axes, figures[0].legends
+    drawn = {line.get_label(): list(line.get_xdata()) for line in above.get_lines()[:-1]}
+    assert drawn == {
+        "uniform+svd": [0.5],
+        "uniform+svd, 4 bits": [0.0625],
+        "plain quantisation, keys per token": [0.125],
+        "global_bits+fisher": [0.175, 0.225],
+    }
+    assert {text.get_text() for text in legend.get_texts()} == set(drawn)
 
 
 def test_a_row_is_what_compressing_and_measuring_one_by_one_gives():

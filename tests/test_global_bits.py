@@ -233,3 +233,11 @@ def test_bits_of_layers_that_are_given_are_kept_and_others_are_not_mentioned():
     model = planned(tiny_model("llama"), 0.5, search_method="uniform", quantization=quantization).model
     assert model.config.latent.quantization == quantization
     assert "layer_bits" not in QuantizationConfig(4, 4).to_dict()
+
+
+def test_keys_have_at_most_so_many_ranks():
+    shapes = sites(3, 2, 2, 64, 64)
+    budget = RankBudget(0.3, 16, codes=QuantizationConfig(), max_key_rank=40)
+    plan = get_search("global_bits")(shapes, evidence_for(shapes, random.Random()), budget)
+    kept = {side: max(rank for site, rank in plan.ranks.items() if site.side == side) for side in ("key", "value")}
+    assert kept["key"] <= 32 < kept["value"]

@@ -99,12 +99,15 @@ def test_the_kernel_script_writes_record_csv_and_plot(fake_gpu, capsys):
         ["--value_group_size", 1, "--rank_v", 128, "--key_biases"],
     ],
 )
-def test_the_attention_script_measures_latents_beside_baselines(flags, fake_gpu):
+def test_the_attention_script_measures_latents_beside_baselines(flags, fake_gpu, capsys):
     assert invoke(run_latency_attention, *ATTENTION, *flags, "--check") == 0
     results = read_results(Path("r.json"))
     latents = [row for row in results["rows"] if row["provider"] == "latents"]
     assert {row["bits"] for row in latents} == {16, 4}
     assert all(row["relative_error"] < 5e-3 for row in latents)
+    sizes = dict(zip(flags[::2], flags[1::2], strict=False)).get("--value_group_size", 2)
+    assert {row["value_group_size"] for row in latents} == {4 if sizes == "all" else sizes}
+    assert ("of values" in capsys.readouterr().out) == (sizes != 2)
     eager = [row for row in results["rows"] if row["provider"] == "eager"]
     assert all(row["microseconds"] for row in eager)
     assert len(results["rows"]) == 2 * len(results["config"]["batch_size"]) * 5
@@ -203,9 +206,9 @@ BAD_KERNEL = [
 BAD_ATTENTION = [
     (["--rank_k", "1000"], "--rank_k 1000 must be a multiple of 128"),
     (["--rank_v", "-128"], "--rank_v -128 must be a multiple of 128"),
-    (["--value_group_size", "3"], "--value_group_size 3 does not divide the model's 32 kv heads"),
+    (["--palu", "--value_group_size", "3"], "--value_group_size 3 does not divide the model's 32 kv heads"),
     (
-        ["--value_group_size", "8", "--rank_v", "4160"],
+        ["--palu", "--value_group_size", "8", "--rank_v", "4160"],
         "--rank_v 4160 must be a multiple of 64 (16 for each of 4 groups), from 64 to 4096",
     ),
     (["--prompt_len", "-1"], "--prompt_len -1 must be at least 1"),
@@ -218,6 +221,7 @@ BAD_ATTENTION = [
     (["--model_shape", "llama-3-8b"], "--model_shape is for --scope model; the scope here is attention"),
     (["--scope", "model", "--no_rope"], "--no_rope is for --scope attention; the scope here is model"),
     (["--scope", "model", "--rank_k", "512"], "--rank_k is for --scope attention"),
+    (["--value_group_size", "8"], "--value_group_size changes the latents only; it needs --palu"),
     (["--scope", "model", "--value_group_size", "8"], "--value_group_size is for --scope attention"),
     (["--scope", "model", "--check"], "--check is for --scope attention"),
     (["--scope", "model", "--kept_ratio", "0.9"], "--kept_ratio 0.9 must be above 0 and at most 0.6667"),

@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 import compress
 import run_ppl_eval
+from palu import CompressionConfig
 from palu.calibrate.text import DEMO_ASSETS
 from palu.decompose import DECOMPOSITIONS
 from palu.search import SEARCHES
@@ -217,12 +218,14 @@ def test_key_cost_moves_ranks_from_keys_to_values():
 
 def test_no_group_of_keys_has_more_ranks_than_asked_for():
     results = compress_rows("--no-dump_huggingface_model", "--max_key_rank", "64")
-    ranks = {row["side"]: [] for row in results["rows"] if row["kind"] == "rank"}
+    ranks = {"key": [], "value": []}
     for row in results["rows"]:
         if row["kind"] == "rank":
             ranks[row["side"]].append(row["rank"])
     assert max(ranks["key"]) <= 64 < max(ranks["value"])
     assert results["config"]["max_key_rank"] == 64
+    asked = CompressionConfig(max_key_rank=64, key_cost=2)
+    assert compress.checkpoint_name("m", asked).endswith("sequential-key_cost-2-max_key_rank-64")
 
 
 def test_verbose_logs_what_every_site_loses(capsys):

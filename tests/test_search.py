@@ -82,7 +82,7 @@ def test_ranks_without_a_hadamard_matrix_are_avoided_where_one_is_asked_for():
     assert not {92, 116} & set(plan.ranks.values())
     assert sum(plan.ranks.values()) <= 392
     assert round_to_budget(shapes, ideal, RankBudget(392 / 512, 4)).ranks[shapes[0].site] == 92
-    with pytest.raises(PaluError, match="no multiple of 93"):
+    with pytest.raises(PaluError, match="no rank up to 92 is a multiple of rank_multiple 93 and has a Hadamard matrix"):
         round_to_budget(sites(1, 1, 1, 92, 92), [92.0, 92.0], RankBudget(1.0, 93, hadamard=True))
 
 
@@ -171,9 +171,21 @@ def test_keys_have_at_most_so_many_ranks_and_values_get_the_rest(method):
     keys = [rank for site, rank in plan.ranks.items() if site.side == "key"]
     assert max(keys) <= 16
     assert sum(plan.ranks.values()) > 0.6 * 12 * 64 - 8
-    # More than keys and values may have together.
-    plan = get_search(method)(shapes, evidence, RankBudget(1.0, 8, max_key_rank=20))
+    # All that keys and values may have together, and more.
+    plan = get_search(method)(shapes, evidence, RankBudget(0.625, 8, max_key_rank=20))
     assert set(plan.ranks.values()) == {16, 64}
+    with pytest.raises(PaluError, match=r"max_key_rank 20 leaves no more than 0\.6250 of the cache"):
+        get_search(method)(shapes, evidence, RankBudget(0.8, 8, max_key_rank=20))
+
+
+@pytest.mark.parametrize("method", ["fisher", "fisher_uniform"])
+def test_what_the_bound_on_keys_cuts_off_is_shared_out_in_proportion(method):
+    shapes = sites(2, 1, 1, 64, 64)
+    scores = {shape.site: 100.0 if shape.site.side == "key" else 1.0 + shape.site.layer for shape in shapes}
+    plan = get_search(method)(shapes, Evidence(scores), RankBudget(76 / 256, 1, max_key_rank=20))
+    assert [plan.ranks[shape.site] for shape in shapes if shape.site.side == "key"] == [20, 20]
+    # 36 of 76 are left, one to two.
+    assert sorted(plan.ranks[shape.site] for shape in shapes if shape.site.side == "value") == [12, 24]
 
 
 def test_what_a_cap_cuts_off_goes_to_the_others():
@@ -183,7 +195,7 @@ def test_what_a_cap_cuts_off_goes_to_the_others():
 
 
 def test_a_cap_without_a_rank_below_it_is_refused():
-    with pytest.raises(PaluError, match="no multiple of 32 up to 24 is there"):
+    with pytest.raises(PaluError, match="no rank up to max_key_rank 24 is a multiple of rank_multiple 32"):
         get_search("uniform")(sites(1, 1, 1, 64, 64), Evidence(), RankBudget(0.5, 32, max_key_rank=24))
 
 

@@ -12,7 +12,6 @@ from utils.latency import Cost
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from palu.config import GroupSize
     from palu.kernels.latents import LatentProjection, Latents
     from palu.kernels.rotation import Rotation
 
@@ -100,8 +99,8 @@ class Heads:
     value_group_size: int | None = None
 
     @classmethod
-    def asked(cls, args: argparse.Namespace, value_group_size: "GroupSize | None" = None) -> "Heads":
-        """From the command line.
+    def asked(cls, args: argparse.Namespace) -> "Heads":
+        """From the command line, of which not every script's has `--value_group_size`.
 
         Raises:
             PaluError: if they do not fit one another.
@@ -116,9 +115,10 @@ class Heads:
         allowed = ", ".join(map(str, HEAD_DIMS))
         require(args.head_dim in HEAD_DIMS, f"--head_dim {args.head_dim} must be one of {allowed}")
         size = resolve_group_size(args.group_size, kv_heads, "--group_size")
-        if value_group_size is not None:
-            value_group_size = resolve_group_size(value_group_size, kv_heads, "--value_group_size")
-        return cls(args.num_heads, kv_heads, args.head_dim, size, value_group_size)
+        of_values = getattr(args, "value_group_size", None)
+        if of_values is not None:
+            of_values = resolve_group_size(of_values, kv_heads, "--value_group_size")
+        return cls(args.num_heads, kv_heads, args.head_dim, size, of_values)
 
     @property
     def values(self) -> "Heads":
@@ -234,7 +234,7 @@ def rotation_of(heads: Heads, base: float, batch: int, length: int, device: str)
 
 
 def relative_error(output: "Tensor", reference: Callable[[int], "Tensor"], groups: int, dim: int) -> float:
-    """`||out - ref|| / ||ref||`, a group of heads at a time, so that the reference fits into memory.
+    """`||out - ref|| / ||ref||`, some groups of heads at a time, so that the reference fits into memory.
 
     Args:
         reference: float64 result of one group.

@@ -179,7 +179,7 @@ def plot_front(results: dict[str, Any], path: Path) -> None:
         full = next(row for row in rows if row["method"] is None and not row["plain"])
         above, below = axes[:, column]
         for name, front in _fronts([row for row in rows if row is not full]).items():
-            shares = [bytes_of_16_bits(row) / bytes_of_16_bits(full) for row in front]
+            shares = [_bytes_of_16_bits(row) / _bytes_of_16_bits(full) for row in front]
             style = "x--" if front[0]["plain"] else "o-"
             increase = [100 * (row["perplexity"] / full["perplexity"] - 1) for row in front]
             above.plot(shares, increase, style, label=name, markersize=5)
@@ -198,19 +198,26 @@ def plot_front(results: dict[str, Any], path: Path) -> None:
     save_figure(figure, path)
 
 
-def bytes_of_16_bits(row: dict[str, Any]) -> float:
-    """A row's bytes with its numbers in 16 bits: a cache of 32 bits would make codes look smaller than they are."""
+def _bytes_of_16_bits(row: dict[str, Any]) -> float:
+    """A row's bytes with its numbers in 16 bits: a cache of 32 bits would make codes look smaller than they are.
+
+    Of rows that hold numbers only or codes only.
+    """
     return row["kv_bytes_per_token"] * min(1.0, 16 / min(row["bits"], row["value_bits"]))
 
 
 def _fronts(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Rows of every method and number of bits, or of plain quantisation, by rising bytes."""
+    """Rows of every method and given number of bits, or of plain quantisation, by rising bytes."""
+    from palu.config import chooses_bits
+
     fronts: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: row["kv_bytes_per_token"]):
+        # Where a plan chose bits, those of every ratio are others.
+        given = min(row["bits"], row["value_bits"]) < 16 and not chooses_bits((row["method"] or "").split("+")[0])
         if row["plain"]:
             name = f"plain quantisation, keys per {row['plain']}"
         else:
-            name = row["method"] if min(row["bits"], row["value_bits"]) >= 16 else f"{row['method']}, {_bits(row)} bits"
+            name = f"{row['method']}, {_bits(row)} bits" if given else row["method"]
         fronts.setdefault(name, []).append(row)
     return fronts
 

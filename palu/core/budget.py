@@ -43,7 +43,7 @@ class RankBudget:
     key_cost: how much more a search that weighs gain against cost lets a rank of keys cost than one of values; the
         budget counts both the same.
     codes: what a search that chooses bits may choose.
-    max_key_rank: the most ranks of a group of keys, None for its dimension; what it cuts off is free for others.
+    max_key_rank: the most ranks of a group of keys, None for its dimension; other groups get what it cuts off.
     """
 
     kept_ratio: float
@@ -74,15 +74,16 @@ class RankBudget:
         ranks = [*range(self.rank_multiple, shape.group_dim, self.rank_multiple), shape.group_dim]
         allowed = [rank for rank in ranks if rank <= cap and (not self.hadamard or is_reachable(rank))]
         if not allowed:
-            kind = "has a Hadamard matrix" if self.hadamard else "is there"
-            raise PaluError(f"no multiple of {self.rank_multiple} up to {cap} {kind}")
+            named = f"max_key_rank {cap}" if cap < shape.group_dim else f"{cap}"
+            turned = " and has a Hadamard matrix" if self.hadamard else ""
+            raise PaluError(f"no rank up to {named} is a multiple of rank_multiple {self.rank_multiple}{turned}")
         return allowed
 
     def check(self, shapes: Sequence[SiteShape]) -> None:
-        """Refuse a budget too small for the smallest rank everywhere.
+        """Refuse a budget too small for the smallest rank everywhere, or larger than `max_key_rank` lets be spent.
 
         Raises:
-            PaluError: with the smallest ratio that would do.
+            PaluError: with the smallest ratio that would do, or the largest one.
         """
         least = sum(self.allowed_ranks(shape)[0] for shape in shapes)
         if least > self.total(shapes):
@@ -91,6 +92,13 @@ class RankBudget:
                 f"param_ratio_target {self.kept_ratio} leaves {self.total(shapes)} ranks for {len(shapes)} groups, "
                 f"fewer than rank_multiple {self.rank_multiple} each; use a ratio of at least "
                 f"{rounded_up(needed):.3f} or a smaller rank_multiple"
+            )
+        most, full = sum(self.allowed_ranks(shape)[-1] for shape in shapes), sum(shape.group_dim for shape in shapes)
+        if self.max_key_rank is not None and most < self.total(shapes):
+            share = math.floor(most / full * 10000) / 10000
+            raise PaluError(
+                f"max_key_rank {self.max_key_rank} leaves no more than {share:.4f} of the cache to keep; use a "
+                f"param_ratio_target of at most that instead of {self.kept_ratio}, or a larger max_key_rank"
             )
 
 
