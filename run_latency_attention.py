@@ -36,7 +36,7 @@ from utils.latency_shapes import (
     count_list,
     record_path,
 )
-from utils.random_models import MODEL_SHAPES
+from utils.random_models import MODEL_SHAPES, check_shares
 
 SHAPES = [shape for shape in MODEL_SHAPES if shape != "tiny"]
 BASELINES = {"attention": ("sdpa_flash", "sdpa_cudnn", "eager"), "model": ("sdpa", "sdpa_flash", "sdpa_cudnn")}
@@ -47,7 +47,7 @@ DEFAULTS = {
         "head_dim": 128, "rope_base": 10000.0, "no_rope": False, "key_biases": False, "key_norm": False,
         "check": False, "rest": REST,
     },
-    "model": {"model_shape": "llama-2-7b", "kept_ratio": 0.5, "compile": False},
+    "model": {"model_shape": "llama-2-7b", "kept_ratio": 0.5, "value_share": 0.75, "compile": False},
 }  # fmt: skip
 PROFILED_STEPS = 3
 
@@ -86,7 +86,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add_rest_flag(part, default=None)
     part = parser.add_argument_group("--scope model").add_argument
     part("--model_shape", choices=SHAPES, help="(default: llama-2-7b)")
-    part("--kept_ratio", type=float, help="kept fraction of the cache, a quarter of it keys (default: 0.5)")
+    part("--kept_ratio", type=float, help="kept fraction of the cache (default: 0.5)")
+    part("--value_share", type=float, help="values' part of what is kept (default: 0.75)")
     part("--compile", action="store_true", default=None, help="compile the stock model and the latents' first")
     add_common_flags(parser)
     return parser.parse_args(argv)
@@ -134,7 +135,7 @@ def check_flags(args: argparse.Namespace) -> Heads | None:
     lists = {"--prompt_len": args.prompt_len, "--batch_size": args.batch_size}
     check_counts(lists | {"--repeats": args.repeats})
     if args.scope == "model":
-        check_model_flags(args)
+        check_shares(args)
         return None
     heads = Heads.asked(args)
     heads.ranks(args.rank_k, "--rank_k")
@@ -148,20 +149,6 @@ def check_flags(args: argparse.Namespace) -> Heads | None:
         needless = args.no_rope and getattr(args, name)
         require(not needless, f"--{name} is for keys that are rotated, which --no_rope says no to")
     return heads
-
-
-def check_model_flags(args: argparse.Namespace) -> None:
-    """Refuse groups that a shape does not have, and ratios at which values would keep more than they have."""
-    from palu.config import resolve_group_size
-    from palu.core.validate import require
-    from utils.latency_model import VALUE_SHARE
-
-    most = 1 / (2 * VALUE_SHARE)
-    resolve_group_size(args.group_size, MODEL_SHAPES[args.model_shape]["num_key_value_heads"], "--group_size")
-    require(
-        0 < args.kept_ratio <= most,
-        f"--kept_ratio {args.kept_ratio} must be above 0 and at most {most:.4g}, where values are kept whole",
-    )
 
 
 def baselines(args: argparse.Namespace) -> tuple[str, ...]:
@@ -202,8 +189,8 @@ def measure_models(
     from utils.console import progress
     from utils.latency_model import Models, filled_cache, measure_step, random_token, set_length, step_call
 
-    options = (max(args.prompt_len), args.kept_ratio, args.group_size, device, args.compile)
-    models = Models(args.model_shape, *options)
+    kept = (args.kept_ratio, args.group_size, args.value_share)
+    models = Models(args.model_shape, max(args.prompt_len), kept, device, args.compile)
     stock = [[(f"stock {name}", 16) for name in baselines(args)]]
     variants = stock + [[("latents", bits)] for bits in args.bits if args.palu]
     places = [(batch, length) for length in args.prompt_len for batch in args.batch_size]

@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import add_common_flags, bit_list, new_parser, resolve_device, run_script
-from utils.random_models import MODEL_SHAPES, latent_model, stock_model
+from utils.random_models import MODEL_SHAPES, check_shares, latent_model, stock_model
 
 # Flags that are counts.
 COUNTS = ("context", "batch_size", "new_tokens", "prefill_chunk")
@@ -69,20 +69,6 @@ def asked_policies(args: argparse.Namespace) -> list[Any]:
     if names and args.prompt_capacity >= args.context:
         raise PaluError(f"--prompt_capacity {args.prompt_capacity} must be below --context {args.context}")
     return [None, *(TokenSparsity(name, capacity=args.prompt_capacity) for name in names)]
-
-
-def check_shares(args: argparse.Namespace) -> None:
-    """Refuse sides that would keep nothing, or more than there is, and groups that do not divide the heads."""
-    from palu.config import resolve_group_size
-    from palu.core.errors import PaluError
-
-    for side, share in (("keys", 1 - args.value_share), ("values", args.value_share)):
-        if not 0 < 2 * args.kept_ratio * share <= 1:
-            raise PaluError(
-                f"--kept_ratio {args.kept_ratio:g} with --value_share {args.value_share:g} keeps "
-                f"{2 * args.kept_ratio * share:.0%} of the {side}; it must be more than nothing and at most all"
-            )
-    resolve_group_size(args.group_size, MODEL_SHAPES[args.model_shape]["num_key_value_heads"], "--group_size")
 
 
 def main(args: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from utils.random_models import latent_model, stock_model
 
 def tiny_models(bits=16):
     stock = stock_model("tiny", torch.float32, "cpu")
-    latents = latent_model(stock.config, torch.float32, "cpu", 0.5, 4, latency_model.VALUE_SHARE)
+    latents = latent_model(stock.config, torch.float32, "cpu", 0.5, 4, 0.75)
     palu.set_quantization(latents, palu.QuantizationConfig(bits, bits))
     return stock, latents
 

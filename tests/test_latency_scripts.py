@@ -15,7 +15,7 @@ from palu.models import is_latent
 from tests.helpers import in_an_empty_folder, invoke  # noqa: F401 (the first is a fixture)
 from tests.test_bad_input import one_line, tree
 from tests.test_house import ROOT, fake_kernels_distribution
-from utils import latency, latency_shapes
+from utils import latency, latency_model, latency_shapes
 from utils.latency import Peaks, Timing
 from utils.random_models import MODEL_SHAPES
 from utils.results import read_results
@@ -158,6 +158,14 @@ def test_the_model_scope_measures_steps_of_both_models(fake_gpu):
     assert results["config"]["profiled"] == "latents, 16 bits, 2 x 20"
 
 
+def test_the_model_scope_keeps_as_much_of_values_as_asked_for(fake_gpu, monkeypatch):
+    seen, latent_model = [], latency_model.latent_model
+    monkeypatch.setattr(latency_model, "latent_model", lambda *args: seen.append(latent_model(*args)) or seen[-1])
+    assert invoke(run_latency_attention, *MODEL, "--value_share", 0.5, "--group_size", 2) == 0
+    (layer, *_) = seen[0].config.latent.layers
+    assert layer.key == layer.value == (32, 32)
+
+
 def test_both_models_are_compiled_where_that_is_asked_for(fake_gpu, monkeypatch):
     seen = []
     monkeypatch.setattr("utils.latency_model.compiled", lambda model: seen.append(is_latent(model)) or model)
@@ -224,7 +232,9 @@ BAD_ATTENTION = [
     (["--value_group_size", "8"], "--value_group_size changes the latents only; it needs --palu"),
     (["--scope", "model", "--value_group_size", "8"], "--value_group_size is for --scope attention"),
     (["--scope", "model", "--check"], "--check is for --scope attention"),
-    (["--scope", "model", "--kept_ratio", "0.9"], "--kept_ratio 0.9 must be above 0 and at most 0.6667"),
+    (["--scope", "model", "--kept_ratio", "0.9"], "--kept_ratio 0.9 with --value_share 0.75 keeps 135% of the values"),
+    (["--scope", "model", "--value_share", "1"], "keeps 0% of the keys; it must be more than nothing and at most all"),
+    (["--value_share", "0.5"], "--value_share is for --scope model; the scope here is attention"),
     (["--scope", "model", "--model_shape", "tiny"], "invalid choice: 'tiny'"),
     (["--scope", "model", "--model_shape", "llama-3-8b", "--group_size", "16"], "divide the model's 8 kv heads"),
 ]

@@ -12,9 +12,6 @@ from utils.random_models import latent_model, stock_model
 if TYPE_CHECKING:
     import torch
 
-# The latents keep as much of values as of keys three times: values are worth more.
-VALUE_SHARE = 0.75
-
 
 class FullLatentCache(LatentCache):
     """A cache of fixed capacity whose next token fills it: everything in it is visible, so no mask is needed."""
@@ -125,12 +122,13 @@ class Models:
     """The model that is being measured; only one is in memory at a time."""
 
     def __init__(
-        self, shape: str, context: int, kept_ratio: float, group_size: int, device: str, compiles: bool = False
+        self, shape: str, context: int, kept: tuple[float, int, float], device: str, compiles: bool = False
     ) -> None:
+        """kept: kept ratio, group size, values' share of it, as `latent_model` takes them."""
         import torch
 
         self.shape, self.context, self.device, self.compiles = shape, context, device, compiles
-        self.kept_ratio, self.group_size = kept_ratio, group_size
+        self.kept = kept
         self.config = stock_model(shape, torch.float16, "meta", context + 1).config
         self.held: tuple[Any, Any] = (None, None)
 
@@ -144,8 +142,7 @@ class Models:
             self.held = (None, None)
             latency.free_memory()
             if provider == "latents":
-                options = (torch.float16, self.device, self.kept_ratio, self.group_size, VALUE_SHARE)
-                model = latent_model(self.config, *options)
+                model = latent_model(self.config, torch.float16, self.device, *self.kept)
                 palu.set_quantization(model, palu.QuantizationConfig(bits, bits))
                 attend_without_mask(model, "sdpa")
             else:

@@ -1,5 +1,6 @@
 """Stock and compressed models of well-known shapes with random weights: speed and memory need no download."""
 
+import argparse
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -74,6 +75,20 @@ def stock_model(shape: str, dtype: "torch.dtype", device: str, context: int | No
     config = AutoConfig.for_model(**entries)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def check_shares(args: argparse.Namespace) -> None:
+    """Refuse sides that would keep nothing, or more than there is, and groups that do not divide the heads."""
+    from palu.config import resolve_group_size
+    from palu.core.errors import PaluError
+
+    for side, share in (("keys", 1 - args.value_share), ("values", args.value_share)):
+        if not 0 < 2 * args.kept_ratio * share <= 1:
+            raise PaluError(
+                f"--kept_ratio {args.kept_ratio:g} with --value_share {args.value_share:g} keeps "
+                f"{2 * args.kept_ratio * share:.0%} of the {side}; it must be more than nothing and at most all"
+            )
+    resolve_group_size(args.group_size, MODEL_SHAPES[args.model_shape]["num_key_value_heads"], "--group_size")
 
 
 def latent_model(
