@@ -61,6 +61,13 @@ def test_the_plot_counts_numbers_of_32_bits_as_16(monkeypatch):
     assert {text.get_text() for text in legend.get_texts()} == set(drawn)
 
 
+def test_flags_of_the_rank_search_reach_every_method():
+    asked = ["--methods", "global+fisher,global+svd", "--key_cost", "2", "--max_key_rank", "64"]
+    configs = compare_methods.compression_configs(compare_methods.parse(asked)).values()
+    assert len(configs) == 6
+    assert {(config.key_cost, config.max_key_rank) for config in configs} == {(2, 64)}
+
+
 def test_a_row_is_what_compressing_and_measuring_one_by_one_gives():
     assert compare("--methods", "uniform+fisher+sequential", "--ratios", "0.5", "--plain_bits", "8") == 0
     together = read_results(Path("out.json"))["rows"][0]

@@ -93,9 +93,11 @@ class RankBudget:
                 f"fewer than rank_multiple {self.rank_multiple} each; use a ratio of at least "
                 f"{rounded_up(needed):.3f} or a smaller rank_multiple"
             )
-        most, full = sum(self.allowed_ranks(shape)[-1] for shape in shapes), sum(shape.group_dim for shape in shapes)
-        if self.max_key_rank is not None and most < self.total(shapes):
-            share = math.floor(most / full * 10000) / 10000
+        if self.max_key_rank is None:
+            return
+        most = sum(self.allowed_ranks(shape)[-1] for shape in shapes)
+        if most < self.total(shapes):
+            share = math.floor(most / sum(shape.group_dim for shape in shapes) * 10000) / 10000
             raise PaluError(
                 f"max_key_rank {self.max_key_rank} leaves no more than {share:.4f} of the cache to keep; use a "
                 f"param_ratio_target of at most that instead of {self.kept_ratio}, or a larger max_key_rank"
