@@ -49,7 +49,8 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 class Call(NamedTuple):
     """A call of decode attention with heads of 128; queries: tokens.
 
-    beside: tokens kept exact beside the packed ones; key_rank: per group of group_size.
+    beside: tokens kept exact beside the packed ones; key_rank: per group of group_size; joined: groups whose values
+    have value_rank latents together.
     """
 
     kv_heads: int = 32
@@ -67,6 +68,7 @@ class Call(NamedTuple):
     base: float | None = None
     mask: str | None = "bool"
     value_rank: int = VALUE_RANK
+    joined: int = 1
 
 
 CALLS = [Call(bits=bits) for bits in (16, 8, 4, 3)] + [Call(8, bits) for bits in (16, 4)]
@@ -89,6 +91,11 @@ HOPPER_CALLS += [Call(4, 4, bias=True, heads=28, mask=None), Call(5, heads=10, g
 HOPPER_CALLS += [Call(absorbed=True, bits=bits) for bits in (8, 4)] + [Call(bits=4, dtype=torch.bfloat16)]
 # A tile for each program, two of which share a group's heads.
 HOPPER_CALLS += [Call(8, bits, length=4096, bias=bits == 8) for bits in (16, 8, 4)]
+# More latents of keys than the factor of all of a group's heads leaves room for; values of all key groups together.
+HOPPER_CALLS += [Call(8, bits, key_rank=256, value_rank=256, mask=None) for bits in (16, 8, 4)]
+HOPPER_CALLS += [Call(32, bits, key_rank=256, value_rank=256, mask=None) for bits in (16, 4)]
+HOPPER_CALLS += [Call(8, bits, value_rank=768, joined=2, mask=None) for bits in (16, 4)]
+HOPPER_CALLS += [Call(8, 4, key_rank=256, value_rank=512, joined=2, key_norm=True, bias=True)]
 
 
 class Launch(NamedTuple):
@@ -182,13 +189,13 @@ def record_beside(dtype):
 
 def record_combining():
     """Rows of which the programs that add parts up have a multiprocessor each, and do not."""
-    for rows, rank in ((2, 384), (4, 384), (8, 384), (6, 512)):
+    for rows, rank in ((2, 384), (4, 384), (8, 384), (6, 512), (1, 768), (6, 768)):
         means = hopper.Means(torch.empty(16, rows, 32, rank, dtype=torch.float16), torch.empty(16, rows, 32))
         value = LatentProjection(torch.empty(4 * HEAD_DIM, 2 * rank, dtype=torch.float16), (rank, rank))
         query = torch.empty(rows, 32, HEAD_DIM, dtype=torch.float16)
         hopper._combine_early(means, value, query, HEAD_DIM)
     # More latents than that launch takes, and none of the up factor.
-    for rank, up in ((640, torch.empty(4 * HEAD_DIM, 1280, dtype=torch.float16)), (384, None)):
+    for rank, up in ((896, torch.empty(4 * HEAD_DIM, 1792, dtype=torch.float16)), (384, None)):
         means = hopper.Means(torch.empty(16, 1, 32, rank, dtype=torch.float16), torch.empty(16, 1, 32))
         query = torch.empty(1, 32, HEAD_DIM, dtype=torch.float16)
         hopper._combine_early(means, LatentProjection(up, (rank, rank)), query, HEAD_DIM)
@@ -211,9 +218,12 @@ def record_growing(launches):
 def arguments(call):
     """Arguments of a call, with memory that nobody touches for latents."""
     groups, width = call.kv_heads // call.group_size, call.group_size * HEAD_DIM
-    ranks = ((call.key_rank,) * groups, (call.value_rank,) * groups)
+    ranks = ((call.key_rank,) * groups, (call.value_rank,) * (groups // call.joined))
     bias = torch.zeros(call.kv_heads * HEAD_DIM, dtype=call.dtype) if call.bias else None
-    key, value = (LatentProjection(torch.zeros(width, sum(each), dtype=call.dtype), each, bias) for each in ranks)
+    key, value = (
+        LatentProjection(torch.zeros(rows, sum(each), dtype=call.dtype), each, bias)
+        for rows, each in zip((width, width * call.joined), ranks, strict=True)
+    )
     base = call.base or (1e4 if call.kv_heads == 32 else 5e5)
     frequencies = base ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
     rotation = None if call.absorbed else Rotation(torch.arange(call.length)[None], frequencies)

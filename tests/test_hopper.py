@@ -9,7 +9,9 @@ import torch
 from palu.kernels.decode_attention import launch
 from palu.kernels.decode_attention.hopper import kind, plans
 from palu.kernels.decode_attention.hopper import launch as hopper
+from palu.kernels.decode_attention.hopper.factor import factor_of_codes
 from palu.kernels.decode_attention.spec import HOPPER_SHAPES, Shape
+from palu.kernels.latent_scores.factors import unit_order
 from palu.kernels.latent_scores.tables import lane_table
 from palu.kernels.latents import LatentProjection
 from palu.kernels.quantize import PackedLatents
@@ -56,6 +58,39 @@ def test_real_models_fit_and_more_latents_do_not():
     assert not fitting(plans.heads_of(32, 1, None), 128, 640)
 
 
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize(
+    ("heads", "key_ranks", "shares"),
+    [
+        ((32, 8), (128, 128), 1),
+        ((32, 8), (160, 32), 2),
+        ((32, 8), (256, 256), 2),
+        ((32, 8), (192,), 4),
+        ((8, 8), (256, 64), 2),
+    ],
+)
+def test_so_many_programs_share_a_groups_heads_that_its_factor_fits(heads, key_ranks, shares, bits, monkeypatch):
+    monkeypatch.setattr(kind, "block_memory", lambda device: MEMORY)
+    shape = Shape(1, *heads, 128, 1, 40, key_ranks, (256,))
+    query, *latents, key, value, _, _ = random_call(shape, torch.float16, False)
+    latents, _ = quantized(latents, bits, key, value)
+    found = kind.kind_of(query, *latents, key, value, None, None)
+    assert found.shares == shares
+    assert found.heads.kv * shares == heads[1] // len(key_ranks)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_codes_of_wide_keys_meet_the_factor_section_by_section(bits):
+    ranks = (192, 160)
+    latents = torch.randint(0, 2**bits, (7, 192)).double()
+    key = LatentProjection(torch.randn(64, sum(ranks), dtype=torch.float64), ranks)
+    ordered, _, _ = factor_of_codes(key, 256, bits, torch.float64, True, False, True)
+    # As `operand_of` hands codes on: fields of a section's units, one field after the other.
+    of_section = [latents[:, start : start + 64][:, unit_order(64, bits)] for start in range(0, 192, 64)]
+    product = torch.cat(of_section, 1) @ ordered[:, :192].T
+    assert torch.allclose(product, latents @ key.up[:, :192].T)
+
+
 def test_wide_value_groups_of_codes_fit_as_well():
     # Their sums of whole numbers do not, so that they are weighed in fp16.
     for heads, key_rank, value_rank in (
@@ -83,8 +118,10 @@ def test_what_the_kernel_cannot_take_is_left_to_the_others():
     query, keys, values, key, value, _, _ = random_call(HOPPER_SHAPES[0], torch.float16, False)
     assert takes(query, keys, values, key, value)
     assert not takes(query.float(), keys, values, key, value)
-    joint = LatentProjection(value.up, (sum(value.ranks),))
-    assert not takes(query, keys, values, key, joint)
+    joint = LatentProjection(torch.cat(value.up.split(value.ranks, 1)[:1] * 2), value.ranks[:1])
+    assert takes(query, keys, values[..., : joint.ranks[0]], key, joint)
+    joint_keys = LatentProjection(torch.cat([key.up] * 2)[:, : key.ranks[0]], key.ranks[:1])
+    assert not takes(query, keys[..., : key.ranks[0]], values, joint_keys, value)
     for more in (4, 8):
         wider = torch.zeros(*keys.shape[:2], keys.shape[2] + more, dtype=keys.dtype)[..., : keys.shape[2]]
         assert not takes(query, wider, values, key, value)

@@ -52,7 +52,9 @@ def outputs_of(means, value, head_dim):
 @needs_hopper
 @torch.no_grad()
 @pytest.mark.parametrize("count", [1, 5, 16, 40, 64])
-@pytest.mark.parametrize("ranks", [(48, 32), (384, 384), (512, 144)], ids=lambda ranks: "-".join(map(str, ranks)))
+@pytest.mark.parametrize(
+    "ranks", [(48, 32), (384, 384), (512, 144), (768,)], ids=lambda ranks: "-".join(map(str, ranks))
+)
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 @pytest.mark.parametrize("biased", [True, False])
 # So many that programs have a multiprocessor each with the fewest numbers, with more, and not at all.
@@ -70,7 +72,7 @@ def test_parts_are_added_up_before_their_launch_ends_as_after_it(count, ranks, h
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("count", "ranks"), [(3, (528, 48)), (128, (32, 16))])
+@pytest.mark.parametrize(("count", "ranks"), [(3, (784, 48)), (128, (32, 16))])
 def test_means_that_the_early_launch_does_not_take_are_added_up_by_the_other(count, ranks):
     found, means = random_means(count, 2, ranks)
     value, query = random_up(ranks, 64, True), torch.empty(2, HEADS, 64, device=DEVICE).half()

@@ -62,6 +62,15 @@ HOPPER_SHAPES = (
     Shape(1, 6, 3, 64, 1, 190, (64,), (192,)),
     Shape(1, 8, 4, 96, 1, 330, (64, 128), (128, 192)),
     Shape(1, 10, 5, 128, 1, 300, (64,), (256,)),
+    # More latents than half of the heads' factors have room for, and values of several key groups in the same latents.
+    Shape(2, 32, 8, 128, 1, 701, (256, 160), (256, 128)),
+    Shape(1, 8, 8, 128, 1, 410, (256, 64), (256, 128)),
+    Shape(2, 32, 8, 128, 1, 650, (128, 96), (640,)),
+    Shape(1, 16, 4, 64, 1, 300, (128, 64), (192,)),
+    Shape(2, 8, 8, 64, 1, 280, (64, 96), (320,)),
+    Shape(1, 32, 8, 128, 1, 520, (256, 192), (256,)),
+    Shape(1, 32, 8, 128, 1, 380, (192,), (256,)),
+    Shape(1, 8, 4, 64, 1, 310, (192,), (128,)),
 )
 
 # Largest relative error ||out - ref|| / ||ref|| against float64: rounding of the inputs' dtype over sums of a few

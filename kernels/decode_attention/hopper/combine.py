@@ -12,7 +12,7 @@ from palu.kernels.decode_attention.kernel import LOWEST
 # Warps of a program, latents that they take at a time, and so many times at most.
 WARPS: gl.constexpr = gl.constexpr(8)
 CHUNK: gl.constexpr = gl.constexpr(128)
-MOST_CHUNKS: gl.constexpr = gl.constexpr(4)
+MOST_CHUNKS: gl.constexpr = gl.constexpr(6)
 # Chunks of which the warps' sums take more than half of a multiprocessor's shared memory.
 ALONE_CHUNKS: gl.constexpr = gl.constexpr(32)
 

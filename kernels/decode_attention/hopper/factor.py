@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from palu.kernels.decode_attention.hopper.plans import SECTION
 from palu.kernels.latent_scores.factors import bounded_factor, ordered_factor, unit_order
 from palu.kernels.latents import LatentProjection
 from palu.kernels.quantize import LARGEST_WHOLE_ZERO
@@ -13,14 +14,20 @@ MOST_SUM = 45000.0
 LEAST_POWER, MOST_POWER = 2.0**-6, 2.0**6
 
 
+def section_order(columns: int, bits: int) -> list[int]:
+    """`unit_order`, SECTION by SECTION."""
+    return [start + latent for start in range(0, columns, SECTION) for latent in unit_order(SECTION, bits)]
+
+
 def factor_of_codes(
-    key: LatentProjection, rank: int, bits: int, dtype: torch.dtype, folded: bool, extras: bool
+    key: LatentProjection, rank: int, bits: int, dtype: torch.dtype, folded: bool, extras: bool, in_sections: bool
 ) -> tuple[Tensor, float, bool]:
     """The up factor in the order of the codes, what it is divided by, and whether codes have to meet it scaled.
 
     folded: queries are folded into it; extras: keys have biases or a norm, which count on keys as they are.
+    in_sections: codes come section by section.
     """
-    given = (key, rank, bits, dtype, unit_order)
+    given = (key, rank, bits, dtype, section_order if in_sections else unit_order)
     if folded:
         return ordered_factor(*given), 1.0, False
     if not extras:

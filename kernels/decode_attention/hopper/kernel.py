@@ -23,17 +23,19 @@ def hopper_kernel(
     MODE: gl.constexpr, KEY_STAGES: gl.constexpr, STEP: gl.constexpr, VALUE_STAGES: gl.constexpr,
     SPAN: gl.constexpr, SPAN_MODE: gl.constexpr, SPAN_KEY_STAGES: gl.constexpr, SPAN_STEP: gl.constexpr,
     SPAN_VALUE_STAGES: gl.constexpr, HELD: gl.constexpr, GROUPS: gl.constexpr, SHARES: gl.constexpr,
+    JOINED: gl.constexpr,
     KV: gl.constexpr, QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr,
     SLOTS: gl.constexpr, QUERY_ROWS: gl.constexpr, WIDTH: gl.constexpr, WIDE: gl.constexpr, RANK: gl.constexpr,
     KEY_DIVISOR: gl.constexpr, CHUNKS: gl.constexpr, VALUE_DIVISOR: gl.constexpr, RANK_STRIDE: gl.constexpr,
     MASK: gl.constexpr, DTYPE: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr, BITS: gl.constexpr,
     ASYMMETRIC: gl.constexpr, SCORERS: gl.constexpr, WEIGHERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr,
-    VALUE_REGISTERS: gl.constexpr, WHOLE: gl.constexpr, SCALED: gl.constexpr,
+    VALUE_REGISTERS: gl.constexpr, WHOLE: gl.constexpr, SCALED: gl.constexpr, SECTIONS: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_NORM: gl.constexpr, EVEN_KEYS: gl.constexpr, EVEN_VALUES: gl.constexpr,
 ):  # fmt: skip
     """Mean value latents of a group's heads over a part of the tokens, and the logarithms of the weights' sums.
 
-    GROUPS: with SHARES programs for each group's heads, those of all groups.
+    GROUPS: with SHARES programs for each group's heads, those of all groups. JOINED: key groups whose values are in the
+    same latents.
 
     query: [rows, GROUPS * KV * QUERIES, query_stride]; absorbed, KV is one. keys, values: of codes, bytes. up: of codes
     in the order of `unit_order`. SCALED: codes of keys meet it times their scales, else scores are. bias: of all keys;
@@ -53,14 +55,15 @@ def hopper_kernel(
     # Programs of a group's shares have the same latents.
     share, row = gl.program_id(1), gl.program_id(2)
     group = share // SHARES
+    value_group = group // JOINED
     at_row = (row // QUERY_ROWS).to(gl.int64)
     key_rank, key_offset = place_of(key_rank_of, key_offset_of, group, EVEN_KEYS, KEY_DIVISOR)
-    value_rank, value_offset = place_of(value_rank_of, value_offset_of, group, EVEN_VALUES, VALUE_DIVISOR)
+    value_rank, value_offset = place_of(value_rank_of, value_offset_of, value_group, EVEN_VALUES, VALUE_DIVISOR)
     at_keys, at_values = keys + at_row * keys_b, values + at_row * values_b
     if BITS < 16:
         PARAMETERS: gl.constexpr = 2 if ASYMMETRIC else 1
         key_parameters += at_row * key_parameters_b + group * PARAMETERS
-        value_parameters += at_row * value_parameters_b + group * PARAMETERS
+        value_parameters += at_row * value_parameters_b + value_group * PARAMETERS
         # Codes are copied and read in units of 16 bits.
         at_keys = at_keys.to(gl.pointer_type(gl.int16), bitcast=True)
         at_values = at_values.to(gl.pointer_type(gl.int16), bitcast=True)
@@ -88,7 +91,7 @@ def hopper_kernel(
             given, first_head, 0, 0, 0, at_table, table_t, MODE, 0, KEY_STAGES, STEP, VALUE_STAGES, 1,
             KV, QUERIES, QUERY_SLOTS, SLOTS, WIDTH, WIDE,
             RANK, CHUNKS, RANK_STRIDE, MASK, DTYPE, TOGETHER, COLUMNS, BITS, ASYMMETRIC, SCORERS, WEIGHERS,
-            SCORE_REGISTERS, VALUE_REGISTERS, WHOLE, SCALED, HAS_BIAS, HAS_NORM,
+            SCORE_REGISTERS, VALUE_REGISTERS, WHOLE, SCALED, SECTIONS, HAS_BIAS, HAS_NORM,
         )  # fmt: skip
     else:
         attend(
@@ -96,5 +99,5 @@ def hopper_kernel(
             SPAN_MODE, SPAN, SPAN_KEY_STAGES, SPAN_STEP, SPAN_VALUE_STAGES, HELD,
             KV, QUERIES, QUERY_SLOTS, SLOTS, WIDTH, WIDE,
             RANK, CHUNKS, RANK_STRIDE, MASK, DTYPE, TOGETHER, COLUMNS, BITS, ASYMMETRIC, SCORERS, WEIGHERS,
-            SCORE_REGISTERS, VALUE_REGISTERS, WHOLE, SCALED, HAS_BIAS, HAS_NORM,
+            SCORE_REGISTERS, VALUE_REGISTERS, WHOLE, SCALED, SECTIONS, HAS_BIAS, HAS_NORM,
         )  # fmt: skip

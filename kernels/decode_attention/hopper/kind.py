@@ -16,6 +16,7 @@ from palu.kernels.decode_attention.hopper.plans import (
     padded_rank,
     plans_for,
     scorers_of,
+    sections_of,
     weighers_of,
     whole_slots,
 )
@@ -25,6 +26,8 @@ from palu.kernels.latents import LatentProjection, Latents
 from palu.kernels.quantize import PackedLatents
 from palu.kernels.relaunch import Constants
 
+# Programs at most that share a group's heads: each reads all of the group's latents.
+MOST_SHARES = 4
 # Bits of codes that the kernel can make numbers of.
 CODES = (8, 4)
 # Registers of a thread that scores and of one that weighs values, by the mode, whether there are codes, and the groups
@@ -82,11 +85,17 @@ class Kind:
         return weighers_of(self.heads.mode, self.bits)
 
     @functools.cached_property
+    def sections(self) -> int:
+        """As `sections_of`."""
+        return sections_of(self.key_ranks, self.heads)
+
+    @functools.cached_property
     def is_taken(self) -> bool:
         """Whether ranks and heads are such as the kernel takes, and fit."""
-        same_groups = len(self.key_ranks) == len(self.value_ranks)
+        # Values of several key groups may be in the same latents, not the other way round.
+        joined = len(self.key_ranks) % len(self.value_ranks) == 0
         aligned = not any(rank * self.bits % 128 for rank in (*self.key_ranks, *self.value_ranks))
-        return same_groups and aligned and bool(self.plans(False, False))
+        return joined and aligned and bool(self.plans(False, False))
 
     @functools.cached_property
     def takes_windows(self) -> bool:
@@ -97,11 +106,16 @@ class Kind:
 
     @functools.cached_property
     def shared(self) -> Optional["Kind"]:
-        """The same with two programs for each group's heads, None where they cannot share them."""
-        if self.heads.mode != "rotated" or self.heads.kv % 2 == 1:
+        """The same with twice as many programs for each group's heads, None where they cannot share them."""
+        if self.heads.mode == "absorbed" or self.heads.kv % 2 == 1 or self.shares == MOST_SHARES:
             return None
-        shared = replace(self, shares=2)
-        return shared if shared.plans(False, False) else None
+        return replace(self, shares=2 * self.shares)
+
+    @functools.cached_property
+    def shared_if_short(self) -> Optional["Kind"]:
+        """`shared` where that fits, and is faster if each program has one tile."""
+        shared = self.shared if self.heads.mode == "rotated" else None
+        return shared if shared is not None and shared.plans(False, False) else None
 
     def plans(self, windows: bool, all_of_them: bool) -> tuple[Plan, ...]:
         """As `plans_for`."""
@@ -141,7 +155,10 @@ def kind_of(
         asymmetric, query.dtype, key.bias is not None, key_norm is not None, mask_kind(mask), queries,
         block_memory(query.device),
     )  # fmt: skip
-    return found if found.is_taken else None
+    # Half of the heads need half of the up factor in shared memory.
+    while found is not None and not found.is_taken:
+        found = found.shared
+    return found
 
 
 def _bits(latents: Latents, dtype: torch.dtype) -> int | None:
@@ -183,14 +200,16 @@ def constants_of(kind: Kind, plan: Plan, span: int, scaled: bool) -> Constants:
         MODE=heads.mode, KEY_STAGES=exact.key_stages, STEP=exact.step, VALUE_STAGES=exact.value_stages,
         SPAN=span, SPAN_MODE=mode_of(heads, span > 0),
         SPAN_KEY_STAGES=plan.key_stages, SPAN_STEP=plan.step, SPAN_VALUE_STAGES=plan.value_stages, HELD=1 + plan.stays,
-        GROUPS=kind.groups, SHARES=kind.shares, KV=heads.kv, QUERIES=heads.queries, QUERY_SLOTS=heads.query_slots,
+        GROUPS=kind.groups, SHARES=kind.shares, JOINED=len(kind.key_ranks) // len(kind.value_ranks),
+        KV=heads.kv, QUERIES=heads.queries, QUERY_SLOTS=heads.query_slots,
         SLOTS=heads.slots, QUERY_ROWS=kind.rows_per_latent, WIDTH=kind.width, WIDE=next_power_of_2(kind.width),
         RANK=padded_rank(kind.key_ranks, bits), KEY_DIVISOR=divisor(kind.key_ranks), CHUNKS=chunks,
         VALUE_DIVISOR=divisor(kind.value_ranks), RANK_STRIDE=max(kind.value_ranks), MASK=kind.mask,
         DTYPE=DTYPES[kind.dtype], TOGETHER=heads.together, COLUMNS=heads.columns, BITS=bits,
         ASYMMETRIC=kind.asymmetric, SCORERS=scorers, WEIGHERS=weighers,
         SCORE_REGISTERS=score_registers, VALUE_REGISTERS=value_registers,
-        WHOLE=whole, SCALED=scaled, HAS_BIAS=kind.has_bias, HAS_NORM=kind.has_norm,
+        WHOLE=whole, SCALED=scaled, SECTIONS=kind.sections,
+        HAS_BIAS=kind.has_bias, HAS_NORM=kind.has_norm,
         EVEN_KEYS=even_rank(kind.key_ranks), EVEN_VALUES=even_rank(kind.value_ranks),
         num_warps=4, launch_pdl=True,
     )  # fmt: skip

@@ -30,8 +30,8 @@ from palu.kernels.tuning import length_class, pick, searches
 WINDOW_FAST, WINDOW_COLUMNS = KERNEL_FAST.value, KERNEL_COLUMNS.value
 COMBINE_WARPS, COMBINE_CHUNK, MOST_CHUNKS = KERNEL_WARPS.value, KERNEL_CHUNK.value, KERNEL_MOST_CHUNKS.value
 # Parts at least that a program adds up, and numbers of a head that it computes: all programs of a head read all parts.
-# With the most chunks of latents there are registers for fewer numbers.
-LEAST_PARTS, OUTPUTS, FEWER_OUTPUTS = 16, (32, 64, 128), (32, 64)
+# Of so many chunks of latents there are registers for fewer numbers.
+LEAST_PARTS, OUTPUTS, FEWER_OUTPUTS, MANY_CHUNKS = 16, (32, 64, 128), (32, 64), 4
 # Tiles of a program from which on windows are worth their making.
 LEAST_TILES = 8
 # Pairs of keys with several queries that are rebuilt where the others are interpolated.
@@ -87,12 +87,12 @@ def launch(
     call = Call(kind, query, key_latents, value_latents, key, rotation, mask, scaling, key_norm)
     rows, num_heads, _ = query.shape
     tiles = cdiv(key_latents.shape[1], TILE)
-    others, programs = len(kind.key_ranks) * rows, processors(query.device)
+    others, programs = kind.groups * rows, processors(query.device)
     parts = parts_of(tiles, others, programs)
     tables = _tables(call, cdiv(tiles, parts) >= LEAST_TILES)
-    if cdiv(tiles, parts) == 1 and kind.shared and 2 * others * cdiv(tiles, 2) <= programs:
+    if cdiv(tiles, parts) == 1 and kind.shared_if_short and 2 * others * cdiv(tiles, 2) <= programs:
         # Half of the factor to copy, and half of the parts to add up.
-        call, parts = call._replace(kind=kind.shared), cdiv(tiles, 2)
+        call, parts = call._replace(kind=kind.shared_if_short), cdiv(tiles, 2)
     count = parts * kind.weighers
     means = query.new_empty(count, rows, num_heads, max(kind.value_ranks))
     found = Means(means, query.new_empty(count, rows, num_heads, dtype=torch.float32))
@@ -158,7 +158,7 @@ def _launch(plan: Plan, call: Call, tables: Tables, parts: int, found: Means) ->
     if bits < 16 and not absorbed:
         extras = kind.has_bias or kind.has_norm
         rank, folded = padded_rank(kind.key_ranks, bits), kind.heads.mode == "folded"
-        up, power, scaled = factor_of_codes(key, rank, bits, kind.dtype, folded, extras)
+        up, power, scaled = factor_of_codes(key, rank, bits, kind.dtype, folded, extras, kind.sections > 0)
         scaling *= power
     scaling *= LOG2_E * (1.0 if rotation is None else rotation.attention_scaling)
     window, spans, filler = tables.window, tables.spans, tables.table
@@ -206,7 +206,7 @@ def _combine_early(found: Means, value: LatentProjection, query: Tensor, head_di
 def outputs_of(rows_heads: int, head_dim: int, chunks: int, processors: int) -> tuple[int, bool]:
     """The fewest numbers per program with which each has a multiprocessor to itself, else the most; which of both."""
     wide = next_power_of_2(head_dim)
-    fitting = [outputs for outputs in (OUTPUTS if chunks < MOST_CHUNKS else FEWER_OUTPUTS) if outputs <= wide]
+    fitting = [outputs for outputs in (OUTPUTS if chunks < MANY_CHUNKS else FEWER_OUTPUTS) if outputs <= wide]
     for outputs in fitting:
         if rows_heads * cdiv(head_dim, outputs) <= processors:
             return outputs, True

@@ -11,6 +11,9 @@ from triton.experimental.gluon import language as gl
 
 from palu.kernels.decode_attention.hopper.common import TILE, bits_of
 
+# Latents of a section, where a group has more than twice as many, so that products skip what no group has.
+SECTION: gl.constexpr = gl.constexpr(64)
+
 
 @gluon.constexpr_function
 def swizzled(columns: int) -> gl.NVMMASharedLayout:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from palu.kernels.decode_attention.hopper.common import TILE as KERNEL_TILE
+from palu.kernels.decode_attention.hopper.operands import SECTION as KERNEL_SECTION
 from palu.kernels.decode_attention.hopper.prologue import bias_columns
 from palu.kernels.decode_attention.hopper.turns import LEAST as KERNEL_LEAST
 from palu.kernels.decode_attention.hopper.turns import UNIT as KERNEL_UNIT
@@ -15,7 +16,7 @@ from palu.kernels.decode_attention.parts import COMBINE_PARTS
 from palu.kernels.integers import cdiv, next_power_of_2
 
 TILE, CHUNK, LEAST, COLUMNS = KERNEL_TILE.value, KERNEL_CHUNK.value, KERNEL_LEAST.value, KERNEL_UNIT.value
-SLOW = KERNEL_SLOW.value
+SLOW, SECTION = KERNEL_SLOW.value, KERNEL_SECTION.value
 # Columns of a group's scores at most, and latents of its keys at least, for the matrix units: of numbers and of codes.
 MOST_SLOTS, LEAST_RANK, LEAST_CODES = 32, 32, 64
 # Columns of slow pairs at least, and latents of a window's matrices, which are made in registers, at most.
@@ -130,6 +131,11 @@ def _whole_registers(slots: int, chunks: int, step: int) -> int:
 def padded_rank(ranks: Sequence[int], bits: int) -> int:
     """Latents that a program reads of each group of keys."""
     return max(LEAST_RANK if bits == 16 else LEAST_CODES, next_power_of_2(max(ranks)))
+
+
+def sections_of(ranks: Sequence[int], heads: Heads) -> int:
+    """In how many sections of SECTION latents keys that are rebuilt meet the factor, 0 where in one of all latents."""
+    return cdiv(max(ranks), SECTION) if heads.mode != "absorbed" and max(ranks) > 2 * SECTION else 0
 
 
 @functools.lru_cache(maxsize=4096)

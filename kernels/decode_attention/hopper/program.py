@@ -74,7 +74,7 @@ def attend(
     WIDTH: gl.constexpr, WIDE: gl.constexpr, RANK: gl.constexpr, CHUNKS: gl.constexpr, RANK_STRIDE: gl.constexpr,
     MASK: gl.constexpr, DTYPE: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr, BITS: gl.constexpr,
     ASYMMETRIC: gl.constexpr, SCORERS: gl.constexpr, WEIGHERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr,
-    VALUE_REGISTERS: gl.constexpr, WHOLE: gl.constexpr, SCALED: gl.constexpr,
+    VALUE_REGISTERS: gl.constexpr, WHOLE: gl.constexpr, SCALED: gl.constexpr, SECTIONS: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_NORM: gl.constexpr,
 ):  # fmt: skip
     """The part of a row's means that a program of `hopper_kernel` has, of one group's heads.
@@ -258,10 +258,12 @@ def attend(
             (score_rebuilt, (
                 places, scales, full, empty, ready, rings[0], factors, besides[0], to_scores, 0,
                 MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK, WHOLE > 0, SCALED,
+                SECTIONS,
             )),
             (score_rebuilt, (
                 places, scales, full, empty, ready, rings[1], factors, besides[1], to_scores, 1,
                 MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK, WHOLE > 0, SCALED,
+                SECTIONS,
             )),
             (_weigh, (
                 window, (ready,) if MODE == "rotated" or MODE == "folded" else (), memories[0], out, to_values, 0,

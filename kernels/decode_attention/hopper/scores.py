@@ -15,7 +15,7 @@ from palu.kernels.decode_attention.hopper.common import (
     phase_of,
     synchronize,
 )
-from palu.kernels.decode_attention.hopper.operands import key_operand
+from palu.kernels.decode_attention.hopper.operands import SECTION, key_operand
 from palu.kernels.decode_attention.hopper.parameters import (
     hand_on_parameters,
     load_parameters,
@@ -69,11 +69,12 @@ def places_of(found, WHICH: gl.constexpr):
 @gluon.jit
 def operand_of(
     slot, parameters, STAGES: gl.constexpr, result: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr,
-    TURNED: gl.constexpr, SCALED: gl.constexpr,
+    TURNED: gl.constexpr, SCALED: gl.constexpr, SECTIONS: gl.constexpr,
 ):  # fmt: skip
     """A tile's key latents in registers, once they are there, and what their scores are multiplied with, [tile].
 
-    TURNED, SCALED: as in `key_operand`.
+    SECTIONS: of SECTION latents each, the first ones of the slot, as a tuple; 0: all together. TURNED, of sections as
+    well: in the reversed order; SCALED: as in `key_operand`.
     """
     rows: gl.constexpr = gl.SliceLayout(1, result)
     async_copy.wait_group(STAGES - 1)
@@ -81,7 +82,14 @@ def operand_of(
     one = gl.full([TILE], 1.0, gl.float32, rows)
     scale = scale_of(parameters, 0, ASYMMETRIC) if BITS < 16 else one
     zero = zero_of(parameters, 0, rows, BITS, ASYMMETRIC)
-    operand = key_operand(slot, zero, scale, result, BITS, TURNED, SCALED)
+    operand = ()
+    if SECTIONS > 0:
+        UNITS: gl.constexpr = SECTION * BITS // 16
+        for section in gl.static_range(SECTIONS):
+            some = slot.slice((SECTIONS - 1 - section if TURNED else section) * UNITS, UNITS, dim=1)
+            operand = operand + (key_operand(some, zero, scale, result, BITS, TURNED, SCALED),)
+    else:
+        operand = (key_operand(slot, zero, scale, result, BITS, TURNED, SCALED),)
     return operand, one if SCALED else scale
 
 
@@ -168,7 +176,7 @@ def score_rebuilt(
     found, scales, full, empty, ready, ring, factors, beside, arguments,
     WHICH: gl.constexpr, MODE: gl.constexpr, KV: gl.constexpr, TOGETHER: gl.constexpr, QUERIES: gl.constexpr,
     QUERY_SLOTS: gl.constexpr, WIDTH: gl.constexpr, SPAN: gl.constexpr, DTYPE: gl.constexpr, BITS: gl.constexpr,
-    ASYMMETRIC: gl.constexpr, MASK: gl.constexpr, WHOLE: gl.constexpr, SCALED: gl.constexpr,
+    ASYMMETRIC: gl.constexpr, MASK: gl.constexpr, WHOLE: gl.constexpr, SCALED: gl.constexpr, SECTIONS: gl.constexpr,
 ):  # fmt: skip
     """Scores of every other tile of keys that are rebuilt head after head, from tile WHICH (0 or 1) on.
 
@@ -177,7 +185,8 @@ def score_rebuilt(
     mixed mode with what `make_slow` makes behind them; beside: what the mode needs besides: queries
     [KV * units, LEAST, UNIT] with the key biases and the key norm's weights where there are any, or what `make_window`
     takes, or queries [KV, SLOTS, UNIT] and what `make_slow` takes. full, empty: as in `buffer_in`. SPAN: tokens of a
-    window, or 0. WHOLE: values are weighed as whole numbers. SCALED: as in `key_operand`.
+    window, or 0. WHOLE: values are weighed as whole numbers. SCALED: as in `key_operand`;
+    SECTIONS: as in `operand_of`.
     """
     (
         tiles, latents, stored, table, mask, up, query, bias, norm, units, rank, latents_t, table_t, row_mask, mask_t,
@@ -262,7 +271,7 @@ def score_rebuilt(
             # Asked for long before they are needed, where there are registers.
             if MODE == "windows":
                 next_turns = _turns_of(table, basis, tiles, index + 2, table_t, nothing, PAIRS, ROWS_SPAN)
-            operand, scale = operand_of(slot, parameters, STAGES, wide, BITS, ASYMMETRIC, TURNED, SCALED)
+            operand, scale = operand_of(slot, parameters, STAGES, wide, BITS, ASYMMETRIC, TURNED, SCALED, SECTIONS)
             # All have read the latents.
             synchronize()
             copy_tile(slot, latents, tiles, index + 2 * STAGES, latents_t, units)

@@ -28,18 +28,37 @@ def hand_on(to, score, seen, scale, logarithm):
 
 
 @gluon.jit
-def _begun(operand, factors, unit, bias, SUMS: gl.constexpr):
-    """The product of a tile's latents with a unit's columns, under way.
+def _begun(operand, factors, unit, bias, TURNED: gl.constexpr, SUMS: gl.constexpr):
+    """The product of a tile's latents with a unit's columns, under way: as many as the operand has sections.
 
-    bias: `_bias_operands`, which are added, or (). SUMS: the type of its numbers.
+    operand: sections of `operand_of`, with TURNED. bias: `_bias_operands`, which are added, or (). SUMS: the type of
+    its numbers.
     """
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, UNIT, 16])
     begun = gl.zeros([TILE, UNIT], SUMS, layout)
-    begun = warpgroup_mma(operand, factors.index(unit).permute((1, 0)), begun, use_acc=False, is_async=True)
+    rows = factors.index(unit)
+    WIDE: gl.constexpr = operand[0].shape[1]
+    # Latents that no group has come first where the order is reversed.
+    FIRST: gl.constexpr = rows.shape[1] - len(operand) * WIDE if TURNED else 0
+    for section in gl.static_range(len(operand)):
+        columns = rows.slice(FIRST + section * WIDE, WIDE, dim=1) if len(operand) > 1 else rows
+        begun = warpgroup_mma(operand[section], columns.permute((1, 0)), begun, use_acc=section > 0, is_async=True)
     if len(bias) == 2:
         # Last, so that sums are small before it, which are rounded where they have 16 bits.
         begun = warpgroup_mma(bias[0], bias[1].permute((1, 0)), begun, is_async=True)
     return begun
+
+
+@gluon.jit
+def _awaited(numbers, operand):
+    """Numbers of products, a tuple, once none is under way, and the sections of the operand, which they read."""
+    both = warpgroup_mma_wait(0, deps=numbers + operand)
+    first, sections = (), ()
+    for each in gl.static_range(len(numbers)):
+        first = first + (both[each],)
+    for each in gl.static_range(len(operand)):
+        sections = sections + (both[len(numbers) + each],)
+    return first, sections
 
 
 @gluon.jit
@@ -129,6 +148,7 @@ def score_turned(
     """
     UNITS: gl.constexpr = factors.shape[0] - (1 if MODE == "mixed" else 0)
     OF_HEAD: gl.constexpr = UNITS // KV
+    SECTIONS: gl.constexpr = len(operand)
     # Scores of several kv heads add up, in columns of their own.
     OF_PLACE: gl.constexpr = OF_HEAD * TOGETHER
     # Keys of 16 bits are rounded anyway: rounding their sums as well takes no instructions and half of the registers.
@@ -140,13 +160,13 @@ def score_turned(
     for first in range(0, UNITS - 1, 2):
         # Before any product is under way.
         bias, other_bias = _bias_operands(biases, first), _bias_operands(biases, first + 1)
-        product = _begun(operand, factors, first, bias, SUMS)
-        other = _begun(operand, factors, first + 1, other_bias, SUMS)
-        # Of the other unit, products with latents and with ones are under way.
+        product = _begun(operand, factors, first, bias, True, SUMS)
+        other = _begun(operand, factors, first + 1, other_bias, True, SUMS)
+        # Of the other unit, products with sections of latents and with ones are under way.
         if len(biases) > 0:
-            product, _ones = warpgroup_mma_wait(2, deps=[product, bias[0]])
+            product, _ones = warpgroup_mma_wait(SECTIONS + 1, deps=[product, bias[0]])
         else:
-            product = warpgroup_mma_wait(1, deps=[product])
+            product = warpgroup_mma_wait(SECTIONS, deps=[product])
         product, squares = _times_weights(product, norm, 0)
         turned = _turned(product, words[0], narrow, MODE, DTYPE)
         scores = _met(turned, queries, first, scores, OF_PLACE, MODE)
@@ -165,7 +185,8 @@ def score_turned(
         following = _settled(_turned(other, words[OF_HEAD - 1], narrow, MODE, DTYPE))
         # No wait: products that add to the same numbers go on in their order.
         scores = _met(following, queries, first + 1, scores, OF_PLACE, MODE)
-        scores, turned, following, operand = warpgroup_mma_wait(0, deps=[scores, turned, following, operand])
+        awaited, operand = _awaited((scores, turned, following), operand)
+        scores, turned, following = awaited
         if MODE == "rotated":
             squares = others if OF_HEAD == 1 else squares + others
             factor = _hand_on_head(
@@ -173,8 +194,9 @@ def score_turned(
                 OF_HEAD, TOGETHER, QUERY_SLOTS, WIDTH,
             )  # fmt: skip
     if UNITS % 2 == 1:
-        begun = _begun(operand, factors, UNITS - 1, _bias_operands(biases, UNITS - 1), SUMS)
-        product, operand = warpgroup_mma_wait(0, deps=[begun, operand])
+        begun = _begun(operand, factors, UNITS - 1, _bias_operands(biases, UNITS - 1), True, SUMS)
+        awaited, operand = _awaited((begun,), operand)
+        product = awaited[0]
         product, squares = _times_weights(product, norm, 0)
         turned = _turned(product, words[0], narrow, MODE, DTYPE)
         scores = _met(turned, queries, UNITS - 1, scores, OF_PLACE, MODE)
@@ -191,7 +213,8 @@ def score_turned(
 def score_slow(found, free, operand, factors, shares, scores, seen, scale, logarithm):
     """Scores of `score_turned`, with those of slow pairs, whose matrix is the last unit."""
     unit: gl.constexpr = factors.shape[0] - 1
-    product, operand = warpgroup_mma_wait(0, deps=[_begun(operand, factors, unit, (), gl.float32), operand])
+    awaited, operand = _awaited((_begun(operand, factors, unit, (), True, gl.float32),), operand)
+    product = awaited[0]
     scores += slow_scores(product, shares, scores.shape[1])
     mbarrier.wait(free[0], free[1])
     hand_on(found[0].index(found[1]), scores, seen, scale, logarithm)
@@ -219,20 +242,23 @@ def score_weighed(
     # A head of 64 has one unit.
     ALONE: gl.constexpr = len(words) == 1
     for first in range(0, TOTAL - 1, 2):
-        product = _begun(operand, factors, first, (), gl.float32)
-        other = _begun(operand, factors, first + 1, (), gl.float32)
+        product = _begun(operand, factors, first, (), False, gl.float32)
+        other = _begun(operand, factors, first + 1, (), False, gl.float32)
         if ALONE:
-            product, other, operand = warpgroup_mma_wait(0, deps=[product, other, operand])
+            awaited, operand = _awaited((product, other), operand)
+            product, other = awaited
             score = gl.sum(_weigh(product, words[0], 0.0, HEADS, DTYPE), 2)
             score = gl.join(score, gl.sum(_weigh(other, words[0], 0.0, HEADS, DTYPE), 2)).reshape([TILE, 2])
         else:
-            sums = _weigh(warpgroup_mma_wait(1, deps=[product]), words[0], 0.0, HEADS, DTYPE)
-            other, operand = warpgroup_mma_wait(0, deps=[other, operand])
+            sums = _weigh(warpgroup_mma_wait(len(operand), deps=[product]), words[0], 0.0, HEADS, DTYPE)
+            awaited, operand = _awaited((other,), operand)
+            other = awaited[0]
             score = gl.sum(_weigh(other, words[1], sums, HEADS, DTYPE), 2)
         mbarrier.wait(free[0], free[1])
         hand_on(found[0].index(found[1] + first // 2), score, seen, scale, logarithm)
     if TOTAL % 2 == 1:
-        product, operand = warpgroup_mma_wait(0, deps=[_begun(operand, factors, TOTAL - 1, (), gl.float32), operand])
+        awaited, operand = _awaited((_begun(operand, factors, TOTAL - 1, (), False, gl.float32),), operand)
+        product = awaited[0]
         score = gl.sum(_weigh(product, words[0], 0.0, HEADS, DTYPE), 2)
         mbarrier.wait(free[0], free[1])
         hand_on(found[0].index(found[1] + TOTAL // 2), gl.join(score, score).reshape([TILE, 2]), seen, scale, logarithm)
