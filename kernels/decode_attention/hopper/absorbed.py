@@ -134,7 +134,7 @@ def score_absorbed(
         seen = load_seen(mask, row_mask, mask_t, token, token < length, MASK)
         next_parameters = load_parameters(stored, tiles, index + 1, rows, BITS, ASYMMETRIC)
         slot = ring.index(done % STAGES)
-        found_operand, scale = operand_of(slot, parameters, STAGES, layout, BITS, ASYMMETRIC, False, False, 0)
+        found_operand, scale = operand_of(slot, parameters, 0, STAGES, layout, BITS, ASYMMETRIC, False, False, 0)
         operand = found_operand[0]
         begun = warpgroup_mma(operand, queries.permute((1, 0)), zeros, use_acc=False, is_async=True)
         # All have read the latents.

@@ -23,7 +23,7 @@ def hopper_kernel(
     MODE: gl.constexpr, KEY_STAGES: gl.constexpr, STEP: gl.constexpr, VALUE_STAGES: gl.constexpr,
     SPAN: gl.constexpr, SPAN_MODE: gl.constexpr, SPAN_KEY_STAGES: gl.constexpr, SPAN_STEP: gl.constexpr,
     SPAN_VALUE_STAGES: gl.constexpr, HELD: gl.constexpr, GROUPS: gl.constexpr, SHARES: gl.constexpr,
-    JOINED: gl.constexpr,
+    JOINED: gl.constexpr, KEY_GROUPS: gl.constexpr,
     KV: gl.constexpr, QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr,
     SLOTS: gl.constexpr, QUERY_ROWS: gl.constexpr, WIDTH: gl.constexpr, WIDE: gl.constexpr, RANK: gl.constexpr,
     KEY_DIVISOR: gl.constexpr, CHUNKS: gl.constexpr, VALUE_DIVISOR: gl.constexpr, RANK_STRIDE: gl.constexpr,
@@ -34,8 +34,8 @@ def hopper_kernel(
 ):  # fmt: skip
     """Mean value latents of a group's heads over a part of the tokens, and the logarithms of the weights' sums.
 
-    GROUPS: with SHARES programs for each group's heads, those of all groups. JOINED: key groups whose values are in the
-    same latents.
+    GROUPS: programs for a row's heads: SHARES for each key group's, or one for those of KEY_GROUPS. JOINED: key groups
+    whose values are in the same latents.
 
     query: [rows, GROUPS * KV * QUERIES, query_stride]; absorbed, KV is one. keys, values: of codes, bytes. up: of codes
     in the order of `unit_order`. SCALED: codes of keys meet it times their scales, else scores are. bias: of all keys;
@@ -54,35 +54,43 @@ def hopper_kernel(
         lead, leading, end_tile = gl.load(at_span), gl.load(at_span + 1), gl.load(at_span + 2)
     # Programs of a group's shares have the same latents.
     share, row = gl.program_id(1), gl.program_id(2)
-    group = share // SHARES
-    value_group = group // JOINED
+    first_group = share // SHARES * KEY_GROUPS
+    value_group = first_group // JOINED
     at_row = (row // QUERY_ROWS).to(gl.int64)
-    key_rank, key_offset = place_of(key_rank_of, key_offset_of, group, EVEN_KEYS, KEY_DIVISOR)
     value_rank, value_offset = place_of(value_rank_of, value_offset_of, value_group, EVEN_VALUES, VALUE_DIVISOR)
     at_keys, at_values = keys + at_row * keys_b, values + at_row * values_b
     if BITS < 16:
         PARAMETERS: gl.constexpr = 2 if ASYMMETRIC else 1
-        key_parameters += at_row * key_parameters_b + group * PARAMETERS
+        key_parameters += at_row * key_parameters_b + first_group * PARAMETERS
         value_parameters += at_row * value_parameters_b + value_group * PARAMETERS
         # Codes are copied and read in units of 16 bits.
         at_keys = at_keys.to(gl.pointer_type(gl.int16), bitcast=True)
         at_values = at_values.to(gl.pointer_type(gl.int16), bitcast=True)
         keys_t, values_t = keys_t // 2, values_t // 2
-    parameters = (key_parameters, value_parameters, key_parameters_t, value_parameters_t)
-    at_keys += gl.multiple_of(key_offset * BITS // 16, 8)
     at_values += gl.multiple_of(value_offset * BITS // 16, 8)
     first_head = (row * GROUPS + share) * (KV * QUERIES)
     at_query = query + first_head * query_stride
-    # Factors for codes are in the codes' order, every group as wide as the others.
-    up_offset, up_rank = key_offset, key_rank
-    if BITS < 16:
-        up_offset, up_rank = group * RANK, RANK
-    at_up = up + up_offset
-    if SHARES > 1:
-        at_up += share % SHARES * (KV * WIDTH) * up_stride
+    own_keys, own_parameters, own_up, key_ranks, up_ranks = (), (), (), (), ()
+    for which in gl.static_range(KEY_GROUPS):
+        group = first_group + which
+        key_rank, key_offset = place_of(key_rank_of, key_offset_of, group, EVEN_KEYS, KEY_DIVISOR)
+        # Factors for codes are in the codes' order, every group as wide as the others.
+        up_offset, up_rank = key_offset, key_rank
+        if BITS < 16:
+            up_offset, up_rank = group * RANK, RANK
+            own_parameters = own_parameters + (key_parameters + which * PARAMETERS,)
+        at_up = up + up_offset
+        if SHARES > 1:
+            at_up += share % SHARES * (KV * WIDTH) * up_stride
+        if which > 0:
+            # The program's heads are counted on, the rows of a group's factor from its own first one.
+            at_up -= which * (KV // KEY_GROUPS * WIDTH) * up_stride
+        own_keys = own_keys + (at_keys + gl.multiple_of(key_offset * BITS // 16, 8),)
+        own_up, key_ranks, up_ranks = own_up + (at_up,), key_ranks + (key_rank,), up_ranks + (up_rank,)
+    parameters = (own_parameters, value_parameters, key_parameters_t, value_parameters_t)
     given = (
-        at_keys, at_values, parameters, at_up, at_query, bias + share * (KV * WIDTH), norm, mask,
-        bases, basis, frequencies, means, logarithms, key_rank, up_rank, value_rank, length, keys_t, values_t,
+        own_keys, at_values, parameters, own_up, at_query, bias + share * (KV * WIDTH), norm, mask,
+        bases, basis, frequencies, means, logarithms, key_ranks, up_ranks, value_rank, length, keys_t, values_t,
         row * mask_b, mask_t, up_stride, query_stride, rows_heads, scaling, epsilon,
     )  # fmt: skip
     at_table = table + gl.multiple_of(at_row * table_b, 8)

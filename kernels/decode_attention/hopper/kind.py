@@ -46,7 +46,7 @@ class Kind:
 
     width: of a query; kv: kv heads of a group, None where keys are absorbed; query_dtype: of the model; mask: as
     `mask_kind` calls it; rows_per_latent: rows that read the same row of latents; memory: bytes that a block may have;
-    shares: programs that share the heads of a group.
+    shares: programs that share the heads of a key group; key_groups: whose heads one program has.
     """
 
     num_heads: int
@@ -63,16 +63,18 @@ class Kind:
     rows_per_latent: int
     memory: int
     shares: int = 1
+    key_groups: int = 1
 
     @functools.cached_property
     def groups(self) -> int:
         """Programs for the heads of a row and a part."""
-        return len(self.key_ranks) * self.shares
+        return len(self.key_ranks) * self.shares // self.key_groups
 
     @functools.cached_property
     def heads(self) -> Heads:
         """How the query heads of a program lie."""
-        return heads_of(self.num_heads, self.groups, self.kv and self.kv // self.shares)
+        kv = self.kv and self.kv * self.key_groups // self.shares
+        return heads_of(self.num_heads, self.groups, kv, self.key_groups)
 
     @functools.cached_property
     def dtype(self) -> torch.dtype:
@@ -106,7 +108,11 @@ class Kind:
 
     @functools.cached_property
     def shared(self) -> Optional["Kind"]:
-        """The same with twice as many programs for each group's heads, None where they cannot share them."""
+        """The same with half as many heads for each program, None where they cannot be halved."""
+        if self.key_groups % 2 == 0:
+            return replace(self, key_groups=self.key_groups // 2)
+        if self.key_groups > 1:
+            return replace(self, key_groups=1)
         if self.heads.mode == "absorbed" or self.heads.kv % 2 == 1 or self.shares == MOST_SHARES:
             return None
         return replace(self, shares=2 * self.shares)
@@ -153,9 +159,9 @@ def kind_of(
     found = the_kind(
         num_heads, width, None if absorbed else key.up.shape[0] // width, tuple(key.ranks), tuple(value.ranks), bits,
         asymmetric, query.dtype, key.bias is not None, key_norm is not None, mask_kind(mask), queries,
-        block_memory(query.device),
+        block_memory(query.device), key_groups=1 if absorbed else max(1, len(key.ranks) // len(value.ranks)),
     )  # fmt: skip
-    # Half of the heads need half of the up factor in shared memory.
+    # All heads whose values are in the same latents, which are then read once; half of them need half of the up factor.
     while found is not None and not found.is_taken:
         found = found.shared
     return found
@@ -201,6 +207,7 @@ def constants_of(kind: Kind, plan: Plan, span: int, scaled: bool) -> Constants:
         SPAN=span, SPAN_MODE=mode_of(heads, span > 0),
         SPAN_KEY_STAGES=plan.key_stages, SPAN_STEP=plan.step, SPAN_VALUE_STAGES=plan.value_stages, HELD=1 + plan.stays,
         GROUPS=kind.groups, SHARES=kind.shares, JOINED=len(kind.key_ranks) // len(kind.value_ranks),
+        KEY_GROUPS=kind.key_groups,
         KV=heads.kv, QUERIES=heads.queries, QUERY_SLOTS=heads.query_slots,
         SLOTS=heads.slots, QUERY_ROWS=kind.rows_per_latent, WIDTH=kind.width, WIDE=next_power_of_2(kind.width),
         RANK=padded_rank(kind.key_ranks, bits), KEY_DIVISOR=divisor(kind.key_ranks), CHUNKS=chunks,

@@ -6,24 +6,33 @@ from triton.experimental.gluon import language as gl
 from palu.kernels.decode_attention.hopper.common import TILE, log2, phase_of, reciprocal
 from palu.kernels.decode_attention.hopper.operands import taken_away, taken_of_numbers
 
+# Which of a tile's parameters are the values': the last ones.
+VALUES: gl.constexpr = gl.constexpr(-1)
+
+
+@gluon.jit
+def _words(at, ok, ASYMMETRIC: gl.constexpr):
+    """Scales of some tokens, with the zero points where there are any."""
+    if ASYMMETRIC:
+        at = at.to(gl.pointer_type(gl.int32), bitcast=True)
+    # Behind the last token any positive scale does.
+    return gl.load(at, mask=ok, other=0x3C00 if ASYMMETRIC else 1.0)
+
 
 @gluon.jit
 def load_parameters(stored, tiles, index, layout: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr):
-    """Scales of a tile's keys and of its values, [tile] each, as words with the zero points where there are any."""
+    """Scales of a tile's keys, of every key group, and of its values, [tile] each, as words with any zero points.
+
+    stored: where they are of every key group, a tuple, and of the values, and from a token to the next one.
+    """
     parameters = ()
     if BITS < 16:
         keys, values, keys_t, values_t = stored
         first, step, _, _, length = tiles
         token = (first + index * step) * TILE + gl.arange(0, TILE, layout)
-        at_key, at_value = keys + token * keys_t, values + token * values_t
-        if ASYMMETRIC:
-            at_key = at_key.to(gl.pointer_type(gl.int32), bitcast=True)
-            at_value = at_value.to(gl.pointer_type(gl.int32), bitcast=True)
-        # Behind the last token any positive scale does.
-        one: gl.constexpr = 0x3C00 if ASYMMETRIC else 1.0
-        parameters = (
-            gl.load(at_key, mask=token < length, other=one), gl.load(at_value, mask=token < length, other=one)
-        )  # fmt: skip
+        for group in gl.static_range(len(keys)):
+            parameters = parameters + (_words(keys[group] + token * keys_t, token < length, ASYMMETRIC),)
+        parameters = parameters + (_words(values + token * values_t, token < length, ASYMMETRIC),)
     return parameters
 
 
@@ -34,7 +43,7 @@ def _half(word):
 
 @gluon.jit
 def scale_of(parameters, side: gl.constexpr, ASYMMETRIC: gl.constexpr):
-    """A tile's scales, float32 [tile], of keys (0) or values (1)."""
+    """A tile's scales, float32 [tile], of a key group or of VALUES."""
     return _half(parameters[side]) if ASYMMETRIC else parameters[side].to(gl.float32)
 
 
@@ -54,7 +63,7 @@ def zeros_of(parameters, layout: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: g
 
 @gluon.jit
 def zero_of(parameters, side: gl.constexpr, layout: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr):
-    """A tile's zero points, float32 [tile], of keys (0) or values (1); where there are none, the middle code."""
+    """A tile's zero points, float32 [tile], of a key group or of VALUES; where there are none, the middle code."""
     if BITS < 16 and ASYMMETRIC:
         zero = _half(parameters[side] >> 16)
     else:
@@ -65,7 +74,7 @@ def zero_of(parameters, side: gl.constexpr, layout: gl.constexpr, BITS: gl.const
 @gluon.jit
 def _visible_scale(parameters, seen, ASYMMETRIC: gl.constexpr):
     """Scales of a tile's values; those of hidden tokens may be anything, zero where a cache has room left, so one."""
-    return gl.where(seen > float("-inf"), scale_of(parameters, 1, ASYMMETRIC), 1.0)
+    return gl.where(seen > float("-inf"), scale_of(parameters, VALUES, ASYMMETRIC), 1.0)
 
 
 @gluon.jit
@@ -94,6 +103,6 @@ def hand_on_parameters(
     """
     if BITS < 16:
         scales[0].index(place).store(reciprocal(_visible_scale(parameters, seen, ASYMMETRIC)))
-        shift = zero_of(parameters, 1, layout, BITS, ASYMMETRIC)
+        shift = zero_of(parameters, VALUES, layout, BITS, ASYMMETRIC)
         shift -= taken_away(BITS) if WHOLE else taken_of_numbers(gl.arange(0, TILE, layout), BITS)
         scales[1].index(place).store(gl.where(seen > float("-inf"), shift, 0.0))

@@ -69,7 +69,7 @@ class Heads(NamedTuple):
     """How a group's query heads lie, and how they are scored.
 
     kv: kv heads; queries: heads of each, with room for `query_slots`; together: kv heads that share `columns` columns
-    of scores; slots: columns in all.
+    of scores; slots: columns in all; key_groups: whose heads they are.
     """
 
     mode: str
@@ -79,22 +79,32 @@ class Heads(NamedTuple):
     together: int
     columns: int
     slots: int
+    key_groups: int = 1
+
+    @property
+    def of_group(self) -> int:
+        """kv heads of a key group."""
+        return self.kv // self.key_groups
 
 
 @functools.lru_cache(maxsize=4096)
-def heads_of(num_heads: int, groups: int, kv: int | None) -> Heads:
-    """The heads of one group of so many kv heads; None: keys are absorbed, all queries have the group for a kv head."""
+def heads_of(num_heads: int, groups: int, kv: int | None, key_groups: int = 1) -> Heads:
+    """The heads of one of so many programs, of so many kv heads, those of key_groups key groups together.
+
+    kv: None where keys are absorbed: all queries have the group for a kv head.
+    """
     queries = num_heads // groups // (kv or 1)
     if kv is None:
         slots = max(LEAST, next_power_of_2(queries))
         return Heads("absorbed", 1, queries, slots, 1, slots, slots)
     if queries == 1:
         slots = max(LEAST, next_power_of_2(kv))
-        return Heads("folded", kv, 1, 1, kv, slots, slots)
+        return Heads("folded", kv, 1, 1, kv, slots, slots, key_groups)
     query_slots = next_power_of_2(queries)
-    together = max(1, min(LEAST // query_slots, kv))
+    # Of one key group: what their scores are multiplied with is its own.
+    together = max(1, min(LEAST // query_slots, kv // key_groups))
     slots = next_power_of_2(LEAST * cdiv(kv, together))
-    return Heads("rotated", kv, queries, query_slots, together, LEAST, slots)
+    return Heads("rotated", kv, queries, query_slots, together, LEAST, slots, key_groups)
 
 
 def mode_of(heads: Heads, windows: bool) -> str:
@@ -172,7 +182,7 @@ def plans_for(
     for plan in _preferred(heads, mode, bits, whole, all_of_them):
         # Slow pairs of one head's factor or of two for each group of warps that scores.
         held = 2 * 2 * SLOW * rank * (1 + plan.stays) if mode == "windows" else 0
-        tiles = scorers_of(mode, weighers, whole) * plan.key_stages * TILE * rank
+        tiles = scorers_of(mode, weighers, whole) * plan.key_stages * TILE * heads.key_groups * rank
         tiles += weighers * plan.value_stages * plan.step * chunks * CHUNK
         fits = _registers(plan, heads, chunks, bits, whole) <= MOST_OPERANDS and (not whole or plan.step >= LEAST_STEP)
         if fits and kept + 2 * held + tiles * bits // 8 <= memory:
@@ -189,10 +199,23 @@ def _are_taken(
         return False
     if rank > MOST_RANK or (heads.mode != "absorbed" and heads.kv > MOST_KV):
         return False
-    if max(key_ranks) + max(value_ranks) < LEAST_WIDTH:
+    if heads.key_groups * max(key_ranks) + max(value_ranks) < LEAST_WIDTH:
+        return False
+    if not _are_whole(heads, head_dim, windows):
         return False
     interpolated = next_power_of_2(head_dim) == 2 * COLUMNS and heads.slots <= COLUMNS // LEAST_COLUMNS
     return not windows or (interpolated and rank <= MOST_WINDOW_RANK)
+
+
+def _are_whole(heads: Heads, head_dim: int, windows: bool) -> bool:
+    """Whether no two key groups, of those of a program, have to share columns of scores or two units."""
+    if heads.key_groups == 1:
+        return True
+    # Two units are under way at a time; with windows a head has one, or two heads have two.
+    units = heads.of_group * (1 if windows else next_power_of_2(head_dim) // COLUMNS)
+    places = heads.kv // heads.together
+    apart = heads.mode == "folded" or (heads.of_group % heads.together == 0 and places * heads.columns == heads.slots)
+    return units % 2 == 0 and apart
 
 
 def _kept(heads: Heads, mode: str, head_dim: int, rank: int, has_bias: bool, has_norm: bool) -> int:
@@ -206,8 +229,8 @@ def _kept(heads: Heads, mode: str, head_dim: int, rank: int, has_bias: bool, has
         "rotated": heads.kv * wide * (rank + LEAST) + has_bias * biases + has_norm * weights_of_norm,
         # Two heads have a unit of fast pairs and one of slow ones; turned queries.
         "windows": cdiv(heads.kv, 2) * 2 * (COLUMNS * rank + COLUMNS * 4),
-        # Fast and slow pairs, the windows of these.
-        "mixed": (heads.kv * wide + COLUMNS) * rank + heads.kv * heads.slots * COLUMNS,
+        # Fast and slow pairs, the windows of these, of every key group.
+        "mixed": (heads.kv * wide + heads.key_groups * COLUMNS) * rank + heads.kv * heads.slots * COLUMNS,
     }[mode]
 
 

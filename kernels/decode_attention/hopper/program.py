@@ -7,7 +7,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from palu.kernels.decode_attention.hopper.absorbed import score_absorbed, score_absorbed_codes, store_whole_queries
 from palu.kernels.decode_attention.hopper.common import TILE, WARPS, seen_as, synchronize, visible_tiles
 from palu.kernels.decode_attention.hopper.operands import swizzled
-from palu.kernels.decode_attention.hopper.prologue import bias_columns, load_queries
+from palu.kernels.decode_attention.hopper.prologue import bias_columns, load_queries, there_if
 from palu.kernels.decode_attention.hopper.scores import score_rebuilt
 from palu.kernels.decode_attention.hopper.slow import make_first_window
 from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT
@@ -79,7 +79,7 @@ def attend(
 ):  # fmt: skip
     """The part of a row's means that a program of `hopper_kernel` has, of one group's heads.
 
-    given: what does not depend on the mode, at the row and the group. lead, leading, end_tile: of windows, the
+    given: what does not depend on the mode, at the row and the group; of every key group what is its own, as tuples. lead, leading, end_tile: of windows, the
     row of `spans_of`. HELD: heads whose slow pairs of factors are in shared memory at a time.
     """
     (
@@ -153,7 +153,10 @@ def attend(
     # Each group of warps that weighs values has a part of its own.
     out = part * WEIGHERS * rows_heads + first_head
     to_values = (found, scales, full, empty, tiles, at_values, means, logarithms, value_rank, values_t)
-    key_units_there = gl.multiple_of(key_rank * BITS // 16, 8)
+    KEY_GROUPS: gl.constexpr = len(at_keys)
+    key_units_there = ()
+    for group in gl.static_range(KEY_GROUPS):
+        key_units_there = key_units_there + (gl.multiple_of(key_rank[group] * BITS // 16, 8),)
     OF_VALUES: gl.constexpr = (KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS)
     if MODE == "absorbed":
         OF_KEYS: gl.constexpr = (BITS, ASYMMETRIC, MASK)
@@ -162,17 +165,17 @@ def attend(
         for _scorer in gl.static_range(SCORERS):
             ring = gl.allocate_shared_memory(stored, [KEY_STAGES, TILE, key_units], swizzled(key_units))
             rings = rings + (ring,)
-        to_scores = (tiles, at_keys, parameters, mask, key_units_there, keys_t, row_mask, mask_t)
+        to_scores = (tiles, at_keys[0], parameters, mask, key_units_there[0], keys_t, row_mask, mask_t)
         if WHOLE > 0:
             queries = gl.allocate_shared_memory(
                 gl.int8, [2 * WHOLE, RANK], gl.NVMMASharedLayout(min(128, RANK), 8, rank=2)
             )  # fmt: skip
             units = gl.allocate_shared_memory(gl.float32, [2, WHOLE], LINES)
-            store_whole_queries(queries, units, at_query, query_stride, key_rank, scaling, QUERIES, BITS)
+            store_whole_queries(queries, units, at_query, query_stride, key_rank[0], scaling, QUERIES, BITS)
         else:
             queries = gl.allocate_shared_memory(DTYPE, [SLOTS, RANK], swizzled(RANK))
             units = queries
-            loaded = load_queries(at_query, query_stride, key_rank, 0, SLOTS, RANK, QUERIES, 0, False, BITS)
+            loaded = load_queries(at_query, query_stride, key_rank[0], 0, SLOTS, RANK, QUERIES, 0, False, BITS)
             queries.store((loaded * scaling).to(DTYPE))
         fence_async_shared()
         synchronize()
@@ -196,7 +199,9 @@ def attend(
             ], [4, 4, 4], [SCORE_REGISTERS, VALUE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
     else:
         # Windows take half of the columns of a head, of two heads at a time.
-        UNITS: gl.constexpr = KV * WIDE // UNIT if SPAN == 0 else KV + 1 if MODE == "mixed" else (KV + 1) // 2 * 2
+        UNITS: gl.constexpr = (
+            KV * WIDE // UNIT if SPAN == 0 else KV + KEY_GROUPS if MODE == "mixed" else (KV + 1) // 2 * 2
+        )
         WIDTH_OF_PLACE: gl.constexpr = (
             SLOTS if MODE == "mixed" else LEAST if MODE == "rotated" else 1 if MODE == "folded" and UNITS > KV else 2
         )
@@ -228,8 +233,11 @@ def attend(
             )  # fmt: skip
             places = places + (place,)
         for _which in gl.static_range(2):
-            ring = gl.allocate_shared_memory(stored, [KEY_STAGES, TILE, key_units], swizzled(key_units))
-            rings = rings + (ring,)
+            own = ()
+            for _group in gl.static_range(KEY_GROUPS):
+                ring = gl.allocate_shared_memory(stored, [KEY_STAGES, TILE, key_units], swizzled(key_units))
+                own = own + (ring,)
+            rings = rings + (own,)
             if MODE == "windows":
                 held = ()
                 for piece in gl.static_range(2):
@@ -250,7 +258,7 @@ def attend(
         if MODE == "mixed":
             # Nothing is read where there is no tile.
             to_make = (
-                up, up_stride, gl.where(begin < end, up_rank, 0), at_query, query_stride, scaling, bases, frequencies,
+                up, up_stride, there_if(begin < end, up_rank), at_query, query_stride, scaling, bases, frequencies,
                 lead + begin * TILE,
             )  # fmt: skip
             window = (factors, beside, to_make)

@@ -17,6 +17,21 @@ ROWS: gl.constexpr = gl.constexpr(32)
 
 
 @gluon.jit
+def of_head(by_group, head: gl.constexpr, KV: gl.constexpr):
+    """Of a tuple with as many for each of the program's key groups, what a kv head's group has."""
+    return by_group[head // (KV // len(by_group))]
+
+
+@gluon.jit
+def there_if(ok, ranks):
+    """Ranks of key groups, a tuple, zero unless a condition holds: of these nothing is read."""
+    result = ()
+    for group in gl.static_range(len(ranks)):
+        result = result + (gl.where(ok, ranks[group], 0),)
+    return result
+
+
+@gluon.jit
 def _copy_pairs(
     to, up, up_stride, rank, head: gl.constexpr, FIRST: gl.constexpr, WIDTH: gl.constexpr, TURNED: gl.constexpr
 ):  # fmt: skip
@@ -43,12 +58,14 @@ def copy_factors(
 ):  # fmt: skip
     """Start copying rows of the up factor of every other kv head from WHICH on, as `_copy_pairs`.
 
-    factors: shared memory [at least KV * UNITS, UNIT, RANK].
+    factors: shared memory [at least KV * UNITS, UNIT, RANK]. up, rank: of every key group, a tuple; up from where the
+    program's first head would have its rows.
     """
     for head in gl.static_range(WHICH, KV, 2):
         for unit in gl.static_range(UNITS):
             to = factors.index(head * UNITS + unit)
-            _copy_pairs(to, up, up_stride, rank, head, unit * (UNIT // 2), WIDTH, TURNED)
+            at, latents = of_head(up, head, KV), of_head(rank, head, KV)
+            _copy_pairs(to, at, up_stride, latents, head, unit * (UNIT // 2), WIDTH, TURNED)
     async_copy.commit_group()
 
 
@@ -69,19 +86,25 @@ def pieces_of(factors, KV: gl.constexpr, WHICH: gl.constexpr, WINDOWS: gl.conste
 
 
 @gluon.jit
-def copy_fast(pieces, up, up_stride, rank, WIDTH: gl.constexpr, WHICH: gl.constexpr):
-    """Start copying the first pairs of every other kv head's factor, of a window, both of a pair side by side."""
+def copy_fast(pieces, up, up_stride, rank, KV: gl.constexpr, WIDTH: gl.constexpr, WHICH: gl.constexpr):
+    """Start copying the first pairs of every other kv head's factor, of a window, both of a pair side by side.
+
+    up, rank: as in `copy_factors`.
+    """
     for piece in gl.static_range(len(pieces)):
-        _copy_pairs(pieces[piece], up, up_stride, rank, WHICH + 2 * piece, 0, WIDTH, False)
+        at, latents = of_head(up, WHICH + 2 * piece, KV), of_head(rank, WHICH + 2 * piece, KV)
+        _copy_pairs(pieces[piece], at, up_stride, latents, WHICH + 2 * piece, 0, WIDTH, False)
 
 
 @gluon.jit
 def copy_halves(
-    to, up, up_stride, rank, FIRST: gl.constexpr, HALVES: gl.constexpr, WIDTH: gl.constexpr, TURNED: gl.constexpr
+    to, up, up_stride, rank, FIRST: gl.constexpr, BEGIN: gl.constexpr, END: gl.constexpr, WIDTH: gl.constexpr,
+    TURNED: gl.constexpr,
 ):  # fmt: skip
     """Start copying pairs FIRST .. of kv heads' up factors: [heads * 2, pairs, RANK], both numbers of the pairs.
 
-    Zero where there are none. HALVES: two of every head. TURNED: latents in the order of `last_first`.
+    Zero where there are none. BEGIN .. END: which of them, two of every head. TURNED: latents in the order of
+    `last_first`.
     """
     PAIRS: gl.constexpr = to.shape[1]
     RANK: gl.constexpr = to.shape[2]
@@ -92,7 +115,7 @@ def copy_halves(
         latent = column_of(latent, RANK)
     ok = (pair < WIDTH // 2)[:, None] & (latent < rank)[None, :]
     at = up + (pair * up_stride)[:, None] + latent[None, :]
-    for half in gl.static_range(HALVES):
+    for half in gl.static_range(BEGIN, END):
         copy_to_shared(to.index(half), at + half * (WIDTH // 2) * up_stride, mask=ok)
 
 

@@ -37,10 +37,11 @@ from palu.kernels.decode_attention.hopper.prologue import (
     store_beside,
     store_biases,
     store_norm,
+    there_if,
 )
 from palu.kernels.decode_attention.hopper.slow import load_basis, load_slow_of, made_layout, make_slow, slow_numbers
 from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT, by_pair, load_turns, units_of
-from palu.kernels.decode_attention.hopper.units import score_slow, score_turned, score_weighed
+from palu.kernels.decode_attention.hopper.units import hand_on_slow, score_turned, score_weighed, with_slow
 from palu.kernels.decode_attention.hopper.windows import (
     COLUMNS,
     FAST,
@@ -68,20 +69,20 @@ def places_of(found, WHICH: gl.constexpr):
 
 @gluon.jit
 def operand_of(
-    slot, parameters, STAGES: gl.constexpr, result: gl.constexpr, BITS: gl.constexpr, ASYMMETRIC: gl.constexpr,
-    TURNED: gl.constexpr, SCALED: gl.constexpr, SECTIONS: gl.constexpr,
+    slot, parameters, GROUP: gl.constexpr, PENDING: gl.constexpr, result: gl.constexpr, BITS: gl.constexpr,
+    ASYMMETRIC: gl.constexpr, TURNED: gl.constexpr, SCALED: gl.constexpr, SECTIONS: gl.constexpr,
 ):  # fmt: skip
-    """A tile's key latents in registers, once they are there, and what their scores are multiplied with, [tile].
+    """A tile's latents of a key group in registers, once they are there, and what their scores are multiplied with, [tile].
 
-    SECTIONS: of SECTION latents each, the first ones of the slot, as a tuple; 0: all together. TURNED, of sections as
+    PENDING: copies of latents that are under way, of which these are the first. SECTIONS: of SECTION latents each, the first ones of the slot, as a tuple; 0: all together. TURNED, of sections as
     well: in the reversed order; SCALED: as in `key_operand`.
     """
     rows: gl.constexpr = gl.SliceLayout(1, result)
-    async_copy.wait_group(STAGES - 1)
+    async_copy.wait_group(PENDING - 1)
     synchronize()
     one = gl.full([TILE], 1.0, gl.float32, rows)
-    scale = scale_of(parameters, 0, ASYMMETRIC) if BITS < 16 else one
-    zero = zero_of(parameters, 0, rows, BITS, ASYMMETRIC)
+    scale = scale_of(parameters, GROUP, ASYMMETRIC) if BITS < 16 else one
+    zero = zero_of(parameters, GROUP, rows, BITS, ASYMMETRIC)
     operand = ()
     if SECTIONS > 0:
         UNITS: gl.constexpr = SECTION * BITS // 16
@@ -120,11 +121,11 @@ def _start(
     """Start copying what this group of warps prepares."""
     if MODE == "windows":
         if WHICH < KV:
-            copy_fast(pieces_of(factors, KV, WHICH, True), up, up_stride, rank, WIDTH, WHICH)
+            copy_fast(pieces_of(factors, KV, WHICH, True), up, up_stride, rank, KV, WIDTH, WHICH)
         HEADS: gl.constexpr = min(beside[0][0].shape[0] // 2, max(0, KV - 2 * WHICH))
-        copy_slow(beside[0], up, up_stride, rank, 2 * WHICH, HEADS, WIDTH)
+        copy_slow(beside[0], up, up_stride, rank, 2 * WHICH, HEADS, KV, WIDTH)
     else:
-        # In mixed mode a unit of each head; behind these comes one of slow pairs.
+        # In mixed mode a unit of each head; behind these comes one of slow pairs for every key group.
         UNITS: gl.constexpr = 1 if MODE == "mixed" else factors.shape[0] // KV
         copy_factors(factors, up, up_stride, rank, KV, UNITS, WIDTH, WHICH, MODE != "folded")
 
@@ -132,12 +133,12 @@ def _start(
 @gluon.jit
 def _prepare(
     factors, beside, ready, loaded, bases, frequencies, query, up, numbers, position, window, begin, more,
-    KEY_STAGES: gl.constexpr, WHICH: gl.constexpr, MODE: gl.constexpr, KV: gl.constexpr, TOGETHER: gl.constexpr,
+    PENDING: gl.constexpr, WHICH: gl.constexpr, MODE: gl.constexpr, KV: gl.constexpr, TOGETHER: gl.constexpr,
     QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
     """Make what tiles are multiplied with: of all, or of a window. Each of two groups of warps does a part.
 
-    loaded: what windows are made of, or (). In mixed mode the first window is made by `make_first_window`, which the
+    loaded: what windows are made of, or (). PENDING: copies of latents that are under way. In mixed mode the first window is made by `make_first_window`, which the
     later ones are made as here.
     """
     up_stride, rank, query_stride, scaling = numbers
@@ -147,7 +148,7 @@ def _prepare(
             factors, beside, ready, frequency, own, bases, up, (up_stride, rank), position, more, KV, WIDTH, WHICH
         )  # fmt: skip
     elif MODE == "mixed":
-        async_copy.wait_group(KEY_STAGES)
+        async_copy.wait_group(PENDING)
         if window > begin:
             # All warps have done their products with the last window.
             synchronize()
@@ -159,13 +160,15 @@ def _prepare(
                 slow = slow_numbers(
                     own, scaling, position, QUERY_SLOTS, TOGETHER, LEAST, beside[0].shape[1], factors.dtype
                 )
-                make_slow(factors.index(KV), beside[1], window >> 30, slow, made_layout(factors.shape[2]), KEY_STAGES)
+                make_slow(
+                    factors, beside[1], window >> 30, slow, made_layout(factors.shape[2]), PENDING, len(rank)
+                )  # fmt: skip
     else:
         if MODE == "folded":
             q_first, q_second = load_pairs(
                 query, query_stride, scaling, KV, factors.shape[0] // KV * UNIT, factors.shape[2], WIDTH, WHICH
             )
-        async_copy.wait_group(KEY_STAGES)
+        async_copy.wait_group(PENDING)
         synchronize()
         if MODE == "folded":
             fold(pieces_of(factors, KV, WHICH, False), q_first, q_second)
@@ -184,7 +187,8 @@ def score_rebuilt(
     rows of every kv head, a pair's side by side or, turned, as `place_in_factor` has them, or a window's columns, in
     mixed mode with what `make_slow` makes behind them; beside: what the mode needs besides: queries
     [KV * units, LEAST, UNIT] with the key biases and the key norm's weights where there are any, or what `make_window`
-    takes, or queries [KV, SLOTS, UNIT] and what `make_slow` takes. full, empty: as in `buffer_in`. SPAN: tokens of a
+    takes, or queries [KV, SLOTS, UNIT] and what `make_slow` takes. ring: shared memory [stages, tile, units] of every key
+    group; what arguments have of each is a tuple as well. full, empty: as in `buffer_in`. SPAN: tokens of a
     window, or 0. WHOLE: values are weighed as whole numbers. SCALED: as in `key_operand`;
     SECTIONS: as in `operand_of`.
     """
@@ -192,15 +196,19 @@ def score_rebuilt(
         tiles, latents, stored, table, mask, up, query, bias, norm, units, rank, latents_t, table_t, row_mask, mask_t,
         up_stride, query_stride, scaling, epsilon, bases, basis, frequencies, position,
     ) = arguments  # fmt: skip
-    STAGES: gl.constexpr = ring.shape[0]
+    STAGES: gl.constexpr = ring[0].shape[0]
+    GROUPS: gl.constexpr = len(ring)
+    PENDING: gl.constexpr = STAGES * GROUPS
     TURNED: gl.constexpr = MODE == "rotated" or MODE == "mixed"
     SLOTS: gl.constexpr = found[0].shape[2] if TURNED else LEAST
     WINDOW: gl.constexpr = SPAN // TILE if SPAN > 0 else 1 << 30
     # Of windows, rows of the basis weigh products besides.
     ROWS_SPAN: gl.constexpr = SPAN if MODE == "windows" else 0
     PAIRS: gl.constexpr = (
-        FAST if MODE == "windows" else (factors.shape[0] - (1 if MODE == "mixed" else 0)) // KV * (UNIT // 2)
+        FAST if MODE == "windows" else (factors.shape[0] - (GROUPS if MODE == "mixed" else 0)) // KV * (UNIT // 2)
     )
+    # Of a key group's heads; mixed, without the one of their slow pairs.
+    OF_GROUP: gl.constexpr = factors.shape[0] // GROUPS - (1 if MODE == "mixed" else 0)
     TURNS: gl.constexpr = gl.float16 if MODE == "windows" else DTYPE
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, UNIT, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, SLOTS, 16])
@@ -221,9 +229,12 @@ def score_rebuilt(
         if len(beside[2]) > 0 and WHICH == 0:
             own_norm = load_norm(norm, beside[2][0].shape[0], WIDTH)
     # Nothing is read where there is no tile.
-    _start(factors, beside, up, up_stride, gl.where(begin < end, rank, 0), KV, WIDTH, MODE, WHICH)
+    _start(factors, beside, up, up_stride, there_if(begin < end, rank), KV, WIDTH, MODE, WHICH)
     for stage in gl.static_range(STAGES):
-        copy_tile(ring.index(stage), latents, tiles, begin + WHICH + 2 * stage, latents_t, units)
+        for group in gl.static_range(GROUPS):
+            copy_tile(
+                ring[group].index(stage), latents[group], tiles, begin + WHICH + 2 * stage, latents_t, units[group]
+            )  # fmt: skip
     nothing = gl.zeros([TILE], gl.int32, rows)
     if MODE != "windows":
         turns = _turns_of(table, basis, tiles, begin + WHICH, table_t, nothing, PAIRS, ROWS_SPAN)
@@ -234,7 +245,7 @@ def score_rebuilt(
         own = load_own_queries(query, query_stride, scaling, KV, WIDTH, WHICH)
         loaded = (load_frequencies(frequencies, WIDTH), own)
         q_first, q_second = load_pairs(query, query_stride, scaling, KV, UNIT // 2, factors.shape[2], WIDTH, WHICH)
-        async_copy.wait_group(STAGES)
+        async_copy.wait_group(PENDING)
         synchronize()
         fold(pieces_of(factors, KV, WHICH, True), q_first, q_second)
     if TURNED:
@@ -252,7 +263,7 @@ def score_rebuilt(
         _prepare(
             factors, beside, ready, loaded, bases, frequencies, query, up, numbers,
             position + (window - begin) * TILE, window, begin, (window + WINDOW < end).to(gl.int32),
-            STAGES, WHICH, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH,
+            PENDING, WHICH, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH,
         )  # fmt: skip
         if MODE == "windows" or (MODE == "mixed" and window > begin):
             # Not before: there are no registers where a group makes a window.
@@ -267,37 +278,52 @@ def score_rebuilt(
             seen = load_seen(mask, row_mask, mask_t, inside, inside < length, MASK)
             if not TURNED:
                 next_parameters = load_parameters(stored, tiles, index + 2, rows, BITS, ASYMMETRIC)
-            slot = ring.index(done % STAGES)
             # Asked for long before they are needed, where there are registers.
             if MODE == "windows":
                 next_turns = _turns_of(table, basis, tiles, index + 2, table_t, nothing, PAIRS, ROWS_SPAN)
-            operand, scale = operand_of(slot, parameters, STAGES, wide, BITS, ASYMMETRIC, TURNED, SCALED, SECTIONS)
-            # All have read the latents.
-            synchronize()
-            copy_tile(slot, latents, tiles, index + 2 * STAGES, latents_t, units)
-            if TURNED:
-                # Not before: it waits for this tile's cosines.
-                next_parameters = load_parameters(stored, tiles, index + 2, rows, BITS, ASYMMETRIC)
-            logarithm = logarithm_of(parameters, seen, rows, BITS, ASYMMETRIC)
-            free = (buffer_in(empty, WHICH, done, False), phase_of(done, False) ^ 1)
-            places = places_of(found, WHICH)
-            words = _words_of(turns, wide)
-            if TURNED:
-                scores, operand = score_turned(
-                    places, free, operand, factors, beside[0], biases, normed, words,
-                    gl.zeros([TILE, SLOTS], gl.float32, narrow), seen, scale, logarithm, narrow, KV, TOGETHER,
-                    QUERY_SLOTS, WIDTH, MODE, DTYPE,
+            scores = gl.zeros([TILE, SLOTS], gl.float32, narrow)
+            of_scores = ()
+            # Zero, which is not known before the loop: else addresses of all units would be computed there, and spilled.
+            zero = index >> 30 if GROUPS > 1 or OF_GROUP <= 2 else 0
+            for group in gl.static_range(GROUPS):
+                slot = ring[group].index(done % STAGES)
+                operand, scale = operand_of(
+                    slot, parameters, group, PENDING, wide, BITS, ASYMMETRIC, TURNED, SCALED, SECTIONS
                 )  # fmt: skip
-            else:
-                score_weighed(places, free, operand, factors, words, seen, scale, logarithm, KV, MODE, TURNS)
-            if MODE != "windows":
-                after = zeros_of(next_parameters, rows, BITS, ASYMMETRIC) if TURNED else nothing
-                next_turns = _turns_of(table, basis, tiles, index + 2, table_t, after, PAIRS, ROWS_SPAN)
+                of_scores = of_scores + (scale,)
+                # All have read the latents.
+                synchronize()
+                copy_tile(slot, latents[group], tiles, index + 2 * STAGES, latents_t, units[group])
+                if group == 0:
+                    if TURNED:
+                        # Not before: it waits for this tile's cosines.
+                        next_parameters = load_parameters(stored, tiles, index + 2, rows, BITS, ASYMMETRIC)
+                    logarithm = logarithm_of(parameters, seen, rows, BITS, ASYMMETRIC)
+                    free = (buffer_in(empty, WHICH, done, False), phase_of(done, False) ^ 1)
+                    places = places_of(found, WHICH)
+                    words = _words_of(turns, wide)
+                if TURNED:
+                    scores, operand = score_turned(
+                        places, free, operand, factors, beside[0], biases, normed, words, scores, seen, scale, logarithm,
+                        narrow, zero + group * OF_GROUP, OF_GROUP, KV // GROUPS, TOGETHER, QUERY_SLOTS, WIDTH, MODE, DTYPE,
+                    )  # fmt: skip
+                else:
+                    score_weighed(
+                        places, free, operand, factors, words, seen, scale, logarithm, zero + group * OF_GROUP, OF_GROUP, MODE,
+                        TURNS,
+                    )  # fmt: skip
+                if group == GROUPS - 1 and MODE != "windows":
+                    after = zeros_of(next_parameters, rows, BITS, ASYMMETRIC) if TURNED else nothing
+                    next_turns = _turns_of(table, basis, tiles, index + 2, table_t, after, PAIRS, ROWS_SPAN)
+                if MODE == "mixed":
+                    if group == GROUPS - 1:
+                        next_shares = load_basis(basis, (index + 2 - window) * TILE % SPAN, UNIT // SLOTS, SLOTS)
+                    if group == 0:
+                        # The first window's matrices are there.
+                        mbarrier.wait(beside[2], 0)
+                    scores = with_slow(operand, factors, shares, scores, zero + factors.shape[0] - GROUPS + group)
             if MODE == "mixed":
-                next_shares = load_basis(basis, (index + 2 - window) * TILE % SPAN, UNIT // SLOTS, SLOTS)
-                # The first window's matrix is there.
-                mbarrier.wait(beside[2], 0)
-                score_slow(places, free, operand, factors, shares, scores, seen, scale, logarithm)
+                hand_on_slow(places, free, scores, seen, of_scores, logarithm)
                 shares = next_shares
             place = place_of_scales(WHICH, done, False)
             hand_on_parameters(scales, place, parameters, seen, rows, BITS, ASYMMETRIC, WHOLE)

@@ -137,16 +137,16 @@ def _met(turned, queries, unit, scores, OF_PLACE: gl.constexpr, MODE: gl.constex
 @gluon.jit
 def score_turned(
     found, free, operand, factors, queries, biases, norm, words, scores, seen, scale, logarithm, narrow: gl.constexpr,
-    KV: gl.constexpr, TOGETHER: gl.constexpr, QUERY_SLOTS: gl.constexpr, WIDTH: gl.constexpr, MODE: gl.constexpr,
-    DTYPE: gl.constexpr,
+    begin, UNITS: gl.constexpr, KV: gl.constexpr, TOGETHER: gl.constexpr, QUERY_SLOTS: gl.constexpr,
+    WIDTH: gl.constexpr, MODE: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """Scores of keys that are rebuilt and turned, unit after unit, while the next one's product is under way.
 
-    In mixed mode they are returned, to go to `score_slow`, with the operand. found: shared memory of places of scores,
+    Of a key group's KV heads, which have UNITS units from `begin` on. In mixed mode they are added to `scores` and
+    returned, to go to `with_slow`, with the operand. found: shared memory of places of scores,
     and the tile's first one. biases: shared memory of `store_biases`,
-    in a tuple, or (). norm: weights of a key norm and what is added to the mean square, or (). scores: zeros.
+    in a tuple, or (). norm: weights of a key norm and what is added to the mean square, or ().
     """
-    UNITS: gl.constexpr = factors.shape[0] - (1 if MODE == "mixed" else 0)
     OF_HEAD: gl.constexpr = UNITS // KV
     SECTIONS: gl.constexpr = len(operand)
     # Scores of several kv heads add up, in columns of their own.
@@ -157,7 +157,8 @@ def score_turned(
     # Registers of products have to be written before any is under way.
     scores = _settled(scores)
     factor = gl.full([TILE, scores.shape[1]], 1.0, gl.float32, narrow)
-    for first in range(0, UNITS - 1, 2):
+    last = begin + UNITS - 1
+    for first in range(begin, last, 2):
         # Before any product is under way.
         bias, other_bias = _bias_operands(biases, first), _bias_operands(biases, first + 1)
         product = _begun(operand, factors, first, bias, True, SUMS)
@@ -194,28 +195,42 @@ def score_turned(
                 OF_HEAD, TOGETHER, QUERY_SLOTS, WIDTH,
             )  # fmt: skip
     if UNITS % 2 == 1:
-        begun = _begun(operand, factors, UNITS - 1, _bias_operands(biases, UNITS - 1), True, SUMS)
+        begun = _begun(operand, factors, last, _bias_operands(biases, last), True, SUMS)
         awaited, operand = _awaited((begun,), operand)
         product = awaited[0]
         product, squares = _times_weights(product, norm, 0)
         turned = _turned(product, words[0], narrow, MODE, DTYPE)
-        scores = _met(turned, queries, UNITS - 1, scores, OF_PLACE, MODE)
+        scores = _met(turned, queries, last, scores, OF_PLACE, MODE)
         scores, turned = warpgroup_mma_wait(0, deps=[scores, turned])
         if MODE == "rotated":
             _hand_on_head(
-                found, free, scores, factor, squares, norm, UNITS - 1, seen, scale, logarithm,
+                found, free, scores, factor, squares, norm, last, seen, scale, logarithm,
                 OF_HEAD, TOGETHER, QUERY_SLOTS, WIDTH,
             )  # fmt: skip
     return scores, operand
 
 
 @gluon.jit
-def score_slow(found, free, operand, factors, shares, scores, seen, scale, logarithm):
-    """Scores of `score_turned`, with those of slow pairs, whose matrix is the last unit."""
-    unit: gl.constexpr = factors.shape[0] - 1
+def with_slow(operand, factors, shares, scores, unit):
+    """Scores of `score_turned`, with those of slow pairs, whose matrix a unit is."""
     awaited, operand = _awaited((_begun(operand, factors, unit, (), True, gl.float32),), operand)
     product = awaited[0]
-    scores += slow_scores(product, shares, scores.shape[1])
+    return scores + slow_scores(product, shares, scores.shape[1])
+
+
+@gluon.jit
+def hand_on_slow(found, free, scores, seen, scales, logarithm):
+    """Store scores of `with_slow`; scales: of every key group, whose heads have neighbouring columns."""
+    scale = scales[0]
+    if len(scales) > 1:
+        layout: gl.constexpr = scores.type.layout
+        group = gl.arange(0, scores.shape[1], gl.SliceLayout(0, layout)) // (scores.shape[1] // len(scales))
+        factor = gl.full([TILE, scores.shape[1]], 1.0, gl.float32, layout)
+        for which in gl.static_range(len(scales)):
+            own = gl.convert_layout(scales[which], gl.SliceLayout(1, layout), assert_trivial=True)
+            factor = gl.where((group == which)[None, :], own[:, None], factor)
+        scores *= factor
+        scale = gl.full([TILE], 1.0, gl.float32, gl.SliceLayout(1, layout))
     mbarrier.wait(free[0], free[1])
     hand_on(found[0].index(found[1]), scores, seen, scale, logarithm)
 
@@ -231,17 +246,19 @@ def _weigh(product, words, sums, HEADS: gl.constexpr, DTYPE: gl.constexpr):
 @gluon.jit
 def score_weighed(
     found, free, operand, factors, words, seen, scale, logarithm,
-    KV: gl.constexpr, MODE: gl.constexpr, DTYPE: gl.constexpr,
+    begin, TOTAL: gl.constexpr, MODE: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """Scores of products with folded factors, or with a window's, unit after unit, as in `score_turned`.
 
+    Of a key group's heads: TOTAL units from `begin` on, of which only the program's last one may be alone.
+
     words: of the units of a head; of windows, of fast pairs and of slow ones, which two heads share.
     """
-    TOTAL: gl.constexpr = factors.shape[0]
     HEADS: gl.constexpr = 2 if MODE == "windows" else 1
     # A head of 64 has one unit.
     ALONE: gl.constexpr = len(words) == 1
-    for first in range(0, TOTAL - 1, 2):
+    last = begin + TOTAL - 1
+    for first in range(begin, last, 2):
         product = _begun(operand, factors, first, (), False, gl.float32)
         other = _begun(operand, factors, first + 1, (), False, gl.float32)
         if ALONE:
@@ -257,8 +274,8 @@ def score_weighed(
         mbarrier.wait(free[0], free[1])
         hand_on(found[0].index(found[1] + first // 2), score, seen, scale, logarithm)
     if TOTAL % 2 == 1:
-        awaited, operand = _awaited((_begun(operand, factors, TOTAL - 1, (), False, gl.float32),), operand)
+        awaited, operand = _awaited((_begun(operand, factors, last, (), False, gl.float32),), operand)
         product = awaited[0]
         score = gl.sum(_weigh(product, words[0], 0.0, HEADS, DTYPE), 2)
         mbarrier.wait(free[0], free[1])
-        hand_on(found[0].index(found[1] + TOTAL // 2), gl.join(score, score).reshape([TILE, 2]), seen, scale, logarithm)
+        hand_on(found[0].index(found[1] + last // 2), gl.join(score, score).reshape([TILE, 2]), seen, scale, logarithm)

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from palu.kernels.decode_attention.hopper.common import WARPS, bits_of, hand_over, synchronize
-from palu.kernels.decode_attention.hopper.prologue import copy_halves
+from palu.kernels.decode_attention.hopper.prologue import copy_halves, of_head, there_if
 from palu.kernels.decode_attention.hopper.turns import UNIT
 from palu.kernels.latent_scores.tiles import turn
 
@@ -45,11 +45,18 @@ def _columns_layout(pairs: int) -> gl.DistributedLinearLayout:
 
 
 @gluon.jit
-def copy_slow(held, up, up_stride, rank, first, HEADS: gl.constexpr, WIDTH: gl.constexpr):
-    """Start copying slow pairs of the factors of HEADS kv heads from head `first` on."""
-    at = up + first * WIDTH * up_stride
-    copy_halves(held[0], at, up_stride, rank, FAST, 2 * HEADS, WIDTH, False)
-    copy_halves(held[1], at, up_stride, rank, FAST + PIECES[0], 2 * HEADS, WIDTH, False)
+def copy_slow(
+    held, up, up_stride, rank, first: gl.constexpr, HEADS: gl.constexpr, KV: gl.constexpr, WIDTH: gl.constexpr
+):  # fmt: skip
+    """Start copying slow pairs of the factors of HEADS kv heads from head `first` on, one or two of a key group.
+
+    up, rank: as in `copy_factors`.
+    """
+    # Without a head anything.
+    own: gl.constexpr = min(first, KV - 1)
+    at, latents = of_head(up, own, KV) + first * WIDTH * up_stride, of_head(rank, own, KV)
+    copy_halves(held[0], at, up_stride, latents, FAST, 0, 2 * HEADS, WIDTH, False)
+    copy_halves(held[1], at, up_stride, latents, FAST + PIECES[0], 0, 2 * HEADS, WIDTH, False)
     async_copy.commit_group()
 
 
@@ -146,9 +153,9 @@ def _copy_following(
     """Start copying what the next of every other two heads needs, or the first one where there are more windows."""
     NEXT: gl.constexpr = head + 1 if head % 2 == 0 and head + 1 < KV else head // 2 * 2 + 4
     if NEXT < KV:
-        copy_slow(held, up, up_stride, rank, NEXT, 1, WIDTH)
+        copy_slow(held, up, up_stride, rank, NEXT, 1, KV, WIDTH)
     else:
-        copy_slow(held, up, up_stride, gl.where(more == 0, 0, rank), 2 * WHICH, 1, WIDTH)
+        copy_slow(held, up, up_stride, there_if(more != 0, rank), 2 * WHICH, 1, KV, WIDTH)
 
 
 @gluon.jit
@@ -158,7 +165,8 @@ def make_window(
 ):  # fmt: skip
     """W of every other two kv heads, to shared memory [2 * pairs of heads, UNIT, RANK], every second of them.
 
-    For the window that begins at a position. own: `load_own_queries`. beside: shared memory for slow pairs of factors,
+    For the window that begins at a position. own: `load_own_queries`. arguments: the up factor's stride, and ranks as
+    in `copy_factors`. beside: shared memory for slow pairs of factors,
     of a head, the first one on its way, which it will be again where there are more windows, or of two, which stay; and
     for the turned queries. ready: two groups of warps arrive when they need the last window no more.
     """
