@@ -96,6 +96,10 @@ HOPPER_CALLS += [Call(8, bits, key_rank=256, value_rank=256, mask=None) for bits
 HOPPER_CALLS += [Call(32, bits, key_rank=256, value_rank=256, mask=None) for bits in (16, 4)]
 HOPPER_CALLS += [Call(8, bits, value_rank=768, joined=2, mask=None) for bits in (16, 4)]
 HOPPER_CALLS += [Call(8, 4, key_rank=256, value_rank=512, joined=2, key_norm=True, bias=True)]
+# Keys in groups of two, values of four or eight kv heads together: programs of two key groups, sections in windows.
+HOPPER_CALLS += [Call(kv, bits, group_size=2, value_rank=256, joined=2, mask=None) for kv in (32, 8) for bits in (8, 4)]
+HOPPER_CALLS += [Call(kv, bits, key_rank=192, group_size=2, joined=4, mask=None) for kv in (32, 8) for bits in (16, 8)]
+HOPPER_CALLS += [Call(8, 4, group_size=2, value_rank=256, joined=2, key_norm=True, bias=True)]
 
 
 class Launch(NamedTuple):

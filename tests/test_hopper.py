@@ -60,23 +60,50 @@ def test_real_models_fit_and_more_latents_do_not():
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize(
-    ("heads", "key_ranks", "shares"),
+    ("heads", "key_ranks", "kv"),
     [
-        ((32, 8), (128, 128), 1),
+        # A key group's heads, half or a quarter of them.
+        ((32, 8), (128, 128), 4),
         ((32, 8), (160, 32), 2),
         ((32, 8), (256, 256), 2),
-        ((32, 8), (192,), 4),
+        ((32, 8), (192,), 2),
         ((8, 8), (256, 64), 2),
+        # Those of two or four key groups.
+        ((32, 8), (64,) * 8, 4),
+        ((8, 8), (128, 64, 96, 128), 4),
+        ((8, 8), (64,) * 4, 8),
+        # All are as wide as the widest.
+        ((8, 8), (192, 128, 64, 32), 2),
     ],
 )
-def test_so_many_programs_share_a_groups_heads_that_its_factor_fits(heads, key_ranks, shares, bits, monkeypatch):
+def test_a_program_has_as_many_heads_as_its_factors_leave_room_for(heads, key_ranks, kv, bits, monkeypatch):
     monkeypatch.setattr(kind, "block_memory", lambda device: MEMORY)
     shape = Shape(1, *heads, 128, 1, 40, key_ranks, (256,))
     query, *latents, key, value, _, _ = random_call(shape, torch.float16, False)
     latents, _ = quantized(latents, bits, key, value)
     found = kind.kind_of(query, *latents, key, value, None, None)
-    assert found.shares == shares
-    assert found.heads.kv * shares == heads[1] // len(key_ranks)
+    assert found.heads.kv == kv
+    assert found.groups * kv == heads[1]
+    assert found.key_groups == max(1, kv * len(key_ranks) // heads[1])
+
+
+def test_values_are_read_twice_where_one_program_has_no_room_to_read_ahead(monkeypatch):
+    monkeypatch.setattr(kind, "block_memory", lambda device: MEMORY)
+    shape = Shape(1, 32, 8, 128, 1, 40, (128,) * 4, (256,) * 2)
+    query, *latents, key, value, _, _ = random_call(shape, torch.float16, False)
+    assert kind.kind_of(query, *latents, key, value, None, None).key_groups == 1
+    latents, _ = quantized(latents, 4, key, value)
+    assert kind.kind_of(query, *latents, key, value, None, None).key_groups == 2
+
+
+def test_key_groups_of_a_program_share_no_columns_of_scores_and_no_products():
+    assert fitting(plans.heads_of(8, 1, 4, key_groups=2), 128, 256, bits=4, windows=True)
+    assert not fitting(plans.heads_of(4, 1, 4, key_groups=4), 64, 256, bits=4, windows=True)
+    assert fitting(plans.heads_of(4, 1, 4, key_groups=4), 64, 256, bits=4)
+    heads = plans.heads_of(4, 1, 4, key_groups=4)
+    assert not plans.plans_for(heads, 64, (64,), (256,), 4, MEMORY, False, False)
+    # Three kv heads of four queries each are in two places of scores, of which one has room left.
+    assert not fitting(plans.heads_of(24, 1, 6, key_groups=2), 64, 256)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -84,7 +111,7 @@ def test_codes_of_wide_keys_meet_the_factor_section_by_section(bits):
     ranks = (192, 160)
     latents = torch.randint(0, 2**bits, (7, 192)).double()
     key = LatentProjection(torch.randn(64, sum(ranks), dtype=torch.float64), ranks)
-    ordered, _, _ = factor_of_codes(key, 256, bits, torch.float64, True, False, True)
+    ordered, _, _ = factor_of_codes(key, 192, bits, torch.float64, True, False, True)
     # As `operand_of` hands codes on: fields of a section's units, one field after the other.
     of_section = [latents[:, start : start + 64][:, unit_order(64, bits)] for start in range(0, 192, 64)]
     product = torch.cat(of_section, 1) @ ordered[:, :192].T

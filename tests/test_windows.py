@@ -114,23 +114,29 @@ def test_nothing_is_launched_between_the_sums_and_what_adds_them_up_which_begins
     assert order[-2:] == ["hopper_kernel", "hopper_combine_kernel"]
 
 
-# Heads, kv heads, head_dim, base.
-WINDOWED = [(8, 8, 128, 1e4), (3, 3, 96, 1e6), (5, 5, 128, 1e6), (16, 4, 128, 1e6), (6, 2, 96, 1e4), (7, 1, 128, 1e6)]
+# Heads, kv heads, head_dim, base, latents of the key groups and of the value groups.
+WINDOWED = [
+    (8, 8, 128, 1e4, (128, 64), (384, 256)), (3, 3, 96, 1e6, (128,), (384,)), (5, 5, 128, 1e6, (128,), (384,)),
+    (16, 4, 128, 1e6, (128,), (384,)), (6, 2, 96, 1e4, (128,), (384,)), (7, 1, 128, 1e6, (128,), (384,)),
+    # Two programs share a group's heads.
+    (16, 8, 128, 1e6, (192, 96), (256, 192)), (8, 8, 128, 1e4, (160, 192), (256, 192)),
+    # Two key groups of a program.
+    (16, 8, 128, 1e6, (128, 64, 96, 128), (256, 128)), (8, 8, 128, 1e4, (128, 64, 96, 128), (256, 128)),
+]  # fmt: skip
 # Four columns of slow pairs reach too few positions where frequencies fall slowly.
-NOT_WINDOWED = (16, 4, 128, 1e4)
+NOT_WINDOWED = (16, 4, 128, 1e4, (128,), (384,))
 
 
 @needs_hopper
 @torch.no_grad()
 @pytest.mark.usefixtures("empty_memory_is_nan")
 @pytest.mark.parametrize("bits", [16, 8, 4])
-@pytest.mark.parametrize("heads", [*WINDOWED, NOT_WINDOWED], ids=lambda heads: "-".join(map(str, heads)))
+@pytest.mark.parametrize("case", [*WINDOWED, NOT_WINDOWED], ids=lambda case: "-".join(map(str, case)))
 @pytest.mark.parametrize("gaps", ["none", "one row", "all rows"])
 @pytest.mark.parametrize("hidden", ["nothing", "padding", "some", "end"])
-def test_windows_of_positions_equal_the_definition(heads, gaps, hidden, bits, monkeypatch):
-    *heads, base = heads
-    groups = max(1, heads[1] // 4)
-    shape = Shape(2, *heads, 1, 2600, (128, 64)[:groups], (384, 256)[:groups])
+def test_windows_of_positions_equal_the_definition(case, gaps, hidden, bits, monkeypatch):
+    *heads, base, key_ranks, value_ranks = case
+    shape = Shape(2, *heads, 1, 2600, key_ranks, value_ranks)
     # Programs with several windows of 1,024 tokens or fewer, or with one that they do not fill.
     monkeypatch.setattr(hopper, "parts_of", lambda *args: 2)
     query, *latents, key, value, _, _ = random_call(shape, torch.float16, False)
@@ -154,7 +160,7 @@ def test_windows_of_positions_equal_the_definition(heads, gaps, hidden, bits, mo
     given = None if hidden == "nothing" else mask
     checked((query, *packed, key, value, rotation), shape, mask, given, "float16", monkeypatch, held)
     # Several queries' numbers take longer to read than to multiply.
-    exact = (*heads, base) == NOT_WINDOWED or (bits == 16 and heads[0] > heads[1])
+    exact = case == NOT_WINDOWED or (bits == 16 and heads[0] > heads[1])
     assert windows == [not exact]
 
 

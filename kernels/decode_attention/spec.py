@@ -71,6 +71,10 @@ HOPPER_SHAPES = (
     Shape(1, 32, 8, 128, 1, 520, (256, 192), (256,)),
     Shape(1, 32, 8, 128, 1, 380, (192,), (256,)),
     Shape(1, 8, 4, 64, 1, 310, (192,), (128,)),
+    # Several key groups whose heads one program has.
+    Shape(2, 32, 8, 128, 1, 430, (128, 96, 64, 128), (256, 128)),
+    Shape(1, 8, 8, 128, 1, 390, (64, 128, 96, 128), (256,)),
+    Shape(1, 16, 8, 96, 1, 333, (64,) * 8, (192, 256)),
 )
 
 # Largest relative error ||out - ref|| / ||ref|| against float64: rounding of the inputs' dtype over sums of a few

@@ -27,7 +27,7 @@ from palu.kernels.decode_attention.hopper.parameters import (
     scale_of,
     zero_of,
 )
-from palu.kernels.decode_attention.hopper.scores import copy_tile, operand_of
+from palu.kernels.decode_attention.hopper.tiles import copy_tile, operand_of
 from palu.kernels.decode_attention.hopper.units import hand_on
 from palu.kernels.decode_attention.hopper.whole import LARGEST, two_bytes, whole_of
 
@@ -73,7 +73,7 @@ def score_absorbed_codes(
     first, step, begin, end, length = tiles
     begin += WHICH
     for stage in gl.static_range(STAGES):
-        copy_tile(ring.index(stage), latents, tiles, begin + SHARED_BY * stage, latents_t, width)
+        copy_tile(ring, stage, latents, tiles, begin + SHARED_BY * stage, latents_t, width, 1)
     parameters = load_parameters(stored, tiles, begin, rows, BITS, ASYMMETRIC)
     zeros = gl.zeros([TILE, 2 * SLOTS], gl.int32, layout)
     nothing = whole_of(zeros)
@@ -92,7 +92,7 @@ def score_absorbed_codes(
         begun = warpgroup_mma(operand, queries.permute((1, 0)), zeros, use_acc=False, is_async=True)
         # All have read the latents.
         synchronize()
-        copy_tile(slot, latents, tiles, index + SHARED_BY * STAGES, latents_t, width)
+        copy_tile(ring, done % STAGES, latents, tiles, index + SHARED_BY * STAGES, latents_t, width, 1)
         mbarrier.wait(buffer_in(empty, WHICH, done, EITHER), phase_of(done, EITHER) ^ 1)
         scale = scale_of(parameters, 0, ASYMMETRIC)
         shift = zero_of(parameters, 0, rows, BITS, ASYMMETRIC) - taken_away(BITS)
@@ -125,7 +125,7 @@ def score_absorbed(
     rows: gl.constexpr = gl.SliceLayout(1, layout)
     first, step, begin, end, length = tiles
     for stage in gl.static_range(STAGES):
-        copy_tile(ring.index(stage), latents, tiles, begin + stage, latents_t, units)
+        copy_tile(ring, stage, latents, tiles, begin + stage, latents_t, units, 1)
     parameters = load_parameters(stored, tiles, begin, rows, BITS, ASYMMETRIC)
     zeros = gl.zeros([TILE, SLOTS], gl.float32, layout)
     for index in range(begin, end):
@@ -133,13 +133,14 @@ def score_absorbed(
         token = (first + index * step) * TILE + gl.arange(0, TILE, rows)
         seen = load_seen(mask, row_mask, mask_t, token, token < length, MASK)
         next_parameters = load_parameters(stored, tiles, index + 1, rows, BITS, ASYMMETRIC)
-        slot = ring.index(done % STAGES)
-        found_operand, scale = operand_of(slot, parameters, 0, STAGES, layout, BITS, ASYMMETRIC, False, False, 0)
+        found_operand, scale = operand_of(
+            ring, done % STAGES, parameters, 0, STAGES, layout, BITS, ASYMMETRIC, False, False, 1
+        )  # fmt: skip
         operand = found_operand[0]
         begun = warpgroup_mma(operand, queries.permute((1, 0)), zeros, use_acc=False, is_async=True)
         # All have read the latents.
         synchronize()
-        copy_tile(slot, latents, tiles, index + STAGES, latents_t, units)
+        copy_tile(ring, done % STAGES, latents, tiles, index + STAGES, latents_t, units, 1)
         mbarrier.wait(buffer_in(empty, 0, done, True), phase_of(done, True) ^ 1)
         logarithm = logarithm_of(parameters, seen, rows, BITS, ASYMMETRIC)
         place = place_of_scales(0, done, True)

@@ -28,6 +28,8 @@ from palu.kernels.relaunch import Constants
 
 # Programs at most that share a group's heads: each reads all of the group's latents.
 MOST_SHARES = 4
+# Bytes of values that have to be on their way to a program, so that memory is read as fast as it can be.
+LEAST_UNDER_WAY = 12 << 10
 # Bits of codes that the kernel can make numbers of.
 CODES = (8, 4)
 # Registers of a thread that scores and of one that weighs values, by the mode, whether there are codes, and the groups
@@ -89,7 +91,7 @@ class Kind:
     @functools.cached_property
     def sections(self) -> int:
         """As `sections_of`."""
-        return sections_of(self.key_ranks, self.heads)
+        return sections_of(self.key_ranks, self.heads.mode)
 
     @functools.cached_property
     def is_taken(self) -> bool:
@@ -98,6 +100,14 @@ class Kind:
         joined = len(self.key_ranks) % len(self.value_ranks) == 0
         aligned = not any(rank * self.bits % 128 for rank in (*self.key_ranks, *self.value_ranks))
         return joined and aligned and bool(self.plans(False, False))
+
+    @functools.cached_property
+    def reads_ahead(self) -> bool:
+        """Whether a program of several key groups has room for enough values under way: else values are read twice."""
+        plan = self.plans(False, False)[0]
+        latents = cdiv(max(self.value_ranks), CHUNK) * CHUNK
+        under_way = (plan.value_stages - 1) * plan.step * latents * self.bits // 8
+        return self.key_groups == 1 or under_way >= LEAST_UNDER_WAY
 
     @functools.cached_property
     def takes_windows(self) -> bool:
@@ -162,7 +172,7 @@ def kind_of(
         block_memory(query.device), key_groups=1 if absorbed else max(1, len(key.ranks) // len(value.ranks)),
     )  # fmt: skip
     # All heads whose values are in the same latents, which are then read once; half of them need half of the up factor.
-    while found is not None and not found.is_taken:
+    while found is not None and not (found.is_taken and found.reads_ahead):
         found = found.shared
     return found
 
@@ -210,7 +220,7 @@ def constants_of(kind: Kind, plan: Plan, span: int, scaled: bool) -> Constants:
         KEY_GROUPS=kind.key_groups,
         KV=heads.kv, QUERIES=heads.queries, QUERY_SLOTS=heads.query_slots,
         SLOTS=heads.slots, QUERY_ROWS=kind.rows_per_latent, WIDTH=kind.width, WIDE=next_power_of_2(kind.width),
-        RANK=padded_rank(kind.key_ranks, bits), KEY_DIVISOR=divisor(kind.key_ranks), CHUNKS=chunks,
+        RANK=padded_rank(kind.key_ranks, bits, kind.sections), KEY_DIVISOR=divisor(kind.key_ranks), CHUNKS=chunks,
         VALUE_DIVISOR=divisor(kind.value_ranks), RANK_STRIDE=max(kind.value_ranks), MASK=kind.mask,
         DTYPE=DTYPES[kind.dtype], TOGETHER=heads.together, COLUMNS=heads.columns, BITS=bits,
         ASYMMETRIC=kind.asymmetric, SCORERS=scorers, WEIGHERS=weighers,

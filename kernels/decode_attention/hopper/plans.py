@@ -20,7 +20,7 @@ SLOW, SECTION = KERNEL_SLOW.value, KERNEL_SECTION.value
 # Columns of a group's scores at most, and latents of its keys at least, for the matrix units: of numbers and of codes.
 MOST_SLOTS, LEAST_RANK, LEAST_CODES = 32, 32, 64
 # Columns of slow pairs at least, and latents of a window's matrices, which are made in registers, at most.
-LEAST_COLUMNS, MOST_WINDOW_RANK = 4, 128
+LEAST_COLUMNS, MOST_WINDOW_RANK = 4, {"folded": 192, "rotated": 256}
 # kv heads at most of which all slow pairs can stay in shared memory.
 MOST_STAYING = 4
 # Tokens of a step at least, and slots of heads at most, whose codes are weighed by products of whole numbers.
@@ -138,14 +138,15 @@ def _whole_registers(slots: int, chunks: int, step: int) -> int:
     return chunks * 3 * slots + step // 2
 
 
-def padded_rank(ranks: Sequence[int], bits: int) -> int:
+def sections_of(ranks: Sequence[int], mode: str) -> int:
+    """In how many sections keys that are rebuilt meet the factor: of SECTION latents each, or one of all."""
+    return cdiv(max(ranks), SECTION) if mode != "absorbed" and max(ranks) > 2 * SECTION else 1
+
+
+def padded_rank(ranks: Sequence[int], bits: int, sections: int) -> int:
     """Latents that a program reads of each group of keys."""
-    return max(LEAST_RANK if bits == 16 else LEAST_CODES, next_power_of_2(max(ranks)))
-
-
-def sections_of(ranks: Sequence[int], heads: Heads) -> int:
-    """In how many sections of SECTION latents keys that are rebuilt meet the factor, 0 where in one of all latents."""
-    return cdiv(max(ranks), SECTION) if heads.mode != "absorbed" and max(ranks) > 2 * SECTION else 0
+    least = LEAST_RANK if bits == 16 else LEAST_CODES
+    return sections * SECTION if sections > 1 else max(least, next_power_of_2(max(ranks)))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -171,7 +172,7 @@ def plans_for(
     if (has_bias or has_norm) and mode != "rotated":
         return ()
     weighers, whole = weighers_of(heads.mode, bits), whole_slots(heads, bits, chunks)
-    rank = padded_rank(key_ranks, bits)
+    rank = padded_rank(key_ranks, bits, sections_of(key_ranks, heads.mode))
     # Weights of fp16, or both bytes of those of two tiles by turns.
     weights = 4 * whole * 2 * TILE if whole else (1 if bits == 16 else 2) * heads.slots * TILE * 2
     # Bytes: numbers of 16 bits are kept, those of tiles are codes, which have scales and shifts.
@@ -194,7 +195,7 @@ def _are_taken(
     heads: Heads, head_dim: int, key_ranks: Sequence[int], value_ranks: Sequence[int], bits: int, windows: bool
 ) -> bool:
     """Whether the kernel is made for such heads and ranks, whatever the memory."""
-    rank = padded_rank(key_ranks, bits)
+    rank = padded_rank(key_ranks, bits, sections_of(key_ranks, heads.mode))
     if heads.slots > MOST_SLOTS or (heads.mode == "rotated" and heads.query_slots > LEAST):
         return False
     if rank > MOST_RANK or (heads.mode != "absorbed" and heads.kv > MOST_KV):
@@ -204,7 +205,7 @@ def _are_taken(
     if not _are_whole(heads, head_dim, windows):
         return False
     interpolated = next_power_of_2(head_dim) == 2 * COLUMNS and heads.slots <= COLUMNS // LEAST_COLUMNS
-    return not windows or (interpolated and rank <= MOST_WINDOW_RANK)
+    return not windows or (interpolated and rank <= MOST_WINDOW_RANK[heads.mode])
 
 
 def _are_whole(heads: Heads, head_dim: int, windows: bool) -> bool:

@@ -77,10 +77,11 @@ def attend(
     VALUE_REGISTERS: gl.constexpr, WHOLE: gl.constexpr, SCALED: gl.constexpr, SECTIONS: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_NORM: gl.constexpr,
 ):  # fmt: skip
-    """The part of a row's means that a program of `hopper_kernel` has, of one group's heads.
+    """The part of a row's means that a program of `hopper_kernel` has, of its heads.
 
-    given: what does not depend on the mode, at the row and the group; of every key group what is its own, as tuples. lead, leading, end_tile: of windows, the
-    row of `spans_of`. HELD: heads whose slow pairs of factors are in shared memory at a time.
+    given: what does not depend on the mode, at the row and the heads; of every key group what is its own, as tuples.
+    lead, leading, end_tile: of windows, the row of `spans_of`. HELD: heads whose slow pairs of factors are in shared
+    memory at a time.
     """
     (
         at_keys, at_values, parameters, up, at_query, bias, norm, mask, bases, basis, frequencies, means, logarithms,
@@ -89,7 +90,7 @@ def attend(
     ) = given  # fmt: skip
     part, parts = gl.program_id(0), gl.num_programs(0)
     stored: gl.constexpr = DTYPE if BITS == 16 else gl.int16
-    key_units: gl.constexpr = RANK * BITS // 16
+    key_units: gl.constexpr = RANK // SECTIONS * BITS // 16
     value_units: gl.constexpr = CHUNK * BITS // 16
     # Of codes, of two tiles.
     STEPS: gl.constexpr = (2 // WEIGHERS if BITS < 16 else 1) * TILE // STEP
@@ -205,7 +206,8 @@ def attend(
         WIDTH_OF_PLACE: gl.constexpr = (
             SLOTS if MODE == "mixed" else LEAST if MODE == "rotated" else 1 if MODE == "folded" and UNITS > KV else 2
         )
-        factors = gl.allocate_shared_memory(DTYPE, [UNITS, UNIT, RANK], swizzled(RANK))
+        LATENTS: gl.constexpr = RANK // SECTIONS
+        factors = gl.allocate_shared_memory(DTYPE, [SECTIONS * UNITS, UNIT, LATENTS], swizzled(LATENTS))
         # Folded queries need no place of their own.
         beside = factors
         if MODE == "rotated":
@@ -221,7 +223,7 @@ def attend(
         if MODE == "mixed":
             beside = (
                 gl.allocate_shared_memory(DTYPE, [KV, SLOTS, UNIT], swizzled(UNIT)),
-                gl.allocate_shared_memory(DTYPE, [KV * 2, UNIT // 2, RANK], swizzled(RANK)),
+                gl.allocate_shared_memory(DTYPE, [SECTIONS * KV * 2, UNIT // 2, LATENTS], swizzled(LATENTS)),
                 gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),
             )
             mbarrier.init(beside[2], count=1)
@@ -235,13 +237,15 @@ def attend(
         for _which in gl.static_range(2):
             own = ()
             for _group in gl.static_range(KEY_GROUPS):
-                ring = gl.allocate_shared_memory(stored, [KEY_STAGES, TILE, key_units], swizzled(key_units))
+                ring = gl.allocate_shared_memory(stored, [KEY_STAGES * SECTIONS, TILE, key_units], swizzled(key_units))
                 own = own + (ring,)
             rings = rings + (own,)
             if MODE == "windows":
                 held = ()
                 for piece in gl.static_range(2):
-                    some = gl.allocate_shared_memory(DTYPE, [2 * HELD, PIECES[piece], RANK], swizzled(RANK))
+                    some = gl.allocate_shared_memory(
+                        DTYPE, [SECTIONS * 2 * HELD, PIECES[piece], LATENTS], swizzled(LATENTS)
+                    )  # fmt: skip
                     held = held + (some,)
                 turned = gl.allocate_shared_memory(
                     gl.float16, [(KV + 3) // 4 * 2, 2, 64], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])

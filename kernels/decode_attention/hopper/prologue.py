@@ -32,20 +32,30 @@ def there_if(ok, ranks):
 
 
 @gluon.jit
-def _copy_pairs(
-    to, up, up_stride, rank, head: gl.constexpr, FIRST: gl.constexpr, WIDTH: gl.constexpr, TURNED: gl.constexpr
+def _latents(
+    WIDE: gl.constexpr, layout: gl.constexpr, TURNED: gl.constexpr, SECTION: gl.constexpr, SECTIONS: gl.constexpr
 ):  # fmt: skip
-    """Start copying pairs FIRST .. of a kv head's factor to [2 * pairs, RANK], both of a pair side by side.
+    """Which latents a section of factors has, as in `_copy_pairs`."""
+    latent = SECTION * WIDE + gl.arange(0, WIDE, gl.SliceLayout(0, layout))
+    return column_of(latent, SECTIONS * WIDE) if TURNED else latent
 
-    Zero where there are none. TURNED: in the order of `place_in_factor`, and latents in that of `last_first`.
+
+@gluon.jit
+def _copy_pairs(
+    to, up, up_stride, rank, head: gl.constexpr, FIRST: gl.constexpr, WIDTH: gl.constexpr, TURNED: gl.constexpr,
+    SECTION: gl.constexpr, SECTIONS: gl.constexpr,
+):  # fmt: skip
+    """Start copying pairs FIRST .. of a kv head's factor to [2 * pairs, latents], both of a pair side by side.
+
+    Zero where there are none. TURNED: in the order of `place_in_factor`, and latents in that of `last_first`. SECTION:
+    of SECTIONS, which have as many latents each.
     """
     layout: gl.constexpr = copied_layout(to.shape[1])
     row = gl.arange(0, to.shape[0], gl.SliceLayout(1, layout))
-    latent = gl.arange(0, to.shape[1], gl.SliceLayout(0, layout))
+    latent = _latents(to.shape[1], layout, TURNED, SECTION, SECTIONS)
     pair, half = row // 2, row % 2
     if TURNED:
         pair, half = place_in_factor(row)
-        latent = column_of(latent, to.shape[1])
     ok = (FIRST + pair < WIDTH // 2)[:, None] & (latent < rank)[None, :]
     at = up + ((pair + half * (WIDTH // 2)) * up_stride)[:, None] + latent[None, :]
     copy_to_shared(to, at + (head * WIDTH + FIRST) * up_stride, mask=ok)
@@ -54,69 +64,79 @@ def _copy_pairs(
 @gluon.jit
 def copy_factors(
     factors, up, up_stride, rank, KV: gl.constexpr, UNITS: gl.constexpr, WIDTH: gl.constexpr, WHICH: gl.constexpr,
-    TURNED: gl.constexpr,
+    TURNED: gl.constexpr, SECTIONS: gl.constexpr,
 ):  # fmt: skip
     """Start copying rows of the up factor of every other kv head from WHICH on, as `_copy_pairs`.
 
-    factors: shared memory [at least KV * UNITS, UNIT, RANK]. up, rank: of every key group, a tuple; up from where the
-    program's first head would have its rows.
+    factors: shared memory [at least KV * UNITS of every section, UNIT, latents of a section]. up, rank: of every key
+    group, a tuple; up from where the program's first head would have its rows.
     """
     for head in gl.static_range(WHICH, KV, 2):
         for unit in gl.static_range(UNITS):
-            to = factors.index(head * UNITS + unit)
             at, latents = of_head(up, head, KV), of_head(rank, head, KV)
-            _copy_pairs(to, at, up_stride, latents, head, unit * (UNIT // 2), WIDTH, TURNED)
+            for section in gl.static_range(SECTIONS):
+                to = factors.index(section * (factors.shape[0] // SECTIONS) + head * UNITS + unit)
+                _copy_pairs(
+                    to, at, up_stride, latents, head, unit * (UNIT // 2), WIDTH, TURNED, section, SECTIONS
+                )  # fmt: skip
     async_copy.commit_group()
 
 
 @gluon.jit
-def pieces_of(factors, KV: gl.constexpr, WHICH: gl.constexpr, WINDOWS: gl.constexpr):
-    """Every other kv head's rows that a query is folded into, as shared memory [ROWS, RANK] each.
+def pieces_of(
+    factors, KV: gl.constexpr, WHICH: gl.constexpr, WINDOWS: gl.constexpr, SECTION: gl.constexpr, SECTIONS: gl.constexpr
+):  # fmt: skip
+    """Every other kv head's rows that a query is folded into, as shared memory [ROWS, latents of a section] each.
 
     Of windows each head has one, every other unit of which has two.
     """
     PIECES: gl.constexpr = UNIT // ROWS
-    OF_HEAD: gl.constexpr = 1 if WINDOWS else factors.shape[0] // KV * PIECES
+    UNITS: gl.constexpr = factors.shape[0] // SECTIONS
+    OF_HEAD: gl.constexpr = 1 if WINDOWS else UNITS // KV * PIECES
     result = ()
     for head in gl.static_range(WHICH, KV, 2):
         for piece in gl.static_range(head * OF_HEAD, (head + 1) * OF_HEAD):
-            unit = factors.index(piece // PIECES * (2 if WINDOWS else 1))
+            unit = factors.index(SECTION * UNITS + piece // PIECES * (2 if WINDOWS else 1))
             result = result + (unit.slice(piece % PIECES * ROWS, ROWS),)
     return result
 
 
 @gluon.jit
-def copy_fast(pieces, up, up_stride, rank, KV: gl.constexpr, WIDTH: gl.constexpr, WHICH: gl.constexpr):
+def copy_fast(
+    factors, up, up_stride, rank, KV: gl.constexpr, WIDTH: gl.constexpr, WHICH: gl.constexpr, SECTIONS: gl.constexpr
+):  # fmt: skip
     """Start copying the first pairs of every other kv head's factor, of a window, both of a pair side by side.
 
     up, rank: as in `copy_factors`.
     """
-    for piece in gl.static_range(len(pieces)):
-        at, latents = of_head(up, WHICH + 2 * piece, KV), of_head(rank, WHICH + 2 * piece, KV)
-        _copy_pairs(pieces[piece], at, up_stride, latents, WHICH + 2 * piece, 0, WIDTH, False)
+    for section in gl.static_range(SECTIONS):
+        pieces = pieces_of(factors, KV, WHICH, True, section, SECTIONS)
+        for piece in gl.static_range(len(pieces)):
+            at, latents = of_head(up, WHICH + 2 * piece, KV), of_head(rank, WHICH + 2 * piece, KV)
+            _copy_pairs(
+                pieces[piece], at, up_stride, latents, WHICH + 2 * piece, 0, WIDTH, False, section, SECTIONS
+            )  # fmt: skip
 
 
 @gluon.jit
 def copy_halves(
     to, up, up_stride, rank, FIRST: gl.constexpr, BEGIN: gl.constexpr, END: gl.constexpr, WIDTH: gl.constexpr,
-    TURNED: gl.constexpr,
+    TURNED: gl.constexpr, SECTION: gl.constexpr, SECTIONS: gl.constexpr,
 ):  # fmt: skip
-    """Start copying pairs FIRST .. of kv heads' up factors: [heads * 2, pairs, RANK], both numbers of the pairs.
+    """Start copying pairs FIRST .. of kv heads' up factors, both numbers of the pairs, of one of SECTIONS sections.
 
-    Zero where there are none. BEGIN .. END: which of them, two of every head. TURNED: latents in the order of
-    `last_first`.
+    to: [heads * 2 of every section, pairs, latents], zero where there are none. BEGIN .. END: which of a section, two
+    of every head. TURNED: latents in the order of `last_first`.
     """
     PAIRS: gl.constexpr = to.shape[1]
-    RANK: gl.constexpr = to.shape[2]
-    layout: gl.constexpr = copied_layout(RANK)
+    layout: gl.constexpr = copied_layout(to.shape[2])
     pair = FIRST + gl.arange(0, PAIRS, gl.SliceLayout(1, layout))
-    latent = gl.arange(0, RANK, gl.SliceLayout(0, layout))
-    if TURNED:
-        latent = column_of(latent, RANK)
+    latent = _latents(to.shape[2], layout, TURNED, SECTION, SECTIONS)
     ok = (pair < WIDTH // 2)[:, None] & (latent < rank)[None, :]
     at = up + (pair * up_stride)[:, None] + latent[None, :]
+    HALVES: gl.constexpr = to.shape[0] // SECTIONS
     for half in gl.static_range(BEGIN, END):
-        copy_to_shared(to.index(half), at + half * (WIDTH // 2) * up_stride, mask=ok)
+        copy_to_shared(to.index(SECTION * HALVES + half), at + half * (WIDTH // 2) * up_stride, mask=ok)
 
 
 @gluon.jit

@@ -9,20 +9,16 @@ from palu.kernels.decode_attention.hopper.common import (
     WARPS,
     allow_launch_after,
     buffer_in,
-    copy_rows,
     hand_over,
     load_seen,
     phase_of,
     synchronize,
 )
-from palu.kernels.decode_attention.hopper.operands import SECTION, key_operand
 from palu.kernels.decode_attention.hopper.parameters import (
     hand_on_parameters,
     load_parameters,
     logarithm_of,
     place_of_scales,
-    scale_of,
-    zero_of,
     zeros_of,
 )
 from palu.kernels.decode_attention.hopper.prologue import (
@@ -40,6 +36,7 @@ from palu.kernels.decode_attention.hopper.prologue import (
     there_if,
 )
 from palu.kernels.decode_attention.hopper.slow import load_basis, load_slow_of, made_layout, make_slow, slow_numbers
+from palu.kernels.decode_attention.hopper.tiles import copy_tile, operand_of
 from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT, by_pair, load_turns, units_of
 from palu.kernels.decode_attention.hopper.units import hand_on_slow, score_turned, score_weighed, with_slow
 from palu.kernels.decode_attention.hopper.windows import (
@@ -53,45 +50,9 @@ from palu.kernels.decode_attention.hopper.windows import (
 
 
 @gluon.jit
-def copy_tile(to, latents, tiles, index, latents_t, units):
-    """Start copying a tile's latents, `units` numbers of 16 bits each; nothing is read behind the last tile."""
-    first, step, _, end, length = tiles
-    until = gl.where(index < end, length, 0)
-    copy_rows(to, latents, (first + index * step) * TILE, latents_t, until, 0, units, TILE, to.shape[1])
-    async_copy.commit_group()
-
-
-@gluon.jit
 def places_of(found, WHICH: gl.constexpr):
     """Shared memory [places, tile, columns] for scores, and the first place of a group's."""
     return (found[0], WHICH * (found[0].shape[0] // 2)) if len(found) == 1 else (found[WHICH], 0)
-
-
-@gluon.jit
-def operand_of(
-    slot, parameters, GROUP: gl.constexpr, PENDING: gl.constexpr, result: gl.constexpr, BITS: gl.constexpr,
-    ASYMMETRIC: gl.constexpr, TURNED: gl.constexpr, SCALED: gl.constexpr, SECTIONS: gl.constexpr,
-):  # fmt: skip
-    """A tile's latents of a key group in registers, once they are there, and what their scores are multiplied with, [tile].
-
-    PENDING: copies of latents that are under way, of which these are the first. SECTIONS: of SECTION latents each, the first ones of the slot, as a tuple; 0: all together. TURNED, of sections as
-    well: in the reversed order; SCALED: as in `key_operand`.
-    """
-    rows: gl.constexpr = gl.SliceLayout(1, result)
-    async_copy.wait_group(PENDING - 1)
-    synchronize()
-    one = gl.full([TILE], 1.0, gl.float32, rows)
-    scale = scale_of(parameters, GROUP, ASYMMETRIC) if BITS < 16 else one
-    zero = zero_of(parameters, GROUP, rows, BITS, ASYMMETRIC)
-    operand = ()
-    if SECTIONS > 0:
-        UNITS: gl.constexpr = SECTION * BITS // 16
-        for section in gl.static_range(SECTIONS):
-            some = slot.slice((SECTIONS - 1 - section if TURNED else section) * UNITS, UNITS, dim=1)
-            operand = operand + (key_operand(some, zero, scale, result, BITS, TURNED, SCALED),)
-    else:
-        operand = (key_operand(slot, zero, scale, result, BITS, TURNED, SCALED),)
-    return operand, one if SCALED else scale
 
 
 @gluon.jit
@@ -116,36 +77,37 @@ def _words_of(turns, layout: gl.constexpr):
 @gluon.jit
 def _start(
     factors, beside, up, up_stride, rank, KV: gl.constexpr, WIDTH: gl.constexpr, MODE: gl.constexpr,
-    WHICH: gl.constexpr,
+    WHICH: gl.constexpr, SECTIONS: gl.constexpr,
 ):  # fmt: skip
     """Start copying what this group of warps prepares."""
     if MODE == "windows":
         if WHICH < KV:
-            copy_fast(pieces_of(factors, KV, WHICH, True), up, up_stride, rank, KV, WIDTH, WHICH)
-        HEADS: gl.constexpr = min(beside[0][0].shape[0] // 2, max(0, KV - 2 * WHICH))
-        copy_slow(beside[0], up, up_stride, rank, 2 * WHICH, HEADS, KV, WIDTH)
+            copy_fast(factors, up, up_stride, rank, KV, WIDTH, WHICH, SECTIONS)
+        HEADS: gl.constexpr = min(beside[0][0].shape[0] // SECTIONS // 2, max(0, KV - 2 * WHICH))
+        copy_slow(beside[0], up, up_stride, rank, 2 * WHICH, HEADS, KV, WIDTH, SECTIONS)
     else:
         # In mixed mode a unit of each head; behind these comes one of slow pairs for every key group.
-        UNITS: gl.constexpr = 1 if MODE == "mixed" else factors.shape[0] // KV
-        copy_factors(factors, up, up_stride, rank, KV, UNITS, WIDTH, WHICH, MODE != "folded")
+        UNITS: gl.constexpr = 1 if MODE == "mixed" else factors.shape[0] // SECTIONS // KV
+        copy_factors(factors, up, up_stride, rank, KV, UNITS, WIDTH, WHICH, MODE != "folded", SECTIONS)
 
 
 @gluon.jit
 def _prepare(
     factors, beside, ready, loaded, bases, frequencies, query, up, numbers, position, window, begin, more,
     PENDING: gl.constexpr, WHICH: gl.constexpr, MODE: gl.constexpr, KV: gl.constexpr, TOGETHER: gl.constexpr,
-    QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, WIDTH: gl.constexpr,
+    QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, WIDTH: gl.constexpr, SECTIONS: gl.constexpr,
 ):  # fmt: skip
     """Make what tiles are multiplied with: of all, or of a window. Each of two groups of warps does a part.
 
-    loaded: what windows are made of, or (). PENDING: copies of latents that are under way. In mixed mode the first window is made by `make_first_window`, which the
-    later ones are made as here.
+    loaded: what windows are made of, or (). PENDING: copies of latents that are under way. In mixed mode the first
+    window is made by `make_first_window`, which the later ones are made as here.
     """
     up_stride, rank, query_stride, scaling = numbers
     if MODE == "windows":
         frequency, own = loaded
         make_window(
-            factors, beside, ready, frequency, own, bases, up, (up_stride, rank), position, more, KV, WIDTH, WHICH
+            factors, beside, ready, frequency, own, bases, up, (up_stride, rank), position, more, KV, WIDTH, WHICH,
+            SECTIONS,
         )  # fmt: skip
     elif MODE == "mixed":
         async_copy.wait_group(PENDING)
@@ -161,17 +123,26 @@ def _prepare(
                     own, scaling, position, QUERY_SLOTS, TOGETHER, LEAST, beside[0].shape[1], factors.dtype
                 )
                 make_slow(
-                    factors, beside[1], window >> 30, slow, made_layout(factors.shape[2]), PENDING, len(rank)
+                    factors, beside[1], window >> 30, slow, made_layout(factors.shape[2]), PENDING, len(rank),
+                    SECTIONS,
                 )  # fmt: skip
     else:
         if MODE == "folded":
             q_first, q_second = load_pairs(
-                query, query_stride, scaling, KV, factors.shape[0] // KV * UNIT, factors.shape[2], WIDTH, WHICH
+                query,
+                query_stride,
+                scaling,
+                KV,
+                factors.shape[0] // SECTIONS // KV * UNIT,
+                factors.shape[2],
+                WIDTH,
+                WHICH,
             )
         async_copy.wait_group(PENDING)
         synchronize()
         if MODE == "folded":
-            fold(pieces_of(factors, KV, WHICH, False), q_first, q_second)
+            for section in gl.static_range(SECTIONS):
+                fold(pieces_of(factors, KV, WHICH, False, section, SECTIONS), q_first, q_second)
 
 
 @gluon.jit
@@ -183,20 +154,20 @@ def score_rebuilt(
 ):  # fmt: skip
     """Scores of every other tile of keys that are rebuilt head after head, from tile WHICH (0 or 1) on.
 
-    found: shared memory for scores [places, tile, columns], as `places_of` takes it; factors: [KV * units, UNIT, RANK],
-    rows of every kv head, a pair's side by side or, turned, as `place_in_factor` has them, or a window's columns, in
-    mixed mode with what `make_slow` makes behind them; beside: what the mode needs besides: queries
-    [KV * units, LEAST, UNIT] with the key biases and the key norm's weights where there are any, or what `make_window`
-    takes, or queries [KV, SLOTS, UNIT] and what `make_slow` takes. ring: shared memory [stages, tile, units] of every key
-    group; what arguments have of each is a tuple as well. full, empty: as in `buffer_in`. SPAN: tokens of a
-    window, or 0. WHOLE: values are weighed as whole numbers. SCALED: as in `key_operand`;
-    SECTIONS: as in `operand_of`.
+    found: shared memory for scores [places, tile, columns], as `places_of` takes it. factors: [KV * units of every
+    section, UNIT, latents], rows of every kv head, a pair's side by side or, turned, as `place_in_factor` has them, or
+    a window's columns, in mixed mode with what `make_slow` makes behind them. beside: what the mode needs besides:
+    queries [KV * units, LEAST, UNIT] with the key biases and the key norm's weights where there are any, or what
+    `make_window` takes, or queries [KV, SLOTS, UNIT] and what `make_slow` takes. ring: as in `copy_tile`, of every key
+    group; what arguments have of each is a tuple as well. full, empty: as in `buffer_in`. SPAN: tokens of a window, or
+    0. WHOLE: values are weighed as whole numbers. SCALED: as in `key_operand`; SECTIONS: as in `operand_of`.
     """
     (
         tiles, latents, stored, table, mask, up, query, bias, norm, units, rank, latents_t, table_t, row_mask, mask_t,
         up_stride, query_stride, scaling, epsilon, bases, basis, frequencies, position,
     ) = arguments  # fmt: skip
-    STAGES: gl.constexpr = ring[0].shape[0]
+    STAGES: gl.constexpr = ring[0].shape[0] // SECTIONS
+    UNITS: gl.constexpr = factors.shape[0] // SECTIONS
     GROUPS: gl.constexpr = len(ring)
     PENDING: gl.constexpr = STAGES * GROUPS
     TURNED: gl.constexpr = MODE == "rotated" or MODE == "mixed"
@@ -205,10 +176,10 @@ def score_rebuilt(
     # Of windows, rows of the basis weigh products besides.
     ROWS_SPAN: gl.constexpr = SPAN if MODE == "windows" else 0
     PAIRS: gl.constexpr = (
-        FAST if MODE == "windows" else (factors.shape[0] - (GROUPS if MODE == "mixed" else 0)) // KV * (UNIT // 2)
+        FAST if MODE == "windows" else (UNITS - (GROUPS if MODE == "mixed" else 0)) // KV * (UNIT // 2)
     )
     # Of a key group's heads; mixed, without the one of their slow pairs.
-    OF_GROUP: gl.constexpr = factors.shape[0] // GROUPS - (1 if MODE == "mixed" else 0)
+    OF_GROUP: gl.constexpr = UNITS // GROUPS - (1 if MODE == "mixed" else 0)
     TURNS: gl.constexpr = gl.float16 if MODE == "windows" else DTYPE
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, UNIT, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, SLOTS, 16])
@@ -225,15 +196,15 @@ def score_rebuilt(
     own_biases, own_norm = (), ()
     if MODE == "rotated":
         if len(beside[1]) > 0 and WHICH == 1:
-            own_biases = (load_biases(bias, beside[1][0].shape[1], factors.shape[0], KV, WIDTH),)
+            own_biases = (load_biases(bias, beside[1][0].shape[1], UNITS, KV, WIDTH),)
         if len(beside[2]) > 0 and WHICH == 0:
             own_norm = load_norm(norm, beside[2][0].shape[0], WIDTH)
     # Nothing is read where there is no tile.
-    _start(factors, beside, up, up_stride, there_if(begin < end, rank), KV, WIDTH, MODE, WHICH)
+    _start(factors, beside, up, up_stride, there_if(begin < end, rank), KV, WIDTH, MODE, WHICH, SECTIONS)
     for stage in gl.static_range(STAGES):
         for group in gl.static_range(GROUPS):
             copy_tile(
-                ring[group].index(stage), latents[group], tiles, begin + WHICH + 2 * stage, latents_t, units[group]
+                ring[group], stage, latents[group], tiles, begin + WHICH + 2 * stage, latents_t, units[group], SECTIONS
             )  # fmt: skip
     nothing = gl.zeros([TILE], gl.int32, rows)
     if MODE != "windows":
@@ -247,7 +218,8 @@ def score_rebuilt(
         q_first, q_second = load_pairs(query, query_stride, scaling, KV, UNIT // 2, factors.shape[2], WIDTH, WHICH)
         async_copy.wait_group(PENDING)
         synchronize()
-        fold(pieces_of(factors, KV, WHICH, True), q_first, q_second)
+        for section in gl.static_range(SECTIONS):
+            fold(pieces_of(factors, KV, WHICH, True, section, SECTIONS), q_first, q_second)
     if TURNED:
         store_beside(beside[0], own, scaling, KV, WHICH)
     numbers = (up_stride, rank, query_stride, scaling)
@@ -263,7 +235,7 @@ def score_rebuilt(
         _prepare(
             factors, beside, ready, loaded, bases, frequencies, query, up, numbers,
             position + (window - begin) * TILE, window, begin, (window + WINDOW < end).to(gl.int32),
-            PENDING, WHICH, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH,
+            PENDING, WHICH, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SECTIONS,
         )  # fmt: skip
         if MODE == "windows" or (MODE == "mixed" and window > begin):
             # Not before: there are no registers where a group makes a window.
@@ -283,17 +255,20 @@ def score_rebuilt(
                 next_turns = _turns_of(table, basis, tiles, index + 2, table_t, nothing, PAIRS, ROWS_SPAN)
             scores = gl.zeros([TILE, SLOTS], gl.float32, narrow)
             of_scores = ()
-            # Zero, which is not known before the loop: else addresses of all units would be computed there, and spilled.
-            zero = index >> 30 if GROUPS > 1 or OF_GROUP <= 2 else 0
+            stage = done % STAGES
+            # A zero that is not known before the loop, where else addresses of units would be computed, and spilled.
+            first_unit = index >> 30 if GROUPS > 1 or OF_GROUP <= 2 else 0
             for group in gl.static_range(GROUPS):
-                slot = ring[group].index(done % STAGES)
+                unit = first_unit + group * OF_GROUP
                 operand, scale = operand_of(
-                    slot, parameters, group, PENDING, wide, BITS, ASYMMETRIC, TURNED, SCALED, SECTIONS
+                    ring[group], stage, parameters, group, PENDING, wide, BITS, ASYMMETRIC, TURNED, SCALED, SECTIONS
                 )  # fmt: skip
                 of_scores = of_scores + (scale,)
                 # All have read the latents.
                 synchronize()
-                copy_tile(slot, latents[group], tiles, index + 2 * STAGES, latents_t, units[group])
+                copy_tile(
+                    ring[group], stage, latents[group], tiles, index + 2 * STAGES, latents_t, units[group], SECTIONS
+                )  # fmt: skip
                 if group == 0:
                     if TURNED:
                         # Not before: it waits for this tile's cosines.
@@ -304,13 +279,12 @@ def score_rebuilt(
                     words = _words_of(turns, wide)
                 if TURNED:
                     scores, operand = score_turned(
-                        places, free, operand, factors, beside[0], biases, normed, words, scores, seen, scale, logarithm,
-                        narrow, zero + group * OF_GROUP, OF_GROUP, KV // GROUPS, TOGETHER, QUERY_SLOTS, WIDTH, MODE, DTYPE,
+                        places, free, operand, factors, beside[0], biases, normed, words, scores, seen, scale,
+                        logarithm, narrow, unit, OF_GROUP, KV // GROUPS, TOGETHER, QUERY_SLOTS, WIDTH, MODE, DTYPE,
                     )  # fmt: skip
                 else:
                     score_weighed(
-                        places, free, operand, factors, words, seen, scale, logarithm, zero + group * OF_GROUP, OF_GROUP, MODE,
-                        TURNS,
+                        places, free, operand, factors, words, seen, scale, logarithm, unit, OF_GROUP, MODE, TURNS
                     )  # fmt: skip
                 if group == GROUPS - 1 and MODE != "windows":
                     after = zeros_of(next_parameters, rows, BITS, ASYMMETRIC) if TURNED else nothing
@@ -321,7 +295,7 @@ def score_rebuilt(
                     if group == 0:
                         # The first window's matrices are there.
                         mbarrier.wait(beside[2], 0)
-                    scores = with_slow(operand, factors, shares, scores, zero + factors.shape[0] - GROUPS + group)
+                    scores = with_slow(operand, factors, shares, scores, first_unit + UNITS - GROUPS + group)
             if MODE == "mixed":
                 hand_on_slow(places, free, scores, seen, of_scores, logarithm)
                 shares = next_shares

@@ -78,32 +78,37 @@ def slow_numbers(
 
 @gluon.jit
 def make_slow(
-    prepared, factor, zero, numbers, result: gl.constexpr, PENDING: gl.constexpr, GROUPS: gl.constexpr
+    prepared, factor, zero, numbers, result: gl.constexpr, PENDING: gl.constexpr, GROUPS: gl.constexpr,
+    SECTIONS: gl.constexpr,
 ):  # fmt: skip
-    """W of all columns and slots, to shared memory [columns * SLOTS, RANK], of `slow_numbers`.
+    """W of all columns and slots, to shared memory [columns * SLOTS, latents], of `slow_numbers`.
 
-    prepared: [.., UNIT, RANK], of which the last ones become W of each of GROUPS key groups, which has zeros in columns
-    of other groups' heads. factor: [KV * 2, pairs, RANK], both numbers of every kv head's slow pairs, on its way if not there; PENDING: groups
-    of copies begun after it. zero: in a loop, one that is not known before it, where else addresses would be computed.
+    prepared: [units of every section, UNIT, latents], of which a section's last ones become W of each of GROUPS key
+    groups, which has zeros in columns of other groups' heads. factor: [KV * 2 of every section, pairs, latents], both
+    numbers of every kv head's slow pairs, on its way if not there; PENDING: groups of copies begun after it. zero: in a
+    loop, one that is not known before it, where else addresses would be computed.
     """
     with_first, with_second, kv_head = numbers
+    UNITS: gl.constexpr = prepared.shape[0] // SECTIONS
+    HALVES: gl.constexpr = factor.shape[0] // SECTIONS
+    OF_GROUP: gl.constexpr = HALVES // 2 // GROUPS
     ROWS: gl.constexpr = prepared.shape[1]
-    RANK: gl.constexpr = prepared.shape[2]
-    OF_GROUP: gl.constexpr = factor.shape[0] // 2 // GROUPS
-    nothing = gl.zeros([ROWS, RANK], gl.float32, result)
+    LATENTS: gl.constexpr = prepared.shape[2]
+    nothing = gl.zeros([ROWS, LATENTS], gl.float32, result)
     async_copy.wait_group(PENDING)
     fence_async_shared()
     synchronize()
-    for group in gl.static_range(GROUPS):
-        made = nothing
-        for head in gl.static_range(group * OF_GROUP, (group + 1) * OF_GROUP):
-            own = (kv_head == head)[:, None]
-            own_first, own_second = gl.where(own, with_first, 0.0), gl.where(own, with_second, 0.0)
-            begun = warpgroup_mma(own_first, factor.index(zero + 2 * head), made, is_async=True)
-            begun = warpgroup_mma(own_second, factor.index(zero + 2 * head + 1), begun, is_async=True)
-            made, own_first, own_second = warpgroup_mma_wait(0, deps=[begun, own_first, own_second])
-        to = prepared.index(prepared.shape[0] - GROUPS + group)
-        to.store(made.to(to.dtype))
+    for section in gl.static_range(SECTIONS):
+        for group in gl.static_range(GROUPS):
+            made = nothing
+            for head in gl.static_range(group * OF_GROUP, (group + 1) * OF_GROUP):
+                own = (kv_head == head)[:, None]
+                own_first, own_second = gl.where(own, with_first, 0.0), gl.where(own, with_second, 0.0)
+                half = zero + section * HALVES + 2 * head
+                begun = warpgroup_mma(own_first, factor.index(half), made, is_async=True)
+                begun = warpgroup_mma(own_second, factor.index(half + 1), begun, is_async=True)
+                made, own_first, own_second = warpgroup_mma_wait(0, deps=[begun, own_first, own_second])
+            prepared.index((section + 1) * UNITS - GROUPS + group).store(made.to(prepared.dtype))
 
 
 @gluon.constexpr_function
@@ -151,9 +156,9 @@ def slow_scores(product, basis, SLOTS: gl.constexpr):
 
 
 @gluon.constexpr_function
-def made_layout(rank: int) -> gl.NVMMADistributedLayout:
-    """Of a window's matrix of slow pairs, as it is made."""
-    return gl.NVMMADistributedLayout([3, 0], [WARPS.value, 1], [16, rank, 16])
+def made_layout(latents: int) -> gl.NVMMADistributedLayout:
+    """Of a section of a window's matrix of slow pairs, as it is made."""
+    return gl.NVMMADistributedLayout([3, 0], [WARPS.value, 1], [16, latents, 16])
 
 
 @gluon.jit
@@ -178,15 +183,17 @@ def make_first_window(
     up, up_stride, rank, query, query_stride, scaling, bases, frequencies, position = to_make
     loaded = load_slow_of(factors, beside, bases, frequencies, query, query_stride, HEADS, WIDTH)
     OF_GROUP: gl.constexpr = 2 * HEADS[0] // len(rank)
+    SECTIONS: gl.constexpr = beside[1].shape[0] // (2 * HEADS[0])
     for group in gl.static_range(len(rank)):
-        copy_halves(
-            beside[1], up[group], up_stride, rank[group], beside[1].shape[1], group * OF_GROUP, (group + 1) * OF_GROUP,
-            WIDTH, True,
-        )  # fmt: skip
+        for section in gl.static_range(SECTIONS):
+            copy_halves(
+                beside[1], up[group], up_stride, rank[group], beside[1].shape[1], group * OF_GROUP,
+                (group + 1) * OF_GROUP, WIDTH, True, section, SECTIONS,
+            )  # fmt: skip
     async_copy.commit_group()
     start_copies(rings, arguments, 0, 1, BITS)
     slow = slow_numbers(loaded, scaling, position, HEADS[2], HEADS[3], LEAST, beside[0].shape[1], factors.dtype)
-    make_slow(factors, beside[1], 0, slow, made_layout(factors.shape[2]), rings[0].shape[0] - 1, len(rank))
+    make_slow(factors, beside[1], 0, slow, made_layout(factors.shape[2]), rings[0].shape[0] - 1, len(rank), SECTIONS)
     fence_async_shared()
     synchronize()
     mbarrier.arrive(beside[2], count=1)

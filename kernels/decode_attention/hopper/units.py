@@ -28,21 +28,18 @@ def hand_on(to, score, seen, scale, logarithm):
 
 
 @gluon.jit
-def _begun(operand, factors, unit, bias, TURNED: gl.constexpr, SUMS: gl.constexpr):
+def _begun(operand, factors, unit, bias, SUMS: gl.constexpr):
     """The product of a tile's latents with a unit's columns, under way: as many as the operand has sections.
 
-    operand: sections of `operand_of`, with TURNED. bias: `_bias_operands`, which are added, or (). SUMS: the type of
-    its numbers.
+    operand: sections of `operand_of`; factors: units of the first section, then those of the next one. bias:
+    `_bias_operands`, which are added, or (). SUMS: the type of its numbers.
     """
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, UNIT, 16])
     begun = gl.zeros([TILE, UNIT], SUMS, layout)
-    rows = factors.index(unit)
-    WIDE: gl.constexpr = operand[0].shape[1]
-    # Latents that no group has come first where the order is reversed.
-    FIRST: gl.constexpr = rows.shape[1] - len(operand) * WIDE if TURNED else 0
+    UNITS: gl.constexpr = factors.shape[0] // len(operand)
     for section in gl.static_range(len(operand)):
-        columns = rows.slice(FIRST + section * WIDE, WIDE, dim=1) if len(operand) > 1 else rows
-        begun = warpgroup_mma(operand[section], columns.permute((1, 0)), begun, use_acc=section > 0, is_async=True)
+        columns = factors.index(section * UNITS + unit).permute((1, 0))
+        begun = warpgroup_mma(operand[section], columns, begun, use_acc=section > 0, is_async=True)
     if len(bias) == 2:
         # Last, so that sums are small before it, which are rounded where they have 16 bits.
         begun = warpgroup_mma(bias[0], bias[1].permute((1, 0)), begun, is_async=True)
@@ -161,8 +158,8 @@ def score_turned(
     for first in range(begin, last, 2):
         # Before any product is under way.
         bias, other_bias = _bias_operands(biases, first), _bias_operands(biases, first + 1)
-        product = _begun(operand, factors, first, bias, True, SUMS)
-        other = _begun(operand, factors, first + 1, other_bias, True, SUMS)
+        product = _begun(operand, factors, first, bias, SUMS)
+        other = _begun(operand, factors, first + 1, other_bias, SUMS)
         # Of the other unit, products with sections of latents and with ones are under way.
         if len(biases) > 0:
             product, _ones = warpgroup_mma_wait(SECTIONS + 1, deps=[product, bias[0]])
@@ -195,7 +192,7 @@ def score_turned(
                 OF_HEAD, TOGETHER, QUERY_SLOTS, WIDTH,
             )  # fmt: skip
     if UNITS % 2 == 1:
-        begun = _begun(operand, factors, last, _bias_operands(biases, last), True, SUMS)
+        begun = _begun(operand, factors, last, _bias_operands(biases, last), SUMS)
         awaited, operand = _awaited((begun,), operand)
         product = awaited[0]
         product, squares = _times_weights(product, norm, 0)
@@ -213,7 +210,7 @@ def score_turned(
 @gluon.jit
 def with_slow(operand, factors, shares, scores, unit):
     """Scores of `score_turned`, with those of slow pairs, whose matrix a unit is."""
-    awaited, operand = _awaited((_begun(operand, factors, unit, (), True, gl.float32),), operand)
+    awaited, operand = _awaited((_begun(operand, factors, unit, (), gl.float32),), operand)
     product = awaited[0]
     return scores + slow_scores(product, shares, scores.shape[1])
 
@@ -259,8 +256,8 @@ def score_weighed(
     ALONE: gl.constexpr = len(words) == 1
     last = begin + TOTAL - 1
     for first in range(begin, last, 2):
-        product = _begun(operand, factors, first, (), False, gl.float32)
-        other = _begun(operand, factors, first + 1, (), False, gl.float32)
+        product = _begun(operand, factors, first, (), gl.float32)
+        other = _begun(operand, factors, first + 1, (), gl.float32)
         if ALONE:
             awaited, operand = _awaited((product, other), operand)
             product, other = awaited
@@ -274,7 +271,7 @@ def score_weighed(
         mbarrier.wait(free[0], free[1])
         hand_on(found[0].index(found[1] + first // 2), score, seen, scale, logarithm)
     if TOTAL % 2 == 1:
-        awaited, operand = _awaited((_begun(operand, factors, last, (), False, gl.float32),), operand)
+        awaited, operand = _awaited((_begun(operand, factors, last, (), gl.float32),), operand)
         product = awaited[0]
         score = gl.sum(_weigh(product, words[0], 0.0, HEADS, DTYPE), 2)
         mbarrier.wait(free[0], free[1])

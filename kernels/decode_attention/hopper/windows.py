@@ -46,7 +46,8 @@ def _columns_layout(pairs: int) -> gl.DistributedLinearLayout:
 
 @gluon.jit
 def copy_slow(
-    held, up, up_stride, rank, first: gl.constexpr, HEADS: gl.constexpr, KV: gl.constexpr, WIDTH: gl.constexpr
+    held, up, up_stride, rank, first: gl.constexpr, HEADS: gl.constexpr, KV: gl.constexpr, WIDTH: gl.constexpr,
+    SECTIONS: gl.constexpr,
 ):  # fmt: skip
     """Start copying slow pairs of the factors of HEADS kv heads from head `first` on, one or two of a key group.
 
@@ -55,8 +56,9 @@ def copy_slow(
     # Without a head anything.
     own: gl.constexpr = min(first, KV - 1)
     at, latents = of_head(up, own, KV) + first * WIDTH * up_stride, of_head(rank, own, KV)
-    copy_halves(held[0], at, up_stride, latents, FAST, 0, 2 * HEADS, WIDTH, False)
-    copy_halves(held[1], at, up_stride, latents, FAST + PIECES[0], 0, 2 * HEADS, WIDTH, False)
+    for section in gl.static_range(SECTIONS):
+        copy_halves(held[0], at, up_stride, latents, FAST, 0, 2 * HEADS, WIDTH, False, section, SECTIONS)
+        copy_halves(held[1], at, up_stride, latents, FAST + PIECES[0], 0, 2 * HEADS, WIDTH, False, section, SECTIONS)
     async_copy.commit_group()
 
 
@@ -133,38 +135,48 @@ def _of_head(numbers, inside: gl.constexpr):
 
 @gluon.jit
 def _multiplied(made, left, held, half: gl.constexpr, inside: gl.constexpr):
-    """A head's product, added to what the other one's gave; left: of both pieces, with first and second numbers."""
+    """A head's products, of each section, added to what the other one's gave.
+
+    left: of both pieces, with first and second numbers.
+    """
     first, second = _of_head(left[0], inside), _of_head(left[1], inside)
     more_first, more_second = _of_head(left[2], inside), _of_head(left[3], inside)
-    made = warpgroup_mma(first, held[0].index(half), made, use_acc=inside > 0, is_async=True)
-    made = warpgroup_mma(second, held[0].index(half + 1), made, is_async=True)
-    made = warpgroup_mma(more_first, held[1].index(half), made, is_async=True)
-    made = warpgroup_mma(more_second, held[1].index(half + 1), made, is_async=True)
-    made, first, second, more_first, more_second = warpgroup_mma_wait(
-        0, deps=[made, first, second, more_first, more_second]
-    )
-    return made
+    HALVES: gl.constexpr = held[0].shape[0] // len(made)
+    done = ()
+    for section in gl.static_range(len(made)):
+        at = section * HALVES + half
+        begun = warpgroup_mma(first, held[0].index(at), made[section], use_acc=inside > 0, is_async=True)
+        begun = warpgroup_mma(second, held[0].index(at + 1), begun, is_async=True)
+        begun = warpgroup_mma(more_first, held[1].index(at), begun, is_async=True)
+        begun = warpgroup_mma(more_second, held[1].index(at + 1), begun, is_async=True)
+        begun, first, second, more_first, more_second = warpgroup_mma_wait(
+            0, deps=[begun, first, second, more_first, more_second]
+        )
+        done = done + (begun,)
+    return done
 
 
 @gluon.jit
 def _copy_following(
-    held, up, up_stride, rank, more, head: gl.constexpr, KV: gl.constexpr, WIDTH: gl.constexpr, WHICH: gl.constexpr
+    held, up, up_stride, rank, more, head: gl.constexpr, KV: gl.constexpr, WIDTH: gl.constexpr, WHICH: gl.constexpr,
+    SECTIONS: gl.constexpr,
 ):  # fmt: skip
     """Start copying what the next of every other two heads needs, or the first one where there are more windows."""
     NEXT: gl.constexpr = head + 1 if head % 2 == 0 and head + 1 < KV else head // 2 * 2 + 4
     if NEXT < KV:
-        copy_slow(held, up, up_stride, rank, NEXT, 1, KV, WIDTH)
+        copy_slow(held, up, up_stride, rank, NEXT, 1, KV, WIDTH, SECTIONS)
     else:
-        copy_slow(held, up, up_stride, there_if(more != 0, rank), 2 * WHICH, 1, KV, WIDTH)
+        copy_slow(held, up, up_stride, there_if(more != 0, rank), 2 * WHICH, 1, KV, WIDTH, SECTIONS)
 
 
 @gluon.jit
 def make_window(
     prepared, beside, ready, frequency, own, bases, up, arguments, position, more,
-    KV: gl.constexpr, WIDTH: gl.constexpr, WHICH: gl.constexpr,
+    KV: gl.constexpr, WIDTH: gl.constexpr, WHICH: gl.constexpr, SECTIONS: gl.constexpr,
 ):  # fmt: skip
-    """W of every other two kv heads, to shared memory [2 * pairs of heads, UNIT, RANK], every second of them.
+    """W of every other two kv heads, to shared memory [2 * pairs of heads, UNIT, latents] of every section.
 
+    Every second of them.
     For the window that begins at a position. own: `load_own_queries`. arguments: the up factor's stride, and ranks as
     in `copy_factors`. beside: shared memory for slow pairs of factors,
     of a head, the first one on its way, which it will be again where there are more windows, or of two, which stay; and
@@ -172,9 +184,9 @@ def make_window(
     """
     held, turned = beside
     up_stride, rank = arguments
-    STAYS: gl.constexpr = held[0].shape[0] == 4
-    RANK: gl.constexpr = prepared.shape[2]
-    result: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, RANK, 16])
+    STAYS: gl.constexpr = held[0].shape[0] == 4 * SECTIONS
+    LATENTS: gl.constexpr = prepared.shape[2]
+    result: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, LATENTS, 16])
     along = _load_bases(bases, 0, PIECES[0]) + _load_bases(bases, PIECES[0], PIECES[1])
     _store_turned(turned, own, position.to(gl.float32) * frequency)
     # What was copied is there, and all warps have done their products with the last window.
@@ -184,7 +196,7 @@ def make_window(
         first, second = turned.index((head - 2 * WHICH) // 2), turned.index((head - 2 * WHICH) // 2 + 1)
         left = _with_queries(along[0], along[1], first, second, 0, result, prepared.dtype)
         left = left + _with_queries(along[2], along[3], first, second, PIECES[0], result, prepared.dtype)
-        made = gl.zeros([UNIT, RANK], gl.float32, result)
+        made = (gl.zeros([UNIT, LATENTS], gl.float32, result),) * SECTIONS
         for inside in gl.static_range(min(2, KV - head)):
             if not STAYS:
                 # Of another head than the first, the factor has to arrive.
@@ -195,5 +207,7 @@ def make_window(
             if not STAYS:
                 # All warps have read the factor.
                 synchronize()
-                _copy_following(held, up, up_stride, rank, more, head + inside, KV, WIDTH, WHICH)
-        prepared.index(head + 1).store(made.to(prepared.dtype))
+                _copy_following(held, up, up_stride, rank, more, head + inside, KV, WIDTH, WHICH, SECTIONS)
+        for section in gl.static_range(SECTIONS):
+            to = prepared.index(section * (prepared.shape[0] // SECTIONS) + head + 1)
+            to.store(made[section].to(prepared.dtype))
