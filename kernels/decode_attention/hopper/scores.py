@@ -255,19 +255,19 @@ def score_rebuilt(
                 next_turns = _turns_of(table, basis, tiles, index + 2, table_t, nothing, PAIRS, ROWS_SPAN)
             scores = gl.zeros([TILE, SLOTS], gl.float32, narrow)
             of_scores = ()
-            stage = done % STAGES
+            turn = done % STAGES
             # A zero that is not known before the loop, where else addresses of units would be computed, and spilled.
             first_unit = index >> 30 if GROUPS > 1 or OF_GROUP <= 2 else 0
             for group in gl.static_range(GROUPS):
                 unit = first_unit + group * OF_GROUP
                 operand, scale = operand_of(
-                    ring[group], stage, parameters, group, PENDING, wide, BITS, ASYMMETRIC, TURNED, SCALED, SECTIONS
+                    ring[group], turn, parameters, group, PENDING, wide, BITS, ASYMMETRIC, TURNED, SCALED, SECTIONS
                 )  # fmt: skip
                 of_scores = of_scores + (scale,)
                 # All have read the latents.
                 synchronize()
                 copy_tile(
-                    ring[group], stage, latents[group], tiles, index + 2 * STAGES, latents_t, units[group], SECTIONS
+                    ring[group], turn, latents[group], tiles, index + 2 * STAGES, latents_t, units[group], SECTIONS
                 )  # fmt: skip
                 if group == 0:
                     if TURNED:
