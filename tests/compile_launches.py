@@ -255,7 +255,7 @@ def compiled(function, launch, architecture, folder):
     """What one launch takes on a GPU of an architecture."""
     constants = dict(launch.constants)
     names = ("MODE", "BITS", "QUERIES", "HAS_NORM", "HAS_BIAS", "STAGES", "PIECE", "FAST", "COLUMNS", "SPAN", "RANK")
-    names += ("DTYPE",)
+    names += ("DTYPE", "SLOTS", "SECTIONS", "KEY_GROUPS")
     row = {"kernel": launch.name} | {name.lower(): str(constants[name]) for name in names if name in constants}
     attributes = {(index,): [["tt.divisibility", 16]] for index in launch.aligned}
     language = GluonASTSource if function.is_gluon() else ASTSource

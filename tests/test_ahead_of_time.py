@@ -16,9 +16,11 @@ ROOT = Path(__file__).resolve().parents[1]
 BESIDE = ("quantize_kernel", "dequantize_kernel", "rotate_kernel")
 # Bytes of local memory per thread: the most that Triton 3.9 leaves, where columns of more than PART latents are kept
 # too (3.6 leaves 592 of folded codes with 256 latents per head).
-MOST_SPILLED = {"weight_kernel": (56, 56), "scores_kernel": (136, 440), "hopper_kernel": (160, 560)}
+MOST_SPILLED = {"weight_kernel": (56, 56), "scores_kernel": (136, 440), "hopper_kernel": (224, 560)}
 # Of keys that are interpolated, with four kv heads per group. Triton 3.6 leaves 120.
 MOST_SPILLED_WINDOWS = 208
+# Of windows of several key groups, or of more latents than a section; Triton 3.6 leaves 288 (192 latents, folded).
+MOST_SPILLED_SEVERAL = 504
 # Of numbers of 16 bits, for whose factors and the copies of them there is least room; Triton 3.6 leaves 104 (fp16).
 MOST_SPILLED_NUMBERS = 352
 # Of several queries and codes, two tiles of which are weighed at a time; Triton 3.6 leaves 128 (8 bits, biases).
@@ -29,6 +31,8 @@ MOST_SPILLED_NORMS = 416
 MOST_SPILLED_COLUMNS = 256
 # Share of the multiply-adds that an assembler may fold; of two wrongly merged pairs of heads nine percent were missing.
 MOST_DROPPED = 0.05
+# Of windows with eight slots, where rows that a thread has of a window's matrix are of the same query, turned once.
+MOST_DROPPED_WINDOWS = 0.15
 
 
 @pytest.mark.parametrize("architecture", list(MOST_SHARED))
@@ -52,7 +56,7 @@ def test_every_launch_compiles_and_fits(architecture, half, tmp_path):
     assert not spilling
     rebuilt = [row for row in rows if row["kernel"] == "hopper_kernel" and row["mode"] != "absorbed"]
     assert bool(rebuilt) == (architecture == 90)
-    assert not [row for row in rebuilt if row["dropped"] > MOST_DROPPED]
+    assert not [row for row in rebuilt if row["dropped"] > most_dropped(row)]
     assert not [row for row in rows if row.get("overwritten")]
     for row in rows:
         if row["kernel"] in (
@@ -70,9 +74,17 @@ def test_every_launch_compiles_and_fits(architecture, half, tmp_path):
             assert row["warpgroup"] == (architecture == 90 and row["kernel"] != "values_kernel"), row
 
 
+def most_dropped(row):
+    """Share of the multiply-adds that an assembler may fold."""
+    windows = row["mode"] == "rotated" and row["span"] != "0" and row["slots"] == "8"
+    return MOST_DROPPED_WINDOWS if windows else MOST_DROPPED
+
+
 def most_spilled(row):
     """Bytes of local memory that a launch may take."""
     if row["kernel"] == "hopper_kernel" and row["span"] != "0":
+        if (row["sections"], row["key_groups"]) != ("1", "1"):
+            return MOST_SPILLED_SEVERAL
         return MOST_SPILLED_NUMBERS if row["bits"] == "16" else MOST_SPILLED_WINDOWS
     if row.get("mode") == "rotated":
         if row["queries"] == "7":
