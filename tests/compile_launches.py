@@ -93,13 +93,15 @@ HOPPER_CALLS += [Call(absorbed=True, bits=bits) for bits in (8, 4)] + [Call(bits
 HOPPER_CALLS += [Call(8, bits, length=4096, bias=bits == 8) for bits in (16, 8, 4)]
 # More latents of keys than the factor of all of a group's heads leaves room for; values of all key groups together.
 HOPPER_CALLS += [Call(8, bits, key_rank=256, value_rank=256, mask=None) for bits in (16, 8, 4)]
-HOPPER_CALLS += [Call(32, bits, key_rank=256, value_rank=256, mask=None) for bits in (16, 4)]
+HOPPER_CALLS += [Call(32, bits, key_rank=192, value_rank=320, mask=None) for bits in (16, 4)]
 HOPPER_CALLS += [Call(8, bits, value_rank=768, joined=2, mask=None) for bits in (16, 4)]
 HOPPER_CALLS += [Call(8, 4, key_rank=256, value_rank=512, joined=2, key_norm=True, bias=True)]
 # Keys in groups of two, values of four or eight kv heads together: programs of two key groups, sections in windows.
 HOPPER_CALLS += [Call(kv, bits, group_size=2, value_rank=256, joined=2, mask=None) for kv in (32, 8) for bits in (8, 4)]
 HOPPER_CALLS += [Call(kv, bits, key_rank=192, group_size=2, joined=4, mask=None) for kv in (32, 8) for bits in (16, 8)]
 HOPPER_CALLS += [Call(8, 4, group_size=2, value_rank=256, joined=2, key_norm=True, bias=True)]
+HOPPER_CALLS += [Call(8, 4, group_size=1, key_rank=64, value_rank=256, joined=4, mask=None)]
+HOPPER_CALLS += [Call(32, 4, group_size=2, key_rank=64, joined=4, mask=None)]
 
 
 class Launch(NamedTuple):
@@ -255,7 +257,7 @@ def compiled(function, launch, architecture, folder):
     """What one launch takes on a GPU of an architecture."""
     constants = dict(launch.constants)
     names = ("MODE", "BITS", "QUERIES", "HAS_NORM", "HAS_BIAS", "STAGES", "PIECE", "FAST", "COLUMNS", "SPAN", "RANK")
-    names += ("DTYPE", "SLOTS", "SECTIONS", "KEY_GROUPS")
+    names += ("DTYPE", "SLOTS", "SECTIONS", "KEY_GROUPS", "CHUNKS")
     row = {"kernel": launch.name} | {name.lower(): str(constants[name]) for name in names if name in constants}
     attributes = {(index,): [["tt.divisibility", 16]] for index in launch.aligned}
     language = GluonASTSource if function.is_gluon() else ASTSource

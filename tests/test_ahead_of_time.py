@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BESIDE = ("quantize_kernel", "dequantize_kernel", "rotate_kernel")
 # Bytes of local memory per thread: the most that Triton 3.9 leaves, where columns of more than PART latents are kept
 # too (3.6 leaves 592 of folded codes with 256 latents per head).
-MOST_SPILLED = {"weight_kernel": (56, 56), "scores_kernel": (136, 440), "hopper_kernel": (224, 560)}
+MOST_SPILLED = {"weight_kernel": (56, 56), "scores_kernel": (136, 440), "hopper_kernel": (160, 560)}
 # Of keys that are interpolated, with four kv heads per group. Triton 3.6 leaves 120.
 MOST_SPILLED_WINDOWS = 208
 # Of windows of several key groups, or of more latents than a section; Triton 3.6 leaves 288 (192 latents, folded).
@@ -27,12 +27,15 @@ MOST_SPILLED_NUMBERS = 352
 MOST_SPILLED_CODES = 208
 # Of several queries and a key norm; Triton 3.6 leaves 88.
 MOST_SPILLED_NORMS = 416
+# Of numbers of 16 bits and several queries whose values have more than 512 latents.
+MOST_SPILLED_VALUES = 224
 # Of seven queries of four kv heads, whose 32 columns of scores the sums of values have too.
 MOST_SPILLED_COLUMNS = 256
 # Share of the multiply-adds that an assembler may fold; of two wrongly merged pairs of heads nine percent were missing.
 MOST_DROPPED = 0.05
-# Of windows with eight slots, where rows that a thread has of a window's matrix are of the same query, turned once.
-MOST_DROPPED_WINDOWS = 0.15
+# Of windows with eight slots, where rows that a thread has of a window's matrix may be of the same query, turned once:
+# between these shares.
+FOLDED_WINDOWS = (0.13, 0.142)
 
 
 @pytest.mark.parametrize("architecture", list(MOST_SHARED))
@@ -56,7 +59,7 @@ def test_every_launch_compiles_and_fits(architecture, half, tmp_path):
     assert not spilling
     rebuilt = [row for row in rows if row["kernel"] == "hopper_kernel" and row["mode"] != "absorbed"]
     assert bool(rebuilt) == (architecture == 90)
-    assert not [row for row in rebuilt if row["dropped"] > most_dropped(row)]
+    assert not [row for row in rebuilt if row["dropped"] > MOST_DROPPED and not is_folded(row)]
     assert not [row for row in rows if row.get("overwritten")]
     for row in rows:
         if row["kernel"] in (
@@ -74,10 +77,10 @@ def test_every_launch_compiles_and_fits(architecture, half, tmp_path):
             assert row["warpgroup"] == (architecture == 90 and row["kernel"] != "values_kernel"), row
 
 
-def most_dropped(row):
-    """Share of the multiply-adds that an assembler may fold."""
+def is_folded(row):
+    """Whether the assembler made one of multiply-adds that are the same, and left all others."""
     windows = row["mode"] == "rotated" and row["span"] != "0" and row["slots"] == "8"
-    return MOST_DROPPED_WINDOWS if windows else MOST_DROPPED
+    return windows and FOLDED_WINDOWS[0] <= row["dropped"] <= FOLDED_WINDOWS[1]
 
 
 def most_spilled(row):
@@ -91,6 +94,8 @@ def most_spilled(row):
             return MOST_SPILLED_COLUMNS
         if row["has_norm"] == "True":
             return MOST_SPILLED_NORMS
+        if row["bits"] == "16" and row["chunks"] == "6":
+            return MOST_SPILLED_VALUES
         if row["bits"] != "16" and not is_wide(row):
             return MOST_SPILLED_CODES
     return MOST_SPILLED.get(row["kernel"], (0, 0))[is_wide(row)]

@@ -118,10 +118,12 @@ def test_nothing_is_launched_between_the_sums_and_what_adds_them_up_which_begins
 WINDOWED = [
     (8, 8, 128, 1e4, (128, 64), (384, 256)), (3, 3, 96, 1e6, (128,), (384,)), (5, 5, 128, 1e6, (128,), (384,)),
     (16, 4, 128, 1e6, (128,), (384,)), (6, 2, 96, 1e4, (128,), (384,)), (7, 1, 128, 1e6, (128,), (384,)),
-    # Two programs share a group's heads.
+    # Sections of latents, where a program has half of a group's heads.
     (16, 8, 128, 1e6, (192, 96), (256, 192)), (8, 8, 128, 1e4, (160, 192), (256, 192)),
-    # Two key groups of a program.
+    (16, 8, 128, 1e6, (256, 64), (256, 192)),
+    # Several key groups of a program.
     (16, 8, 128, 1e6, (128, 64, 96, 128), (256, 128)), (8, 8, 128, 1e4, (128, 64, 96, 128), (256, 128)),
+    (8, 8, 128, 1e4, (64,) * 4, (384,)),
 ]  # fmt: skip
 # Four columns of slow pairs reach too few positions where frequencies fall slowly.
 NOT_WINDOWED = (16, 4, 128, 1e4, (128,), (384,))

@@ -64,7 +64,7 @@ HOPPER_SHAPES = (
     Shape(1, 10, 5, 128, 1, 300, (64,), (256,)),
     # More latents than half of the heads' factors have room for, and values of several key groups in the same latents.
     Shape(2, 32, 8, 128, 1, 701, (256, 160), (256, 128)),
-    Shape(1, 8, 8, 128, 1, 410, (256, 64), (256, 128)),
+    Shape(1, 8, 8, 128, 1, 410, (192, 64), (256, 128)),
     Shape(2, 32, 8, 128, 1, 650, (128, 96), (640,)),
     Shape(1, 16, 4, 64, 1, 300, (128, 64), (192,)),
     Shape(2, 8, 8, 64, 1, 280, (64, 96), (320,)),

@@ -61,7 +61,7 @@ def hopper_combine_kernel(
     most = gl.max(logarithm, 0)
     total = gl.sum(gl.where(every < parts, exp2(logarithm - most), 0.0), 0)
     share = gl.where(part < parts, exp2(gl.load(logarithms + own) - most), 0.0)
-    sums = _sums(found, share, ALONE_CHUNKS if ALONE else MOST_CHUNKS)
+    sums = _sums(found, share, ALONE_CHUNKS if ALONE else CHUNKS)
     products = gl.zeros([OUTPUTS, CHUNK], gl.float32, by_out)
     for chunk in gl.static_range(CHUNKS):
         products += factors[chunk].to(gl.float32) * sums.index(chunk).load(gl.SliceLayout(0, by_out))[None, :]
@@ -80,7 +80,7 @@ def _sums(found, share, ROOM: gl.constexpr):
         weighed = (found[chunk].to(gl.float32) * share[:, None]).reshape([WARPS, PARTS // WARPS, CHUNK])
         of_warps.index(chunk).store(gl.sum(weighed, 1))
     by_latent: gl.constexpr = gl.BlockedLayout([WARPS, 1], [1, 32], [1, WARPS], [1, 0])
-    sums = gl.allocate_shared_memory(gl.float32, [MOST_CHUNKS, CHUNK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    sums = gl.allocate_shared_memory(gl.float32, [len(found), CHUNK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     for chunk in gl.static_range(len(found)):
         sums.index(chunk).store(gl.sum(of_warps.index(chunk).load(by_latent), 0))
     return sums

@@ -32,19 +32,19 @@ def hopper_kernel(
     VALUE_REGISTERS: gl.constexpr, WHOLE: gl.constexpr, SCALED: gl.constexpr, SECTIONS: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_NORM: gl.constexpr, EVEN_KEYS: gl.constexpr, EVEN_VALUES: gl.constexpr,
 ):  # fmt: skip
-    """Mean value latents of a group's heads over a part of the tokens, and the logarithms of the weights' sums.
+    """Mean value latents of a program's heads over a part of the tokens, and the logarithms of the weights' sums.
 
     GROUPS: programs for a row's heads: SHARES for each key group's, or one for those of KEY_GROUPS. JOINED: key groups
     whose values are in the same latents.
 
     query: [rows, GROUPS * KV * QUERIES, query_stride]; absorbed, KV is one. keys, values: of codes, bytes. up: of codes
-    in the order of `unit_order`. SCALED: codes of keys meet it times their scales, else scores are. bias: of all keys;
-    norm: a key norm's weights, epsilon what it adds to mean squares. table: `lane_table`, fast_table: that of the fast
-    pairs. parameters: of codes, scales of every group, with their zero points behind them if ASYMMETRIC. SPAN: tokens
-    of a window, or 0; where there are windows, rows without gaps, by `spans_of`, are computed in them, with a mode and
-    a plan of their own (SPAN_*), the others as without; bases, basis: of `palu.kernels.rotation.Window`, of folded
-    queries by lane. means: [parts, rows, heads, RANK_STRIDE]; logarithms: of base 2, float32 [parts, rows, heads]:
-    WEIGHERS parts of every program.
+    in the order of `unit_order`, or section by section where keys have several (SECTIONS, as in `copy_tile`). SCALED:
+    codes of keys meet it times their scales, else scores are. bias: of all keys; norm: a key norm's weights, epsilon
+    what it adds to mean squares. table: `lane_table`, fast_table: that of the fast pairs. parameters: of codes, scales
+    of every group, with their zero points behind them if ASYMMETRIC. SPAN: tokens of a window, or 0; where there are
+    windows, rows without gaps, by `spans_of`, are computed in them, with a mode and a plan of their own (SPAN_*), the
+    others as without; bases, basis: of `palu.kernels.rotation.Window`, of folded queries by lane. means: [parts, rows,
+    heads, RANK_STRIDE]; logarithms: of base 2, float32 [parts, rows, heads]: WEIGHERS parts of every program.
     """
     wait_for_launch_before()
     # First of all: everything waits for them.

@@ -103,11 +103,12 @@ class Kind:
 
     @functools.cached_property
     def reads_ahead(self) -> bool:
-        """Whether a program of several key groups has room for enough values under way: else values are read twice."""
+        """Whether a program of several key groups has room for enough values under way, which codes leave."""
+        if self.key_groups == 1 or self.bits < 16:
+            return True
         plan = self.plans(False, False)[0]
         latents = cdiv(max(self.value_ranks), CHUNK) * CHUNK
-        under_way = (plan.value_stages - 1) * plan.step * latents * self.bits // 8
-        return self.key_groups == 1 or under_way >= LEAST_UNDER_WAY
+        return (plan.value_stages - 1) * plan.step * latents * self.bits // 8 >= LEAST_UNDER_WAY
 
     @functools.cached_property
     def takes_windows(self) -> bool:
@@ -117,21 +118,20 @@ class Kind:
         return not numbers and self.heads.mode != "absorbed" and bool(self.plans(True, False))
 
     @functools.cached_property
-    def shared(self) -> Optional["Kind"]:
-        """The same with half as many heads for each program, None where they cannot be halved."""
-        if self.key_groups % 2 == 0:
-            return replace(self, key_groups=self.key_groups // 2)
+    def smaller(self) -> Optional["Kind"]:
+        """The same with fewer heads for each program: of fewer key groups, or half of one's; None if there is none."""
         if self.key_groups > 1:
-            return replace(self, key_groups=1)
+            joined = len(self.key_ranks) // len(self.value_ranks)
+            return replace(self, key_groups=max(n for n in range(1, self.key_groups) if joined % n == 0))
         if self.heads.mode == "absorbed" or self.heads.kv % 2 == 1 or self.shares == MOST_SHARES:
             return None
         return replace(self, shares=2 * self.shares)
 
     @functools.cached_property
-    def shared_if_short(self) -> Optional["Kind"]:
-        """`shared` where that fits, and is faster if each program has one tile."""
-        shared = self.shared if self.heads.mode == "rotated" else None
-        return shared if shared is not None and shared.plans(False, False) else None
+    def smaller_if_short(self) -> Optional["Kind"]:
+        """`smaller` where that fits, and is faster if each program has one tile."""
+        smaller = self.smaller if self.heads.mode == "rotated" else None
+        return smaller if smaller is not None and smaller.plans(False, False) else None
 
     def plans(self, windows: bool, all_of_them: bool) -> tuple[Plan, ...]:
         """As `plans_for`."""
@@ -171,10 +171,12 @@ def kind_of(
         asymmetric, query.dtype, key.bias is not None, key_norm is not None, mask_kind(mask), queries,
         block_memory(query.device), key_groups=1 if absorbed else max(1, len(key.ranks) // len(value.ranks)),
     )  # fmt: skip
-    # All heads whose values are in the same latents, which are then read once; half of them need half of the up factor.
+    # All heads whose values are in the same latents, which are then read once; fewer need less of the up factor.
+    fitting = None
     while found is not None and not (found.is_taken and found.reads_ahead):
-        found = found.shared
-    return found
+        fitting = fitting or (found if found.is_taken else None)
+        found = found.smaller
+    return found or fitting
 
 
 def _bits(latents: Latents, dtype: torch.dtype) -> int | None:

@@ -90,9 +90,10 @@ def launch(
     others, programs = kind.groups * rows, processors(query.device)
     parts = parts_of(tiles, others, programs)
     tables = _tables(call, cdiv(tiles, parts) >= LEAST_TILES)
-    if cdiv(tiles, parts) == 1 and kind.shared_if_short and 2 * others * cdiv(tiles, 2) <= programs:
+    smaller = kind.smaller_if_short
+    if cdiv(tiles, parts) == 1 and smaller is not None and smaller.groups * rows * cdiv(tiles, 2) <= programs:
         # Half of the factor to copy, and half of the parts to add up.
-        call, parts = call._replace(kind=kind.shared_if_short), cdiv(tiles, 2)
+        call, parts = call._replace(kind=smaller), cdiv(tiles, 2)
     count = parts * kind.weighers
     means = query.new_empty(count, rows, num_heads, max(kind.value_ranks))
     found = Means(means, query.new_empty(count, rows, num_heads, dtype=torch.float32))

@@ -17,18 +17,19 @@ from palu.kernels.integers import cdiv, next_power_of_2
 
 TILE, CHUNK, LEAST, COLUMNS = KERNEL_TILE.value, KERNEL_CHUNK.value, KERNEL_LEAST.value, KERNEL_UNIT.value
 SLOW, SECTION = KERNEL_SLOW.value, KERNEL_SECTION.value
-# Columns of a group's scores at most, and latents of its keys at least, for the matrix units: of numbers and of codes.
+# Columns of a program's scores at most, and latents of its keys at least, for the matrix units: numbers' and codes'.
 MOST_SLOTS, LEAST_RANK, LEAST_CODES = 32, 32, 64
-# Columns of slow pairs at least, and latents of a window's matrices, which are made in registers, at most.
-LEAST_COLUMNS, MOST_WINDOW_RANK = 4, {"folded": 192, "rotated": 256}
+# Columns of slow pairs at least.
+LEAST_COLUMNS = 4
 # kv heads at most of which all slow pairs can stay in shared memory.
 MOST_STAYING = 4
 # Tokens of a step at least, and slots of heads at most, whose codes are weighed by products of whole numbers.
 LEAST_STEP, MOST_WHOLE_SLOTS = 32, 8
 # kv heads of a group at most: what tells heads apart in the kernel counts on few.
 MOST_KV = 8
-# Latents of a group's keys at most where they are rebuilt, and registers of a thread for the sums of values.
-MOST_RANK, MOST_SUMS = 256, 96
+# Latents of a group's keys at most, of folded ones because the other launches are as fast with more; registers of a
+# thread for the sums of values.
+MOST_RANK, MOST_SUMS = {"absorbed": 256, "folded": 192, "rotated": 256}, 96
 # Registers of a thread for sums of values and for what codes became, which stay until their products are done.
 MOST_OPERANDS = 112
 # Latents of a group, keys' and values' together, at least: of less a program reads too little per tile.
@@ -198,17 +199,17 @@ def _are_taken(
     rank = padded_rank(key_ranks, bits, sections_of(key_ranks, heads.mode))
     if heads.slots > MOST_SLOTS or (heads.mode == "rotated" and heads.query_slots > LEAST):
         return False
-    if rank > MOST_RANK or (heads.mode != "absorbed" and heads.kv > MOST_KV):
+    if rank > MOST_RANK[heads.mode] or (heads.mode != "absorbed" and heads.kv > MOST_KV):
         return False
     if heads.key_groups * max(key_ranks) + max(value_ranks) < LEAST_WIDTH:
         return False
-    if not _are_whole(heads, head_dim, windows):
+    if not _are_apart(heads, head_dim, windows):
         return False
     interpolated = next_power_of_2(head_dim) == 2 * COLUMNS and heads.slots <= COLUMNS // LEAST_COLUMNS
-    return not windows or (interpolated and rank <= MOST_WINDOW_RANK[heads.mode])
+    return not windows or interpolated
 
 
-def _are_whole(heads: Heads, head_dim: int, windows: bool) -> bool:
+def _are_apart(heads: Heads, head_dim: int, windows: bool) -> bool:
     """Whether no two key groups, of those of a program, have to share columns of scores or two units."""
     if heads.key_groups == 1:
         return True

@@ -33,26 +33,26 @@ def there_if(ok, ranks):
 
 @gluon.jit
 def _latents(
-    WIDE: gl.constexpr, layout: gl.constexpr, TURNED: gl.constexpr, SECTION: gl.constexpr, SECTIONS: gl.constexpr
+    WIDE: gl.constexpr, layout: gl.constexpr, TURNED: gl.constexpr, WHICH_SECTION: gl.constexpr, SECTIONS: gl.constexpr
 ):  # fmt: skip
     """Which latents a section of factors has, as in `_copy_pairs`."""
-    latent = SECTION * WIDE + gl.arange(0, WIDE, gl.SliceLayout(0, layout))
+    latent = WHICH_SECTION * WIDE + gl.arange(0, WIDE, gl.SliceLayout(0, layout))
     return column_of(latent, SECTIONS * WIDE) if TURNED else latent
 
 
 @gluon.jit
 def _copy_pairs(
     to, up, up_stride, rank, head: gl.constexpr, FIRST: gl.constexpr, WIDTH: gl.constexpr, TURNED: gl.constexpr,
-    SECTION: gl.constexpr, SECTIONS: gl.constexpr,
+    WHICH_SECTION: gl.constexpr, SECTIONS: gl.constexpr,
 ):  # fmt: skip
     """Start copying pairs FIRST .. of a kv head's factor to [2 * pairs, latents], both of a pair side by side.
 
-    Zero where there are none. TURNED: in the order of `place_in_factor`, and latents in that of `last_first`. SECTION:
-    of SECTIONS, which have as many latents each.
+    Zero where there are none. TURNED: in the order of `place_in_factor`, and latents in that of `last_first`.
+    WHICH_SECTION: of SECTIONS, which have as many latents each.
     """
     layout: gl.constexpr = copied_layout(to.shape[1])
     row = gl.arange(0, to.shape[0], gl.SliceLayout(1, layout))
-    latent = _latents(to.shape[1], layout, TURNED, SECTION, SECTIONS)
+    latent = _latents(to.shape[1], layout, TURNED, WHICH_SECTION, SECTIONS)
     pair, half = row // 2, row % 2
     if TURNED:
         pair, half = place_in_factor(row)
@@ -84,7 +84,8 @@ def copy_factors(
 
 @gluon.jit
 def pieces_of(
-    factors, KV: gl.constexpr, WHICH: gl.constexpr, WINDOWS: gl.constexpr, SECTION: gl.constexpr, SECTIONS: gl.constexpr
+    factors, KV: gl.constexpr, WHICH: gl.constexpr, WINDOWS: gl.constexpr, WHICH_SECTION: gl.constexpr,
+    SECTIONS: gl.constexpr,
 ):  # fmt: skip
     """Every other kv head's rows that a query is folded into, as shared memory [ROWS, latents of a section] each.
 
@@ -96,7 +97,7 @@ def pieces_of(
     result = ()
     for head in gl.static_range(WHICH, KV, 2):
         for piece in gl.static_range(head * OF_HEAD, (head + 1) * OF_HEAD):
-            unit = factors.index(SECTION * UNITS + piece // PIECES * (2 if WINDOWS else 1))
+            unit = factors.index(WHICH_SECTION * UNITS + piece // PIECES * (2 if WINDOWS else 1))
             result = result + (unit.slice(piece % PIECES * ROWS, ROWS),)
     return result
 
@@ -121,7 +122,7 @@ def copy_fast(
 @gluon.jit
 def copy_halves(
     to, up, up_stride, rank, FIRST: gl.constexpr, BEGIN: gl.constexpr, END: gl.constexpr, WIDTH: gl.constexpr,
-    TURNED: gl.constexpr, SECTION: gl.constexpr, SECTIONS: gl.constexpr,
+    TURNED: gl.constexpr, WHICH_SECTION: gl.constexpr, SECTIONS: gl.constexpr,
 ):  # fmt: skip
     """Start copying pairs FIRST .. of kv heads' up factors, both numbers of the pairs, of one of SECTIONS sections.
 
@@ -131,12 +132,12 @@ def copy_halves(
     PAIRS: gl.constexpr = to.shape[1]
     layout: gl.constexpr = copied_layout(to.shape[2])
     pair = FIRST + gl.arange(0, PAIRS, gl.SliceLayout(1, layout))
-    latent = _latents(to.shape[2], layout, TURNED, SECTION, SECTIONS)
+    latent = _latents(to.shape[2], layout, TURNED, WHICH_SECTION, SECTIONS)
     ok = (pair < WIDTH // 2)[:, None] & (latent < rank)[None, :]
     at = up + (pair * up_stride)[:, None] + latent[None, :]
     HALVES: gl.constexpr = to.shape[0] // SECTIONS
     for half in gl.static_range(BEGIN, END):
-        copy_to_shared(to.index(SECTION * HALVES + half), at + half * (WIDTH // 2) * up_stride, mask=ok)
+        copy_to_shared(to.index(WHICH_SECTION * HALVES + half), at + half * (WIDTH // 2) * up_stride, mask=ok)
 
 
 @gluon.jit

@@ -129,15 +129,9 @@ def _prepare(
     else:
         if MODE == "folded":
             q_first, q_second = load_pairs(
-                query,
-                query_stride,
-                scaling,
-                KV,
-                factors.shape[0] // SECTIONS // KV * UNIT,
-                factors.shape[2],
-                WIDTH,
+                query, query_stride, scaling, KV, factors.shape[0] // SECTIONS // KV * UNIT, factors.shape[2], WIDTH,
                 WHICH,
-            )
+            )  # fmt: skip
         async_copy.wait_group(PENDING)
         synchronize()
         if MODE == "folded":

@@ -139,10 +139,10 @@ def score_turned(
 ):  # fmt: skip
     """Scores of keys that are rebuilt and turned, unit after unit, while the next one's product is under way.
 
-    Of a key group's KV heads, which have UNITS units from `begin` on. In mixed mode they are added to `scores` and
-    returned, to go to `with_slow`, with the operand. found: shared memory of places of scores,
-    and the tile's first one. biases: shared memory of `store_biases`,
-    in a tuple, or (). norm: weights of a key norm and what is added to the mean square, or ().
+    Of a key group's KV heads, which have UNITS units from `begin` on. found: shared memory of places of scores, and the
+    tile's first one. biases: shared memory of `store_biases`, in a tuple, or (). norm: weights of a key norm and what
+    is added to the mean square, or (). In mixed mode scores are added to `scores` and returned, to go to `with_slow`,
+    with the operand.
     """
     OF_HEAD: gl.constexpr = UNITS // KV
     SECTIONS: gl.constexpr = len(operand)
@@ -247,9 +247,8 @@ def score_weighed(
 ):  # fmt: skip
     """Scores of products with folded factors, or with a window's, unit after unit, as in `score_turned`.
 
-    Of a key group's heads: TOTAL units from `begin` on, of which only the program's last one may be alone.
-
-    words: of the units of a head; of windows, of fast pairs and of slow ones, which two heads share.
+    Of a key group's heads: TOTAL units from `begin` on, of which only the program's last one may be alone. words: of
+    the units of a head; of windows, of fast pairs and of slow ones, which two heads share.
     """
     HEADS: gl.constexpr = 2 if MODE == "windows" else 1
     # A head of 64 has one unit.

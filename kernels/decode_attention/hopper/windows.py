@@ -176,11 +176,10 @@ def make_window(
 ):  # fmt: skip
     """W of every other two kv heads, to shared memory [2 * pairs of heads, UNIT, latents] of every section.
 
-    Every second of them.
-    For the window that begins at a position. own: `load_own_queries`. arguments: the up factor's stride, and ranks as
-    in `copy_factors`. beside: shared memory for slow pairs of factors,
-    of a head, the first one on its way, which it will be again where there are more windows, or of two, which stay; and
-    for the turned queries. ready: two groups of warps arrive when they need the last window no more.
+    To every second unit, for the window that begins at a position. own: `load_own_queries`. arguments: the up factor's
+    stride, and ranks as in `copy_factors`. beside: shared memory for slow pairs of factors, of a head, the first one on
+    its way, which it will be again where there are more windows, or of two, which stay; and for the turned queries.
+    ready: two groups of warps arrive when they need the last window no more.
     """
     held, turned = beside
     up_stride, rank = arguments
