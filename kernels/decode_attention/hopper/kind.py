@@ -149,7 +149,8 @@ def kind_of(
 ) -> Kind | None:  # fmt: skip
     """The kind of a call that the kernel takes, None of others; of those that `launch.can_take` takes.
 
-    Both sides have the same groups and bits, 16 or those of codes. Arguments as of `decode_attention`.
+    Both sides have the same bits, 16 or those of codes, and each value group has the values of as many key groups.
+    Arguments as of `decode_attention`.
     """
     bits = _bits(key_latents, query.dtype)
     if bits is None or bits != _bits(value_latents, query.dtype) or query.dtype == torch.float32:
@@ -222,7 +223,7 @@ def constants_of(kind: Kind, plan: Plan, span: int, scaled: bool) -> Constants:
         KEY_GROUPS=kind.key_groups,
         KV=heads.kv, QUERIES=heads.queries, QUERY_SLOTS=heads.query_slots,
         SLOTS=heads.slots, QUERY_ROWS=kind.rows_per_latent, WIDTH=kind.width, WIDE=next_power_of_2(kind.width),
-        RANK=padded_rank(kind.key_ranks, bits, kind.sections), KEY_DIVISOR=divisor(kind.key_ranks), CHUNKS=chunks,
+        RANK=padded_rank(kind.key_ranks, bits, heads.mode), KEY_DIVISOR=divisor(kind.key_ranks), CHUNKS=chunks,
         VALUE_DIVISOR=divisor(kind.value_ranks), RANK_STRIDE=max(kind.value_ranks), MASK=kind.mask,
         DTYPE=DTYPES[kind.dtype], TOGETHER=heads.together, COLUMNS=heads.columns, BITS=bits,
         ASYMMETRIC=kind.asymmetric, SCORERS=scorers, WEIGHERS=weighers,

@@ -158,7 +158,7 @@ def _launch(plan: Plan, call: Call, tables: Tables, parts: int, found: Means) ->
     up, scaled = query if absorbed else key.up, False
     if bits < 16 and not absorbed:
         extras = kind.has_bias or kind.has_norm
-        rank, folded = padded_rank(kind.key_ranks, bits, kind.sections), kind.heads.mode == "folded"
+        rank, folded = padded_rank(kind.key_ranks, bits, kind.heads.mode), kind.heads.mode == "folded"
         up, power, scaled = factor_of_codes(key, rank, bits, kind.dtype, folded, extras, kind.sections > 1)
         scaling *= power
     scaling *= LOG2_E * (1.0 if rotation is None else rotation.attention_scaling)

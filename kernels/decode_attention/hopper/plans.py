@@ -144,9 +144,9 @@ def sections_of(ranks: Sequence[int], mode: str) -> int:
     return cdiv(max(ranks), SECTION) if mode != "absorbed" and max(ranks) > 2 * SECTION else 1
 
 
-def padded_rank(ranks: Sequence[int], bits: int, sections: int) -> int:
+def padded_rank(ranks: Sequence[int], bits: int, mode: str) -> int:
     """Latents that a program reads of each group of keys."""
-    least = LEAST_RANK if bits == 16 else LEAST_CODES
+    least, sections = LEAST_RANK if bits == 16 else LEAST_CODES, sections_of(ranks, mode)
     return sections * SECTION if sections > 1 else max(least, next_power_of_2(max(ranks)))
 
 
@@ -173,7 +173,7 @@ def plans_for(
     if (has_bias or has_norm) and mode != "rotated":
         return ()
     weighers, whole = weighers_of(heads.mode, bits), whole_slots(heads, bits, chunks)
-    rank = padded_rank(key_ranks, bits, sections_of(key_ranks, heads.mode))
+    rank = padded_rank(key_ranks, bits, heads.mode)
     # Weights of fp16, or both bytes of those of two tiles by turns.
     weights = 4 * whole * 2 * TILE if whole else (1 if bits == 16 else 2) * heads.slots * TILE * 2
     # Bytes: numbers of 16 bits are kept, those of tiles are codes, which have scales and shifts.
@@ -196,7 +196,7 @@ def _are_taken(
     heads: Heads, head_dim: int, key_ranks: Sequence[int], value_ranks: Sequence[int], bits: int, windows: bool
 ) -> bool:
     """Whether the kernel is made for such heads and ranks, whatever the memory."""
-    rank = padded_rank(key_ranks, bits, sections_of(key_ranks, heads.mode))
+    rank = padded_rank(key_ranks, bits, heads.mode)
     if heads.slots > MOST_SLOTS or (heads.mode == "rotated" and heads.query_slots > LEAST):
         return False
     if rank > MOST_RANK[heads.mode] or (heads.mode != "absorbed" and heads.kv > MOST_KV):
