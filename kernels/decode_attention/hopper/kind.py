@@ -12,6 +12,7 @@ from palu.kernels.decode_attention.hopper.plans import (
     Heads,
     Plan,
     heads_of,
+    held_of,
     mode_of,
     padded_rank,
     plans_for,
@@ -113,8 +114,8 @@ class Kind:
     @functools.cached_property
     def takes_windows(self) -> bool:
         """Whether keys are interpolated in windows of positions where that is faster."""
-        # Several queries' numbers take longer to read than to multiply.
-        numbers = self.bits == 16 and self.heads.mode != "folded"
+        # Several queries' numbers take longer to read than to multiply, but where keys have many latents.
+        numbers = self.bits == 16 and self.heads.mode != "folded" and self.sections == 1
         return not numbers and self.heads.mode != "absorbed" and bool(self.plans(True, False))
 
     @functools.cached_property
@@ -218,7 +219,8 @@ def constants_of(kind: Kind, plan: Plan, span: int, scaled: bool) -> Constants:
     return Constants(
         MODE=heads.mode, KEY_STAGES=exact.key_stages, STEP=exact.step, VALUE_STAGES=exact.value_stages,
         SPAN=span, SPAN_MODE=mode_of(heads, span > 0),
-        SPAN_KEY_STAGES=plan.key_stages, SPAN_STEP=plan.step, SPAN_VALUE_STAGES=plan.value_stages, HELD=1 + plan.stays,
+        SPAN_KEY_STAGES=plan.key_stages, SPAN_STEP=plan.step, SPAN_VALUE_STAGES=plan.value_stages,
+        HELD=held_of(mode_of(heads, span > 0), kind.sections, plan.stays),
         GROUPS=kind.groups, SHARES=kind.shares, JOINED=len(kind.key_ranks) // len(kind.value_ranks),
         KEY_GROUPS=kind.key_groups,
         KV=heads.kv, QUERIES=heads.queries, QUERY_SLOTS=heads.query_slots,

@@ -8,15 +8,17 @@ from typing import NamedTuple
 from palu.kernels.decode_attention.hopper.common import TILE as KERNEL_TILE
 from palu.kernels.decode_attention.hopper.operands import SECTION as KERNEL_SECTION
 from palu.kernels.decode_attention.hopper.prologue import bias_columns
+from palu.kernels.decode_attention.hopper.slow import SOME as KERNEL_SOME
 from palu.kernels.decode_attention.hopper.turns import LEAST as KERNEL_LEAST
 from palu.kernels.decode_attention.hopper.turns import UNIT as KERNEL_UNIT
 from palu.kernels.decode_attention.hopper.values import CHUNK as KERNEL_CHUNK
 from palu.kernels.decode_attention.hopper.windows import SLOW as KERNEL_SLOW
+from palu.kernels.decode_attention.hopper.windows import own_parts, parts_of_latents
 from palu.kernels.decode_attention.parts import COMBINE_PARTS
 from palu.kernels.integers import cdiv, next_power_of_2
 
 TILE, CHUNK, LEAST, COLUMNS = KERNEL_TILE.value, KERNEL_CHUNK.value, KERNEL_LEAST.value, KERNEL_UNIT.value
-SLOW, SECTION = KERNEL_SLOW.value, KERNEL_SECTION.value
+SLOW, SECTION, SOME = KERNEL_SLOW.value, KERNEL_SECTION.value, KERNEL_SOME.value
 # Columns of a program's scores at most, and latents of its keys at least, for the matrix units: numbers' and codes'.
 MOST_SLOTS, LEAST_RANK, LEAST_CODES = 32, 32, 64
 # Columns of slow pairs at least.
@@ -27,9 +29,8 @@ MOST_STAYING = 4
 LEAST_STEP, MOST_WHOLE_SLOTS = 32, 8
 # kv heads of a group at most: what tells heads apart in the kernel counts on few.
 MOST_KV = 8
-# Latents of a group's keys at most, of folded ones because the other launches are as fast with more; registers of a
-# thread for the sums of values.
-MOST_RANK, MOST_SUMS = {"absorbed": 256, "folded": 192, "rotated": 256}, 96
+# Latents of a group's keys at most; registers of a thread for the sums of values.
+MOST_RANK, MOST_SUMS = 256, 96
 # Registers of a thread for sums of values and for what codes became, which stay until their products are done.
 MOST_OPERANDS = 112
 # Latents of a group, keys' and values' together, at least: of less a program reads too little per tile.
@@ -45,7 +46,7 @@ START = 3
 class Plan(NamedTuple):
     """Tiles of keys under way for each group of warps that scores, tokens per step of the values, steps under way.
 
-    stays: slow pairs of all heads' factors stay in shared memory, of which windows are made.
+    stays: slow pairs of all heads' factors, of which windows are made, stay in shared memory.
     """
 
     key_stages: int
@@ -173,7 +174,7 @@ def plans_for(
     if (has_bias or has_norm) and mode != "rotated":
         return ()
     weighers, whole = weighers_of(heads.mode, bits), whole_slots(heads, bits, chunks)
-    rank = padded_rank(key_ranks, bits, heads.mode)
+    rank, sections = padded_rank(key_ranks, bits, heads.mode), sections_of(key_ranks, heads.mode)
     # Weights of fp16, or both bytes of those of two tiles by turns.
     weights = 4 * whole * 2 * TILE if whole else (1 if bits == 16 else 2) * heads.slots * TILE * 2
     # Bytes: numbers of 16 bits are kept, those of tiles are codes, which have scales and shifts.
@@ -181,9 +182,8 @@ def plans_for(
     kept = 2 * _kept(heads, mode, head_dim, rank, has_bias, has_norm)
     kept += weights + 8 * TILE * (heads.slots + parameters) + RESERVED
     fitting = []
-    for plan in _preferred(heads, mode, bits, whole, all_of_them):
-        # Slow pairs of one head's factor or of two for each group of warps that scores.
-        held = 2 * 2 * SLOW * rank * (1 + plan.stays) if mode == "windows" else 0
+    for plan in _preferred(heads, mode, bits, whole, sections, all_of_them):
+        held = held_of(mode, sections, plan.stays) * _slow(heads, mode, rank, sections)
         tiles = scorers_of(mode, weighers, whole) * plan.key_stages * TILE * heads.key_groups * rank
         tiles += weighers * plan.value_stages * plan.step * chunks * CHUNK
         fits = _registers(plan, heads, chunks, bits, whole) <= MOST_OPERANDS and (not whole or plan.step >= LEAST_STEP)
@@ -199,7 +199,7 @@ def _are_taken(
     rank = padded_rank(key_ranks, bits, heads.mode)
     if heads.slots > MOST_SLOTS or (heads.mode == "rotated" and heads.query_slots > LEAST):
         return False
-    if rank > MOST_RANK[heads.mode] or (heads.mode != "absorbed" and heads.kv > MOST_KV):
+    if rank > MOST_RANK or (heads.mode != "absorbed" and heads.kv > MOST_KV):
         return False
     if heads.key_groups * max(key_ranks) + max(value_ranks) < LEAST_WIDTH:
         return False
@@ -231,18 +231,37 @@ def _kept(heads: Heads, mode: str, head_dim: int, rank: int, has_bias: bool, has
         "rotated": heads.kv * wide * (rank + LEAST) + has_bias * biases + has_norm * weights_of_norm,
         # Two heads have a unit of fast pairs and one of slow ones; turned queries.
         "windows": cdiv(heads.kv, 2) * 2 * (COLUMNS * rank + COLUMNS * 4),
-        # Fast and slow pairs, the windows of these, of every key group.
-        "mixed": (heads.kv * wide + heads.key_groups * COLUMNS) * rank + heads.kv * heads.slots * COLUMNS,
+        # Fast pairs, windows of slow ones of every key group, queries.
+        "mixed": (heads.kv + heads.key_groups) * COLUMNS * rank + heads.kv * heads.slots * COLUMNS,
     }[mode]
 
 
-def _preferred(heads: Heads, mode: str, bits: int, whole: int, all_of_them: bool) -> tuple[Plan, ...]:
+def held_of(mode: str, sections: int, stays: bool) -> int:
+    """Of how much slow pairs of factors are in shared memory at a time, of which windows are made.
+
+    Of heads, for each group of warps that scores; with several queries, of sections of all heads.
+    """
+    if mode == "mixed":
+        return sections if stays else SOME
+    return 1 + stays
+
+
+def _slow(heads: Heads, mode: str, rank: int, sections: int) -> int:
+    """Numbers of slow pairs' factors in shared memory for each that is held."""
+    own = rank * own_parts(heads.kv, sections) // parts_of_latents(heads.kv, sections)
+    return {"windows": 2 * 2 * SLOW * own, "mixed": heads.kv * COLUMNS * rank // sections}.get(mode, 0)
+
+
+def _preferred(heads: Heads, mode: str, bits: int, whole: int, sections: int, all_of_them: bool) -> tuple[Plan, ...]:
     """The plans that are tried, in their order."""
     first = FIRST_PLANS["numbers" if bits == 16 else "whole" if whole else heads.mode]
     preferred = (*first, *LAST_PLANS, *(GRID if all_of_them else ()))
     if mode == "windows":
         staying = tuple(plan._replace(stays=True) for plan in preferred if plan.value_stages > 2)
         preferred = (*(staying if heads.kv <= MOST_STAYING else ()), *preferred)
+    if mode == "mixed":
+        staying = tuple(plan._replace(stays=True) for plan in preferred)
+        preferred = (*staying, *(preferred if sections > SOME else ()))
     return tuple(dict.fromkeys(preferred))
 
 

@@ -13,7 +13,7 @@ from palu.kernels.decode_attention.hopper.slow import make_first_window
 from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT
 from palu.kernels.decode_attention.hopper.values import CHUNK, start_copies, weigh_values
 from palu.kernels.decode_attention.hopper.whole import weigh_whole
-from palu.kernels.decode_attention.hopper.windows import PIECES
+from palu.kernels.decode_attention.hopper.windows import PIECES, own_parts, parts_of_latents
 
 # Shared memory of one dimension, line after line.
 LINES: gl.constexpr = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -80,8 +80,7 @@ def attend(
     """The part of a row's means that a program of `hopper_kernel` has, of its heads.
 
     given: what does not depend on the mode, at the row and the heads; of every key group what is its own, as tuples.
-    lead, leading, end_tile: of windows, the row of `spans_of`. HELD: heads whose slow pairs of factors are in shared
-    memory at a time.
+    lead, leading, end_tile: of windows, the row of `spans_of`. HELD: as `held_of` finds it.
     """
     (
         at_keys, at_values, parameters, up, at_query, bias, norm, mask, bases, basis, frequencies, means, logarithms,
@@ -223,10 +222,13 @@ def attend(
         if MODE == "mixed":
             beside = (
                 gl.allocate_shared_memory(DTYPE, [KV, SLOTS, UNIT], swizzled(UNIT)),
-                gl.allocate_shared_memory(DTYPE, [SECTIONS * KV * 2, UNIT // 2, LATENTS], swizzled(LATENTS)),
+                gl.allocate_shared_memory(DTYPE, [HELD * KV * 2, UNIT // 2, LATENTS], swizzled(LATENTS)),
                 gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),
             )
             mbarrier.init(beside[2], count=1)
+        # Of windows, a group's own parts of the factors.
+        HALVES: gl.constexpr = own_parts(KV, SECTIONS) * 2 * HELD
+        PART: gl.constexpr = RANK // parts_of_latents(KV, SECTIONS)
         rings, places, besides = (), (), ()
         for own in gl.static_range(OWN):
             place = seen_as(
@@ -243,9 +245,7 @@ def attend(
             if MODE == "windows":
                 held = ()
                 for piece in gl.static_range(2):
-                    some = gl.allocate_shared_memory(
-                        DTYPE, [SECTIONS * 2 * HELD, PIECES[piece], LATENTS], swizzled(LATENTS)
-                    )  # fmt: skip
+                    some = gl.allocate_shared_memory(DTYPE, [HALVES, PIECES[piece], PART], swizzled(PART))
                     held = held + (some,)
                 turned = gl.allocate_shared_memory(
                     gl.float16, [(KV + 3) // 4 * 2, 2, 64], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
@@ -262,7 +262,7 @@ def attend(
         if MODE == "mixed":
             # Nothing is read where there is no tile.
             to_make = (
-                up, up_stride, there_if(begin < end, up_rank), at_query, query_stride, scaling, bases, frequencies,
+                (up, up_stride, there_if(begin < end, up_rank)), at_query, query_stride, scaling, bases, frequencies,
                 lead + begin * TILE,
             )  # fmt: skip
             window = (factors, beside, to_make)

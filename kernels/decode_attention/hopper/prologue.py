@@ -121,12 +121,12 @@ def copy_fast(
 
 @gluon.jit
 def copy_halves(
-    to, up, up_stride, rank, FIRST: gl.constexpr, BEGIN: gl.constexpr, END: gl.constexpr, WIDTH: gl.constexpr,
-    TURNED: gl.constexpr, WHICH_SECTION: gl.constexpr, SECTIONS: gl.constexpr,
+    to, up, up_stride, rank, FIRST: gl.constexpr, PLACE: gl.constexpr, BEGIN: gl.constexpr, END: gl.constexpr,
+    WIDTH: gl.constexpr, TURNED: gl.constexpr, WHICH_SECTION: gl.constexpr, SECTIONS: gl.constexpr,
 ):  # fmt: skip
     """Start copying pairs FIRST .. of kv heads' up factors, both numbers of the pairs, of one of SECTIONS sections.
 
-    to: [heads * 2 of every section, pairs, latents], zero where there are none. BEGIN .. END: which of a section, two
+    to: [halves, pairs, latents], zero where there are none, from half PLACE on. BEGIN .. END: which of a section, two
     of every head. TURNED: latents in the order of `last_first`.
     """
     PAIRS: gl.constexpr = to.shape[1]
@@ -135,9 +135,8 @@ def copy_halves(
     latent = _latents(to.shape[2], layout, TURNED, WHICH_SECTION, SECTIONS)
     ok = (pair < WIDTH // 2)[:, None] & (latent < rank)[None, :]
     at = up + (pair * up_stride)[:, None] + latent[None, :]
-    HALVES: gl.constexpr = to.shape[0] // SECTIONS
     for half in gl.static_range(BEGIN, END):
-        copy_to_shared(to.index(WHICH_SECTION * HALVES + half), at + half * (WIDTH // 2) * up_stride, mask=ok)
+        copy_to_shared(to.index(PLACE + half), at + half * (WIDTH // 2) * up_stride, mask=ok)
 
 
 @gluon.jit

@@ -35,7 +35,14 @@ from palu.kernels.decode_attention.hopper.prologue import (
     store_norm,
     there_if,
 )
-from palu.kernels.decode_attention.hopper.slow import load_basis, load_slow_of, made_layout, make_slow, slow_numbers
+from palu.kernels.decode_attention.hopper.slow import (
+    load_basis,
+    load_slow_of,
+    made_layout,
+    make_slow,
+    slow_numbers,
+    start_slow,
+)
 from palu.kernels.decode_attention.hopper.tiles import copy_tile, operand_of
 from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT, by_pair, load_turns, units_of
 from palu.kernels.decode_attention.hopper.units import hand_on_slow, score_turned, score_weighed, with_slow
@@ -43,9 +50,11 @@ from palu.kernels.decode_attention.hopper.windows import (
     COLUMNS,
     FAST,
     copy_slow,
+    first_of,
     load_frequencies,
     load_own_queries,
     make_window,
+    own_parts,
 )
 
 
@@ -83,8 +92,9 @@ def _start(
     if MODE == "windows":
         if WHICH < KV:
             copy_fast(factors, up, up_stride, rank, KV, WIDTH, WHICH, SECTIONS)
-        HEADS: gl.constexpr = min(beside[0][0].shape[0] // SECTIONS // 2, max(0, KV - 2 * WHICH))
-        copy_slow(beside[0], up, up_stride, rank, 2 * WHICH, HEADS, KV, WIDTH, SECTIONS)
+        FIRST: gl.constexpr = first_of(KV, WHICH)
+        HEADS: gl.constexpr = min(beside[0][0].shape[0] // own_parts(KV, SECTIONS) // 2, max(0, KV - FIRST))
+        copy_slow(beside[0], up, up_stride, rank, FIRST, HEADS, KV, WIDTH, WHICH, SECTIONS)
     else:
         # In mixed mode a unit of each head; behind these comes one of slow pairs for every key group.
         UNITS: gl.constexpr = 1 if MODE == "mixed" else factors.shape[0] // SECTIONS // KV
@@ -122,8 +132,11 @@ def _prepare(
                 slow = slow_numbers(
                     own, scaling, position, QUERY_SLOTS, TOGETHER, LEAST, beside[0].shape[1], factors.dtype
                 )
+                source = (up, up_stride, rank)
+                if beside[1].shape[0] < 2 * KV * SECTIONS:
+                    start_slow(beside[1], source, KV, WIDTH, SECTIONS)
                 make_slow(
-                    factors, beside[1], window >> 30, slow, made_layout(factors.shape[2]), PENDING, len(rank),
+                    factors, beside[1], window >> 30, slow, source, made_layout(factors.shape[2]), PENDING, KV, WIDTH,
                     SECTIONS,
                 )  # fmt: skip
     else:

@@ -24,6 +24,9 @@ from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT, unpacked
 from palu.kernels.decode_attention.hopper.values import start_copies
 from palu.kernels.latent_scores.tiles import turn
 
+# Sections of slow pairs' factors that are held at a time where not all stay.
+SOME: gl.constexpr = gl.constexpr(2)
+
 
 @gluon.jit
 def load_slow(
@@ -77,38 +80,66 @@ def slow_numbers(
 
 
 @gluon.jit
+def _copy_section(factor, source, KV: gl.constexpr, WIDTH: gl.constexpr, section: gl.constexpr, SECTIONS: gl.constexpr):
+    """Start copying a section of all kv heads' slow pairs to where one before has been; as `make_slow`."""
+    up, up_stride, rank = source
+    HELD: gl.constexpr = factor.shape[0] // (2 * KV)
+    OF_GROUP: gl.constexpr = 2 * KV // len(rank)
+    for group in gl.static_range(len(rank)):
+        copy_halves(
+            factor, up[group], up_stride, rank[group], factor.shape[1], section % HELD * (2 * KV), group * OF_GROUP,
+            (group + 1) * OF_GROUP, WIDTH, True, section, SECTIONS,
+        )  # fmt: skip
+    async_copy.commit_group()
+
+
+@gluon.jit
+def start_slow(factor, source, KV: gl.constexpr, WIDTH: gl.constexpr, SECTIONS: gl.constexpr):
+    """Start copying the first sections of slow pairs' factors, as many as are held at a time; as `make_slow`."""
+    for section in gl.static_range(factor.shape[0] // (2 * KV)):
+        _copy_section(factor, source, KV, WIDTH, section, SECTIONS)
+
+
+@gluon.jit
 def make_slow(
-    prepared, factor, zero, numbers, result: gl.constexpr, PENDING: gl.constexpr, GROUPS: gl.constexpr,
-    SECTIONS: gl.constexpr,
+    prepared, factor, zero, numbers, source, result: gl.constexpr, PENDING: gl.constexpr, KV: gl.constexpr,
+    WIDTH: gl.constexpr, SECTIONS: gl.constexpr,
 ):  # fmt: skip
     """W of all columns and slots, to shared memory [columns * SLOTS, latents], of `slow_numbers`.
 
-    prepared: [units of every section, UNIT, latents], of which a section's last ones become W of each of GROUPS key
-    groups, which has zeros in columns of other groups' heads. factor: [KV * 2 of every section, pairs, latents], both
-    numbers of every kv head's slow pairs, on its way if not there; PENDING: groups of copies begun after it. zero: in a
-    loop, one that is not known before it, where else addresses would be computed.
+    prepared: [units of every section, UNIT, latents], of which a section's last ones become W of each of the key
+    groups, which has zeros in columns of other groups' heads. factor: [KV * 2 of the sections that are held at a time,
+    pairs, latents], both numbers of every kv head's slow pairs, on its way if not there; PENDING: groups of copies
+    begun after it, none where not all sections are held. source: the up factor of every key group, its stride, and the
+    groups' ranks. zero: in a loop, one that is not known before it, where else addresses would be computed.
     """
     with_first, with_second, kv_head = numbers
+    GROUPS: gl.constexpr = len(source[2])
     UNITS: gl.constexpr = prepared.shape[0] // SECTIONS
-    HALVES: gl.constexpr = factor.shape[0] // SECTIONS
-    OF_GROUP: gl.constexpr = HALVES // 2 // GROUPS
+    HELD: gl.constexpr = factor.shape[0] // (2 * KV)
+    OF_GROUP: gl.constexpr = KV // GROUPS
     ROWS: gl.constexpr = prepared.shape[1]
     LATENTS: gl.constexpr = prepared.shape[2]
     nothing = gl.zeros([ROWS, LATENTS], gl.float32, result)
-    async_copy.wait_group(PENDING)
-    fence_async_shared()
-    synchronize()
     for section in gl.static_range(SECTIONS):
+        if section == 0 or HELD < SECTIONS:
+            async_copy.wait_group(PENDING if HELD == SECTIONS else min(HELD, SECTIONS - section) - 1)
+            fence_async_shared()
+            synchronize()
         for group in gl.static_range(GROUPS):
             made = nothing
             for head in gl.static_range(group * OF_GROUP, (group + 1) * OF_GROUP):
                 own = (kv_head == head)[:, None]
                 own_first, own_second = gl.where(own, with_first, 0.0), gl.where(own, with_second, 0.0)
-                half = zero + section * HALVES + 2 * head
+                half = zero + section % HELD * (2 * KV) + 2 * head
                 begun = warpgroup_mma(own_first, factor.index(half), made, is_async=True)
                 begun = warpgroup_mma(own_second, factor.index(half + 1), begun, is_async=True)
                 made, own_first, own_second = warpgroup_mma_wait(0, deps=[begun, own_first, own_second])
             prepared.index((section + 1) * UNITS - GROUPS + group).store(made.to(prepared.dtype))
+        if section + HELD < SECTIONS:
+            # All warps have done their products.
+            synchronize()
+            _copy_section(factor, source, KV, WIDTH, section + HELD, SECTIONS)
 
 
 @gluon.constexpr_function
@@ -180,20 +211,22 @@ def make_first_window(
 
     By the group of warps that weighs, which has nothing to weigh yet.
     """
-    up, up_stride, rank, query, query_stride, scaling, bases, frequencies, position = to_make
+    source, query, query_stride, scaling, bases, frequencies, position = to_make
+    # Units of each section: one of every head, and what is made here of every key group.
+    SECTIONS: gl.constexpr = factors.shape[0] // (HEADS[0] + len(source[2]))
     loaded = load_slow_of(factors, beside, bases, frequencies, query, query_stride, HEADS, WIDTH)
-    OF_GROUP: gl.constexpr = 2 * HEADS[0] // len(rank)
-    SECTIONS: gl.constexpr = beside[1].shape[0] // (2 * HEADS[0])
-    for group in gl.static_range(len(rank)):
-        for section in gl.static_range(SECTIONS):
-            copy_halves(
-                beside[1], up[group], up_stride, rank[group], beside[1].shape[1], group * OF_GROUP,
-                (group + 1) * OF_GROUP, WIDTH, True, section, SECTIONS,
-            )  # fmt: skip
-    async_copy.commit_group()
-    start_copies(rings, arguments, 0, 1, BITS)
+    start_slow(beside[1], source, HEADS[0], WIDTH, SECTIONS)
+    STAYS: gl.constexpr = beside[1].shape[0] == 2 * HEADS[0] * SECTIONS
+    if STAYS:
+        start_copies(rings, arguments, 0, 1, BITS)
     slow = slow_numbers(loaded, scaling, position, HEADS[2], HEADS[3], LEAST, beside[0].shape[1], factors.dtype)
-    make_slow(factors, beside[1], 0, slow, made_layout(factors.shape[2]), rings[0].shape[0] - 1, len(rank), SECTIONS)
+    make_slow(
+        factors, beside[1], 0, slow, source, made_layout(factors.shape[2]), rings[0].shape[0] - 1, HEADS[0], WIDTH,
+        SECTIONS,
+    )  # fmt: skip
+    if not STAYS:
+        # Not before: copies are there in their order.
+        start_copies(rings, arguments, 0, 1, BITS)
     fence_async_shared()
     synchronize()
     mbarrier.arrive(beside[2], count=1)

@@ -44,21 +44,51 @@ def _columns_layout(pairs: int) -> gl.DistributedLinearLayout:
     )
 
 
+@gluon.constexpr_function
+def makers_of(kv: int) -> int:
+    """Groups of warps that make windows of a head: each has every other two heads, or parts of one or two heads'."""
+    return 1 if kv > 2 else 2
+
+
+@gluon.constexpr_function
+def first_of(kv: int, which: int) -> int:
+    """The first kv head of which a group of warps makes windows."""
+    return 2 * which if makers_of(kv) == 1 else 0
+
+
+@gluon.constexpr_function
+def parts_of_latents(kv: int, sections: int) -> int:
+    """In how many parts windows' latents are made, of which every one that makes them has every n-th."""
+    return max(makers_of(kv), sections)
+
+
+@gluon.constexpr_function
+def own_parts(kv: int, sections: int) -> int:
+    """Parts of the latents at most that a group of warps makes."""
+    return -(-parts_of_latents(kv, sections) // makers_of(kv))
+
+
 @gluon.jit
 def copy_slow(
     held, up, up_stride, rank, first: gl.constexpr, HEADS: gl.constexpr, KV: gl.constexpr, WIDTH: gl.constexpr,
-    SECTIONS: gl.constexpr,
+    WHICH: gl.constexpr, SECTIONS: gl.constexpr,
 ):  # fmt: skip
     """Start copying slow pairs of the factors of HEADS kv heads from head `first` on, one or two of a key group.
 
-    up, rank: as in `copy_factors`.
+    Of the group's own parts of the latents. up, rank: as in `copy_factors`.
     """
     # Without a head anything.
     own: gl.constexpr = min(first, KV - 1)
     at, latents = of_head(up, own, KV) + first * WIDTH * up_stride, of_head(rank, own, KV)
-    for section in gl.static_range(SECTIONS):
-        copy_halves(held[0], at, up_stride, latents, FAST, 0, 2 * HEADS, WIDTH, False, section, SECTIONS)
-        copy_halves(held[1], at, up_stride, latents, FAST + PIECES[0], 0, 2 * HEADS, WIDTH, False, section, SECTIONS)
+    PARTS: gl.constexpr = parts_of_latents(KV, SECTIONS)
+    HALVES: gl.constexpr = held[0].shape[0] // own_parts(KV, SECTIONS)
+    MAKERS: gl.constexpr = makers_of(KV)
+    for part in gl.static_range(WHICH % MAKERS, PARTS, MAKERS):
+        for piece in gl.static_range(2):
+            copy_halves(
+                held[piece], at, up_stride, latents, FAST + piece * PIECES[0], part // MAKERS * HALVES, 0, 2 * HEADS,
+                WIDTH, False, part, PARTS,
+            )  # fmt: skip
     async_copy.commit_group()
 
 
@@ -75,7 +105,7 @@ def load_own_queries(query, query_stride, scaling, KV: gl.constexpr, WIDTH: gl.c
     inside = gl.arange(0, 2, gl.SliceLayout(1, _OF_PAIRS))
     pair = FAST + gl.arange(0, _PAIRS, gl.SliceLayout(0, _OF_PAIRS))
     result = ()
-    for head in gl.static_range(2 * WHICH, KV, 4):
+    for head in gl.static_range(first_of(KV, WHICH), KV, 4):
         ok = (head + inside < KV)[:, None] & (pair < WIDTH // 2)[None, :]
         at = query + ((head + inside) * query_stride)[:, None] + pair[None, :]
         first = gl.load(at, mask=ok, other=0.0).to(gl.float32) * scaling
@@ -134,18 +164,17 @@ def _of_head(numbers, inside: gl.constexpr):
 
 
 @gluon.jit
-def _multiplied(made, left, held, half: gl.constexpr, inside: gl.constexpr):
-    """A head's products, of each section, added to what the other one's gave.
+def _multiplied(made, left, held, half: gl.constexpr, inside: gl.constexpr, HALVES: gl.constexpr):
+    """A head's products, of each part of the latents, added to what the other one's gave.
 
     left: of both pieces, with first and second numbers.
     """
     first, second = _of_head(left[0], inside), _of_head(left[1], inside)
     more_first, more_second = _of_head(left[2], inside), _of_head(left[3], inside)
-    HALVES: gl.constexpr = held[0].shape[0] // len(made)
     done = ()
-    for section in gl.static_range(len(made)):
-        at = section * HALVES + half
-        begun = warpgroup_mma(first, held[0].index(at), made[section], use_acc=inside > 0, is_async=True)
+    for part in gl.static_range(len(made)):
+        at = part * HALVES + half
+        begun = warpgroup_mma(first, held[0].index(at), made[part], use_acc=inside > 0, is_async=True)
         begun = warpgroup_mma(second, held[0].index(at + 1), begun, is_async=True)
         begun = warpgroup_mma(more_first, held[1].index(at), begun, is_async=True)
         begun = warpgroup_mma(more_second, held[1].index(at + 1), begun, is_async=True)
@@ -164,9 +193,11 @@ def _copy_following(
     """Start copying what the next of every other two heads needs, or the first one where there are more windows."""
     NEXT: gl.constexpr = head + 1 if head % 2 == 0 and head + 1 < KV else head // 2 * 2 + 4
     if NEXT < KV:
-        copy_slow(held, up, up_stride, rank, NEXT, 1, KV, WIDTH, SECTIONS)
+        copy_slow(held, up, up_stride, rank, NEXT, 1, KV, WIDTH, WHICH, SECTIONS)
     else:
-        copy_slow(held, up, up_stride, there_if(more != 0, rank), 2 * WHICH, 1, KV, WIDTH, SECTIONS)
+        copy_slow(
+            held, up, up_stride, there_if(more != 0, rank), first_of(KV, WHICH), 1, KV, WIDTH, WHICH, SECTIONS
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -176,37 +207,46 @@ def make_window(
 ):  # fmt: skip
     """W of every other two kv heads, to shared memory [2 * pairs of heads, UNIT, latents] of every section.
 
-    To every second unit, for the window that begins at a position. own: `load_own_queries`. arguments: the up factor's
-    stride, and ranks as in `copy_factors`. beside: shared memory for slow pairs of factors, of a head, the first one on
-    its way, which it will be again where there are more windows, or of two, which stay; and for the turned queries.
-    ready: two groups of warps arrive when they need the last window no more.
+    To every second unit, for the window that begins at a position; of one or two heads, of every other part of the
+    latents. own: `load_own_queries`. arguments: the up factor's stride, and ranks as in `copy_factors`. beside: shared
+    memory for slow pairs of factors, of a head, the first one on its way, which it will be again where there are more
+    windows, or of two, which stay; and for the turned queries. ready: two groups of warps arrive when they need the
+    last window no more.
     """
     held, turned = beside
     up_stride, rank = arguments
-    STAYS: gl.constexpr = held[0].shape[0] == 4 * SECTIONS
-    LATENTS: gl.constexpr = prepared.shape[2]
+    OWN: gl.constexpr = own_parts(KV, SECTIONS)
+    STAYS: gl.constexpr = held[0].shape[0] == 4 * OWN
+    LATENTS: gl.constexpr = held[0].shape[2]
+    WIDE: gl.constexpr = prepared.shape[2]
+    PARTS: gl.constexpr = parts_of_latents(KV, SECTIONS)
+    FIRST: gl.constexpr = first_of(KV, WHICH)
+    MAKERS: gl.constexpr = makers_of(KV)
+    MANY: gl.constexpr = (PARTS - WHICH % MAKERS + MAKERS - 1) // MAKERS
     result: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, LATENTS, 16])
     along = _load_bases(bases, 0, PIECES[0]) + _load_bases(bases, PIECES[0], PIECES[1])
     _store_turned(turned, own, position.to(gl.float32) * frequency)
     # What was copied is there, and all warps have done their products with the last window.
     async_copy.wait_group(0)
     hand_over(ready, 0)
-    for head in gl.static_range(2 * WHICH, KV, 4):
-        first, second = turned.index((head - 2 * WHICH) // 2), turned.index((head - 2 * WHICH) // 2 + 1)
+    for head in gl.static_range(FIRST, KV, 4):
+        first, second = turned.index((head - FIRST) // 2), turned.index((head - FIRST) // 2 + 1)
         left = _with_queries(along[0], along[1], first, second, 0, result, prepared.dtype)
         left = left + _with_queries(along[2], along[3], first, second, PIECES[0], result, prepared.dtype)
-        made = (gl.zeros([UNIT, LATENTS], gl.float32, result),) * SECTIONS
+        made = (gl.zeros([UNIT, LATENTS], gl.float32, result),) * MANY
         for inside in gl.static_range(min(2, KV - head)):
             if not STAYS:
                 # Of another head than the first, the factor has to arrive.
                 async_copy.wait_group(0)
                 fence_async_shared()
                 synchronize()
-            made = _multiplied(made, left, held, 2 * inside if STAYS else 0, inside)
+            made = _multiplied(made, left, held, 2 * inside if STAYS else 0, inside, 4 if STAYS else 2)
             if not STAYS:
                 # All warps have read the factor.
                 synchronize()
                 _copy_following(held, up, up_stride, rank, more, head + inside, KV, WIDTH, WHICH, SECTIONS)
-        for section in gl.static_range(SECTIONS):
-            to = prepared.index(section * (prepared.shape[0] // SECTIONS) + head + 1)
-            to.store(made[section].to(prepared.dtype))
+        for first_latent in gl.static_range(WHICH % MAKERS * LATENTS, PARTS * LATENTS, MAKERS * LATENTS):
+            to = prepared.index(first_latent // WIDE * (prepared.shape[0] // SECTIONS) + head + 1)
+            if LATENTS < WIDE:
+                to = to.slice(first_latent % WIDE, LATENTS, dim=1)
+            to.store(made[first_latent // (MAKERS * LATENTS)].to(prepared.dtype))
