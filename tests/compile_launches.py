@@ -94,6 +94,7 @@ HOPPER_CALLS += [Call(8, bits, length=4096, bias=bits == 8) for bits in (16, 8, 
 # More latents of keys than the factor of all of a group's heads leaves room for; values of all key groups together.
 HOPPER_CALLS += [Call(8, bits, key_rank=256, value_rank=256, mask=None) for bits in (16, 8, 4)]
 HOPPER_CALLS += [Call(32, bits, key_rank=192, value_rank=320, mask=None) for bits in (16, 4)]
+HOPPER_CALLS += [Call(32, bits, key_rank=256, value_rank=256, mask=None) for bits in (16, 8, 4)]
 HOPPER_CALLS += [Call(8, bits, value_rank=768, joined=2, mask=None) for bits in (16, 4)]
 HOPPER_CALLS += [Call(8, 4, key_rank=256, value_rank=512, joined=2, key_norm=True, bias=True)]
 # Keys in groups of two, values of four or eight kv heads together: programs of two key groups, sections in windows.
@@ -281,7 +282,7 @@ def compiled(function, launch, architecture, folder):
         # Multiply-adds that the assembler drops because it takes results of different products for the same.
         code = subprocess.run([TOOLS / "nvdisasm", "-c", binary], capture_output=True, text=True, check=True).stdout
         written, kept = (len(re.findall(what, text)) for what, text in ((WRITTEN, kernel.asm["ptx"]), (KEPT, code)))
-        row |= {"dropped": 1 - kept / written, "overwritten": overwritten(code)}
+        row |= {"written": written, "dropped": written - kept, "overwritten": overwritten(code)}
     row["spilled"] = max(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
     return row
 

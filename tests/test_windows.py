@@ -28,6 +28,32 @@ def test_windows_of_real_models_fit(bits):
     assert not plans.plans_for(LLAMA_2, 64, (128,), (384,), bits, MEMORY, True, False)
 
 
+def test_slow_pairs_of_factors_stay_in_shared_memory_where_that_leaves_room():
+    two_folded, two_turned = plans.heads_of(32, 16, 2), plans.heads_of(32, 4, 2)
+    # A program with few values on their way waits for them: one head's slow pairs are copied at a time instead.
+    assert not fitting(two_folded, 256, 256, bits=8, windows=True)[0].stays
+    assert fitting(two_folded, 256, 256, bits=4, windows=True)[0].stays
+    assert fitting(two_folded, 192, 320, bits=8, windows=True)[0].stays
+    # With several queries one section at a time, or all.
+    assert not fitting(two_turned, 256, 256, windows=True)[0].stays
+    assert fitting(two_turned, 192, 320, windows=True)[0].stays
+    assert [plans.held_of("mixed", 4, stays) for stays in (False, True)] == [1, 4]
+    assert not fitting(plans.heads_of(32, 2, 4), 128, 384, 200 << 10, windows=True)
+
+
+@pytest.mark.parametrize(("heads", "rank", "bits", "taken"), [
+    ((32, 32), 128, 16, True), ((32, 8), 128, 16, False), ((32, 8), 128, 8, True),
+    ((32, 8), 192, 16, True), ((32, 8), 256, 16, True), ((32, 32), 256, 16, True),
+])  # fmt: skip
+def test_windows_are_for_codes_one_query_per_kv_head_or_many_latents(heads, rank, bits, taken, monkeypatch):
+    monkeypatch.setattr(kind, "block_memory", lambda device: MEMORY)
+    shape = Shape(1, *heads, 128, 1, 40, (rank,) * (heads[1] // 4), (256,) * (heads[1] // 4))
+    query, *latents, key, value, _, _ = random_call(shape, torch.float16, False)
+    if bits < 16:
+        latents, _ = quantized(latents, bits, key, value)
+    assert kind.kind_of(query, *latents, key, value, None, None).takes_windows == taken
+
+
 def test_only_rows_whose_visible_tokens_follow_each_other_count_as_gapless():
     length = 300
     token = torch.arange(length)

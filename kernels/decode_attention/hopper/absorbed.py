@@ -27,8 +27,8 @@ from palu.kernels.decode_attention.hopper.parameters import (
     scale_of,
     zero_of,
 )
-from palu.kernels.decode_attention.hopper.tiles import copy_tile, operand_of
-from palu.kernels.decode_attention.hopper.units import hand_on
+from palu.kernels.decode_attention.hopper.products import hand_on
+from palu.kernels.decode_attention.hopper.tiles import copy_tile, loaded_of, operand_of
 from palu.kernels.decode_attention.hopper.whole import LARGEST, two_bytes, whole_of
 
 
@@ -67,13 +67,13 @@ def score_absorbed_codes(
     """
     tiles, latents, stored, mask, width, latents_t, row_mask, mask_t = arguments
     SLOTS: gl.constexpr = queries.shape[0] // 2
-    STAGES: gl.constexpr = ring.shape[0]
+    STAGES: gl.constexpr = ring[0].shape[0]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 2 * SLOTS, 32])
     rows: gl.constexpr = gl.SliceLayout(1, layout)
     first, step, begin, end, length = tiles
     begin += WHICH
     for stage in gl.static_range(STAGES):
-        copy_tile(ring, stage, latents, tiles, begin + SHARED_BY * stage, latents_t, width, 1)
+        copy_tile(ring, stage, latents, tiles, begin + SHARED_BY * stage, latents_t, width)
     parameters = load_parameters(stored, tiles, begin, rows, BITS, ASYMMETRIC)
     zeros = gl.zeros([TILE, 2 * SLOTS], gl.int32, layout)
     nothing = whole_of(zeros)
@@ -85,14 +85,14 @@ def score_absorbed_codes(
         token = (first + index * step) * TILE + gl.arange(0, TILE, rows)
         seen = load_seen(mask, row_mask, mask_t, token, token < length, MASK)
         next_parameters = load_parameters(stored, tiles, index + SHARED_BY, rows, BITS, ASYMMETRIC)
-        slot = ring.index(done % STAGES)
+        slot = ring[0].index(done % STAGES)
         async_copy.wait_group(STAGES - 1)
         synchronize()
         operand = key_bytes(slot, layout, BITS)
         begun = warpgroup_mma(operand, queries.permute((1, 0)), zeros, use_acc=False, is_async=True)
         # All have read the latents.
         synchronize()
-        copy_tile(ring, done % STAGES, latents, tiles, index + SHARED_BY * STAGES, latents_t, width, 1)
+        copy_tile(ring, done % STAGES, latents, tiles, index + SHARED_BY * STAGES, latents_t, width)
         mbarrier.wait(buffer_in(empty, WHICH, done, EITHER), phase_of(done, EITHER) ^ 1)
         scale = scale_of(parameters, 0, ASYMMETRIC)
         shift = zero_of(parameters, 0, rows, BITS, ASYMMETRIC) - taken_away(BITS)
@@ -120,12 +120,12 @@ def score_absorbed(
     """Scores of all tiles with queries that the up factor is multiplied into, [slots, RANK]; two buffers by turns."""
     tiles, latents, stored, mask, units, latents_t, row_mask, mask_t = arguments
     SLOTS: gl.constexpr = queries.shape[0]
-    STAGES: gl.constexpr = ring.shape[0]
+    STAGES: gl.constexpr = ring[0].shape[0]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, SLOTS, 16])
     rows: gl.constexpr = gl.SliceLayout(1, layout)
     first, step, begin, end, length = tiles
     for stage in gl.static_range(STAGES):
-        copy_tile(ring, stage, latents, tiles, begin + stage, latents_t, units, 1)
+        copy_tile(ring, stage, latents, tiles, begin + stage, latents_t, units)
     parameters = load_parameters(stored, tiles, begin, rows, BITS, ASYMMETRIC)
     zeros = gl.zeros([TILE, SLOTS], gl.float32, layout)
     for index in range(begin, end):
@@ -133,14 +133,12 @@ def score_absorbed(
         token = (first + index * step) * TILE + gl.arange(0, TILE, rows)
         seen = load_seen(mask, row_mask, mask_t, token, token < length, MASK)
         next_parameters = load_parameters(stored, tiles, index + 1, rows, BITS, ASYMMETRIC)
-        found_operand, scale = operand_of(
-            ring, done % STAGES, parameters, 0, STAGES, layout, BITS, ASYMMETRIC, False, False, 1
-        )  # fmt: skip
-        operand = found_operand[0]
+        loaded, scale = loaded_of(ring, done % STAGES, parameters, 0, STAGES, layout, BITS, ASYMMETRIC, False, False)
+        operand = operand_of(loaded, 0, BITS, False, False)
         begun = warpgroup_mma(operand, queries.permute((1, 0)), zeros, use_acc=False, is_async=True)
         # All have read the latents.
         synchronize()
-        copy_tile(ring, done % STAGES, latents, tiles, index + STAGES, latents_t, units, 1)
+        copy_tile(ring, done % STAGES, latents, tiles, index + STAGES, latents_t, units)
         mbarrier.wait(buffer_in(empty, 0, done, True), phase_of(done, True) ^ 1)
         logarithm = logarithm_of(parameters, seen, rows, BITS, ASYMMETRIC)
         place = place_of_scales(0, done, True)

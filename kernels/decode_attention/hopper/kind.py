@@ -41,6 +41,13 @@ REGISTERS = {
     ("absorbed", False, 2): (240, 240), ("absorbed", True, 2): (240, 240), ("absorbed", True, 3): (152, 176),
     ("absorbed", True, 4): (104, 152),
 }  # fmt: skip
+# Of three groups by the mode and the bits, where keys have so many sections of latents, all of which a group that
+# scores holds at once, and values at most so many chunks.
+WIDE_SECTIONS, FEW_CHUNKS = 4, 3
+WIDE_REGISTERS = {
+    ("folded", 16): (216, 72), ("folded", 8): (192, 120), ("folded", 4): (200, 104),
+    ("rotated", 16): (192, 120), ("rotated", 8): (168, 168), ("rotated", 4): (184, 136),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,9 +114,8 @@ class Kind:
         """Whether a program of several key groups has room for enough values under way, which codes leave."""
         if self.key_groups == 1 or self.bits < 16:
             return True
-        plan = self.plans(False, False)[0]
-        latents = cdiv(max(self.value_ranks), CHUNK) * CHUNK
-        return (plan.value_stages - 1) * plan.step * latents * self.bits // 8 >= LEAST_UNDER_WAY
+        chunks = cdiv(max(self.value_ranks), CHUNK)
+        return self.plans(False, False)[0].under_way(chunks, self.bits) >= LEAST_UNDER_WAY
 
     @functools.cached_property
     def takes_windows(self) -> bool:
@@ -215,7 +221,10 @@ def constants_of(kind: Kind, plan: Plan, span: int, scaled: bool) -> Constants:
     chunks = cdiv(max(kind.value_ranks), CHUNK)
     whole = whole_slots(heads, bits, chunks)
     scorers = scorers_of(heads.mode, weighers, whole)
-    score_registers, value_registers = REGISTERS[heads.mode, bits < 16, scorers + weighers]
+    if kind.sections == WIDE_SECTIONS and chunks <= FEW_CHUNKS:
+        score_registers, value_registers = WIDE_REGISTERS[heads.mode, bits]
+    else:
+        score_registers, value_registers = REGISTERS[heads.mode, bits < 16, scorers + weighers]
     return Constants(
         MODE=heads.mode, KEY_STAGES=exact.key_stages, STEP=exact.step, VALUE_STAGES=exact.value_stages,
         SPAN=span, SPAN_MODE=mode_of(heads, span > 0),

@@ -100,14 +100,14 @@ def _along(numbers, UNITS: gl.constexpr, operand: gl.constexpr):
 
 @gluon.jit
 def key_operand(
-    slot, zero, scale, result: gl.constexpr, BITS: gl.constexpr, TURNED: gl.constexpr, SCALED: gl.constexpr
+    loaded, zero, scale, BITS: gl.constexpr, TURNED: gl.constexpr, SCALED: gl.constexpr
 ):  # fmt: skip
-    """A tile's key latents [tile, RANK] from shared memory; codes less zero points [tile] in `unit_order`.
+    """A tile's key latents as the left side of a product; codes less zero points [tile] in `unit_order`.
 
-    TURNED: latents in the order of `last_first`. SCALED: codes are times their scales [tile].
+    loaded: numbers, or units of codes, in the layout of that side. TURNED: latents in the order of `last_first`.
+    SCALED: codes are times their scales [tile].
     """
-    operand: gl.constexpr = gl.DotOperandLayout(0, result, 2)
-    loaded = slot.load(operand)
+    operand: gl.constexpr = loaded.type.layout
     if BITS < 16:
         UNITS: gl.constexpr = loaded.shape[1]
         base, other = _along(zero + 1024.0, UNITS, operand), _along(-64.0 - zero, UNITS, operand)

@@ -8,7 +8,6 @@ from typing import NamedTuple
 from palu.kernels.decode_attention.hopper.common import TILE as KERNEL_TILE
 from palu.kernels.decode_attention.hopper.operands import SECTION as KERNEL_SECTION
 from palu.kernels.decode_attention.hopper.prologue import bias_columns
-from palu.kernels.decode_attention.hopper.slow import SOME as KERNEL_SOME
 from palu.kernels.decode_attention.hopper.turns import LEAST as KERNEL_LEAST
 from palu.kernels.decode_attention.hopper.turns import UNIT as KERNEL_UNIT
 from palu.kernels.decode_attention.hopper.values import CHUNK as KERNEL_CHUNK
@@ -18,13 +17,14 @@ from palu.kernels.decode_attention.parts import COMBINE_PARTS
 from palu.kernels.integers import cdiv, next_power_of_2
 
 TILE, CHUNK, LEAST, COLUMNS = KERNEL_TILE.value, KERNEL_CHUNK.value, KERNEL_LEAST.value, KERNEL_UNIT.value
-SLOW, SECTION, SOME = KERNEL_SLOW.value, KERNEL_SECTION.value, KERNEL_SOME.value
+SLOW, SECTION = KERNEL_SLOW.value, KERNEL_SECTION.value
 # Columns of a program's scores at most, and latents of its keys at least, for the matrix units: numbers' and codes'.
 MOST_SLOTS, LEAST_RANK, LEAST_CODES = 32, 32, 64
 # Columns of slow pairs at least.
 LEAST_COLUMNS = 4
-# kv heads at most of which all slow pairs can stay in shared memory.
-MOST_STAYING = 4
+# kv heads at most of which all slow pairs can stay in shared memory, where that leaves a program of one key group room
+# for so many bytes of values under way.
+MOST_STAYING, STAYING_UNDER_WAY = 4, 24 << 10
 # Tokens of a step at least, and slots of heads at most, whose codes are weighed by products of whole numbers.
 LEAST_STEP, MOST_WHOLE_SLOTS = 32, 8
 # kv heads of a group at most: what tells heads apart in the kernel counts on few.
@@ -53,6 +53,10 @@ class Plan(NamedTuple):
     step: int
     value_stages: int
     stays: bool = False
+
+    def under_way(self, chunks: int, bits: int) -> int:
+        """Bytes of values, of so many chunks of latents, that are on their way at a time."""
+        return (self.value_stages - 1) * self.step * chunks * CHUNK * bits // 8
 
 
 # In the order of preference, of which the first that fits is taken. Numbers are made of codes chunk after chunk, the
@@ -187,6 +191,9 @@ def plans_for(
         tiles = scorers_of(mode, weighers, whole) * plan.key_stages * TILE * heads.key_groups * rank
         tiles += weighers * plan.value_stages * plan.step * chunks * CHUNK
         fits = _registers(plan, heads, chunks, bits, whole) <= MOST_OPERANDS and (not whole or plan.step >= LEAST_STEP)
+        if mode == "windows" and plan.stays:
+            least = STAYING_UNDER_WAY if heads.key_groups == 1 else 0
+            fits = fits and plan.value_stages > 2 and plan.under_way(chunks, bits) >= least
         if fits and kept + 2 * held + tiles * bits // 8 <= memory:
             fitting.append(plan)
     return tuple(fitting if all_of_them else fitting[:1])
@@ -242,7 +249,7 @@ def held_of(mode: str, sections: int, stays: bool) -> int:
     Of heads, for each group of warps that scores; with several queries, of sections of all heads.
     """
     if mode == "mixed":
-        return sections if stays else SOME
+        return sections if stays else 1
     return 1 + stays
 
 
@@ -256,12 +263,11 @@ def _preferred(heads: Heads, mode: str, bits: int, whole: int, sections: int, al
     """The plans that are tried, in their order."""
     first = FIRST_PLANS["numbers" if bits == 16 else "whole" if whole else heads.mode]
     preferred = (*first, *LAST_PLANS, *(GRID if all_of_them else ()))
+    staying = tuple(plan._replace(stays=True) for plan in preferred)
     if mode == "windows":
-        staying = tuple(plan._replace(stays=True) for plan in preferred if plan.value_stages > 2)
         preferred = (*(staying if heads.kv <= MOST_STAYING else ()), *preferred)
     if mode == "mixed":
-        staying = tuple(plan._replace(stays=True) for plan in preferred)
-        preferred = (*staying, *(preferred if sections > SOME else ()))
+        preferred = (*staying, *(preferred if sections > 1 else ()))
     return tuple(dict.fromkeys(preferred))
 
 

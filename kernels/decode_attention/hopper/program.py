@@ -164,7 +164,7 @@ def attend(
         rings = ()
         for _scorer in gl.static_range(SCORERS):
             ring = gl.allocate_shared_memory(stored, [KEY_STAGES, TILE, key_units], swizzled(key_units))
-            rings = rings + (ring,)
+            rings = rings + ((ring,),)
         to_scores = (tiles, at_keys[0], parameters, mask, key_units_there[0], keys_t, row_mask, mask_t)
         if WHOLE > 0:
             queries = gl.allocate_shared_memory(
@@ -239,7 +239,10 @@ def attend(
         for _which in gl.static_range(2):
             own = ()
             for _group in gl.static_range(KEY_GROUPS):
-                ring = gl.allocate_shared_memory(stored, [KEY_STAGES * SECTIONS, TILE, key_units], swizzled(key_units))
+                ring = ()
+                for _section in gl.static_range(SECTIONS):
+                    some = gl.allocate_shared_memory(stored, [KEY_STAGES, TILE, key_units], swizzled(key_units))
+                    ring = ring + (some,)
                 own = own + (ring,)
             rings = rings + (own,)
             if MODE == "windows":
@@ -270,12 +273,10 @@ def attend(
             (score_rebuilt, (
                 places, scales, full, empty, ready, rings[0], factors, besides[0], to_scores, 0,
                 MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK, WHOLE > 0, SCALED,
-                SECTIONS,
             )),
             (score_rebuilt, (
                 places, scales, full, empty, ready, rings[1], factors, besides[1], to_scores, 1,
                 MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK, WHOLE > 0, SCALED,
-                SECTIONS,
             )),
             (_weigh, (
                 window, (ready,) if MODE == "rotated" or MODE == "folded" else (), memories[0], out, to_values, 0,

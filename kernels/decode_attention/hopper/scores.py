@@ -43,7 +43,7 @@ from palu.kernels.decode_attention.hopper.slow import (
     slow_numbers,
     start_slow,
 )
-from palu.kernels.decode_attention.hopper.tiles import copy_tile, operand_of
+from palu.kernels.decode_attention.hopper.tiles import copy_tile, loaded_of
 from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT, by_pair, load_turns, units_of
 from palu.kernels.decode_attention.hopper.units import hand_on_slow, score_turned, score_weighed, with_slow
 from palu.kernels.decode_attention.hopper.windows import (
@@ -157,7 +157,7 @@ def score_rebuilt(
     found, scales, full, empty, ready, ring, factors, beside, arguments,
     WHICH: gl.constexpr, MODE: gl.constexpr, KV: gl.constexpr, TOGETHER: gl.constexpr, QUERIES: gl.constexpr,
     QUERY_SLOTS: gl.constexpr, WIDTH: gl.constexpr, SPAN: gl.constexpr, DTYPE: gl.constexpr, BITS: gl.constexpr,
-    ASYMMETRIC: gl.constexpr, MASK: gl.constexpr, WHOLE: gl.constexpr, SCALED: gl.constexpr, SECTIONS: gl.constexpr,
+    ASYMMETRIC: gl.constexpr, MASK: gl.constexpr, WHOLE: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     """Scores of every other tile of keys that are rebuilt head after head, from tile WHICH (0 or 1) on.
 
@@ -167,13 +167,14 @@ def score_rebuilt(
     queries [KV * units, LEAST, UNIT] with the key biases and the key norm's weights where there are any, or what
     `make_window` takes, or queries [KV, SLOTS, UNIT] and what `make_slow` takes. ring: as in `copy_tile`, of every key
     group; what arguments have of each is a tuple as well. full, empty: as in `buffer_in`. SPAN: tokens of a window, or
-    0. WHOLE: values are weighed as whole numbers. SCALED: as in `key_operand`; SECTIONS: as in `operand_of`.
+    0. WHOLE: values are weighed as whole numbers. SCALED: as in `key_operand`.
     """
     (
         tiles, latents, stored, table, mask, up, query, bias, norm, units, rank, latents_t, table_t, row_mask, mask_t,
         up_stride, query_stride, scaling, epsilon, bases, basis, frequencies, position,
     ) = arguments  # fmt: skip
-    STAGES: gl.constexpr = ring[0].shape[0] // SECTIONS
+    SECTIONS: gl.constexpr = len(ring[0])
+    STAGES: gl.constexpr = ring[0][0].shape[0]
     UNITS: gl.constexpr = factors.shape[0] // SECTIONS
     GROUPS: gl.constexpr = len(ring)
     PENDING: gl.constexpr = STAGES * GROUPS
@@ -188,6 +189,8 @@ def score_rebuilt(
     # Of a key group's heads; mixed, without the one of their slow pairs.
     OF_GROUP: gl.constexpr = UNITS // GROUPS - (1 if MODE == "mixed" else 0)
     TURNS: gl.constexpr = gl.float16 if MODE == "windows" else DTYPE
+    # Numbers are made of what is stored: as `operand_of` takes it.
+    HOW: gl.constexpr = (BITS, TURNED, SCALED)
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, UNIT, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, SLOTS, 16])
     rows: gl.constexpr = gl.SliceLayout(1, wide)
@@ -210,9 +213,8 @@ def score_rebuilt(
     _start(factors, beside, up, up_stride, there_if(begin < end, rank), KV, WIDTH, MODE, WHICH, SECTIONS)
     for stage in gl.static_range(STAGES):
         for group in gl.static_range(GROUPS):
-            copy_tile(
-                ring[group], stage, latents[group], tiles, begin + WHICH + 2 * stage, latents_t, units[group], SECTIONS
-            )  # fmt: skip
+            index = begin + WHICH + 2 * stage
+            copy_tile(ring[group], stage, latents[group], tiles, index, latents_t, units[group])
     nothing = gl.zeros([TILE], gl.int32, rows)
     if MODE != "windows":
         turns = _turns_of(table, basis, tiles, begin + WHICH, table_t, nothing, PAIRS, ROWS_SPAN)
@@ -267,15 +269,13 @@ def score_rebuilt(
             first_unit = index >> 30 if GROUPS > 1 or OF_GROUP <= 2 else 0
             for group in gl.static_range(GROUPS):
                 unit = first_unit + group * OF_GROUP
-                operand, scale = operand_of(
-                    ring[group], turn, parameters, group, PENDING, wide, BITS, ASYMMETRIC, TURNED, SCALED, SECTIONS
+                key_latents, scale = loaded_of(
+                    ring[group], turn, parameters, group, PENDING, wide, BITS, ASYMMETRIC, TURNED, SCALED
                 )  # fmt: skip
                 of_scores = of_scores + (scale,)
                 # All have read the latents.
                 synchronize()
-                copy_tile(
-                    ring[group], turn, latents[group], tiles, index + 2 * STAGES, latents_t, units[group], SECTIONS
-                )  # fmt: skip
+                copy_tile(ring[group], turn, latents[group], tiles, index + 2 * STAGES, latents_t, units[group])
                 if group == 0:
                     if TURNED:
                         # Not before: it waits for this tile's cosines.
@@ -286,12 +286,14 @@ def score_rebuilt(
                     words = _words_of(turns, wide)
                 if TURNED:
                     scores, operand = score_turned(
-                        places, free, operand, factors, beside[0], biases, normed, words, scores, seen, scale,
+                        places, free, key_latents, factors, beside[0], biases, normed, words, scores, seen, scale,
                         logarithm, narrow, unit, OF_GROUP, KV // GROUPS, TOGETHER, QUERY_SLOTS, WIDTH, MODE, DTYPE,
+                        HOW,
                     )  # fmt: skip
                 else:
                     score_weighed(
-                        places, free, operand, factors, words, seen, scale, logarithm, unit, OF_GROUP, MODE, TURNS
+                        places, free, key_latents, factors, words, seen, scale, logarithm, unit, OF_GROUP, MODE,
+                        TURNS, HOW,
                     )  # fmt: skip
                 if group == GROUPS - 1 and MODE != "windows":
                     after = zeros_of(next_parameters, rows, BITS, ASYMMETRIC) if TURNED else nothing

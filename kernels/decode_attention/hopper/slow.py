@@ -24,9 +24,6 @@ from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT, unpacked
 from palu.kernels.decode_attention.hopper.values import start_copies
 from palu.kernels.latent_scores.tiles import turn
 
-# Sections of slow pairs' factors that are held at a time where not all stay.
-SOME: gl.constexpr = gl.constexpr(2)
-
 
 @gluon.jit
 def load_slow(
@@ -81,7 +78,7 @@ def slow_numbers(
 
 @gluon.jit
 def _copy_section(factor, source, KV: gl.constexpr, WIDTH: gl.constexpr, section: gl.constexpr, SECTIONS: gl.constexpr):
-    """Start copying a section of all kv heads' slow pairs to where one before has been; as `make_slow`."""
+    """Start copying a section of all kv heads' slow pairs to its place, or to that of the last one; as `make_slow`."""
     up, up_stride, rank = source
     HELD: gl.constexpr = factor.shape[0] // (2 * KV)
     OF_GROUP: gl.constexpr = 2 * KV // len(rank)
@@ -95,7 +92,7 @@ def _copy_section(factor, source, KV: gl.constexpr, WIDTH: gl.constexpr, section
 
 @gluon.jit
 def start_slow(factor, source, KV: gl.constexpr, WIDTH: gl.constexpr, SECTIONS: gl.constexpr):
-    """Start copying the first sections of slow pairs' factors, as many as are held at a time; as `make_slow`."""
+    """Start copying the sections of slow pairs' factors that are held at a time, as `make_slow`: all, or the first."""
     for section in gl.static_range(factor.shape[0] // (2 * KV)):
         _copy_section(factor, source, KV, WIDTH, section, SECTIONS)
 
@@ -108,10 +105,10 @@ def make_slow(
     """W of all columns and slots, to shared memory [columns * SLOTS, latents], of `slow_numbers`.
 
     prepared: [units of every section, UNIT, latents], of which a section's last ones become W of each of the key
-    groups, which has zeros in columns of other groups' heads. factor: [KV * 2 of the sections that are held at a time,
+    groups, which has zeros in columns of other groups' heads. factor: [KV * 2 of all sections, or of one at a time,
     pairs, latents], both numbers of every kv head's slow pairs, on its way if not there; PENDING: groups of copies
-    begun after it, none where not all sections are held. source: the up factor of every key group, its stride, and the
-    groups' ranks. zero: in a loop, one that is not known before it, where else addresses would be computed.
+    begun after it, where all are held. source: the up factor of every key group, its stride, and the groups' ranks.
+    zero: in a loop, one that is not known before it, where else addresses would be computed.
     """
     with_first, with_second, kv_head = numbers
     GROUPS: gl.constexpr = len(source[2])
@@ -123,7 +120,7 @@ def make_slow(
     nothing = gl.zeros([ROWS, LATENTS], gl.float32, result)
     for section in gl.static_range(SECTIONS):
         if section == 0 or HELD < SECTIONS:
-            async_copy.wait_group(PENDING if HELD == SECTIONS else min(HELD, SECTIONS - section) - 1)
+            async_copy.wait_group(PENDING if HELD == SECTIONS else 0)
             fence_async_shared()
             synchronize()
         for group in gl.static_range(GROUPS):

@@ -1,75 +1,25 @@
-"""Products of a tile's latents, 64 columns after the other, and the scores that come of them.
+"""Scores of products of a tile's latents, 64 columns after the other.
 
 Two units' products are under way at a time: while the first one's numbers are looked at, the matrix units compute the
-second. The compiler makes products wait for each other where their registers are written or read by other instructions
-meanwhile, or where they stay under way from one round of a loop to the next.
+second.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from palu.kernels.decode_attention.hopper.common import TILE, WARPS, reciprocal_root
+from palu.kernels.decode_attention.hopper.common import TILE, reciprocal_root
+from palu.kernels.decode_attention.hopper.products import (
+    awaited_of,
+    begun_of,
+    bias_operands,
+    hand_on,
+    not_put_off,
+    numbers_of,
+    settled,
+)
 from palu.kernels.decode_attention.hopper.slow import slow_scores
-from palu.kernels.decode_attention.hopper.turns import UNIT, rotated, turns_of, weighed
-from palu.kernels.latent_scores.tiles import LOG2_E
-
-
-@gluon.jit
-def hand_on(to, score, seen, scale, logarithm):
-    """Store a tile's scores [tile, columns], minus infinity where tokens are hidden; seen: what is added to them."""
-    rows: gl.constexpr = gl.SliceLayout(1, score.type.layout)
-    added = gl.convert_layout(seen, rows, assert_trivial=True)
-    scale = gl.convert_layout(scale, rows, assert_trivial=True)[:, None]
-    # Scores of hidden tokens may be anything.
-    hidden = (added == float("-inf"))[:, None]
-    added = added * LOG2_E + gl.convert_layout(logarithm, rows, assert_trivial=True)
-    to.store(gl.where(hidden, float("-inf"), score * scale + added[:, None]))
-
-
-@gluon.jit
-def _begun(operand, factors, unit, bias, SUMS: gl.constexpr):
-    """The product of a tile's latents with a unit's columns, under way: as many as the operand has sections.
-
-    operand: sections of `operand_of`; factors: units of the first section, then those of the next one. bias:
-    `_bias_operands`, which are added, or (). SUMS: the type of its numbers.
-    """
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, UNIT, 16])
-    begun = gl.zeros([TILE, UNIT], SUMS, layout)
-    UNITS: gl.constexpr = factors.shape[0] // len(operand)
-    for section in gl.static_range(len(operand)):
-        columns = factors.index(section * UNITS + unit).permute((1, 0))
-        begun = warpgroup_mma(operand[section], columns, begun, use_acc=section > 0, is_async=True)
-    if len(bias) == 2:
-        # Last, so that sums are small before it, which are rounded where they have 16 bits.
-        begun = warpgroup_mma(bias[0], bias[1].permute((1, 0)), begun, is_async=True)
-    return begun
-
-
-@gluon.jit
-def _awaited(numbers, operand):
-    """Numbers of products, a tuple, once none is under way, and the sections of the operand, which they read."""
-    both = warpgroup_mma_wait(0, deps=numbers + operand)
-    first, sections = (), ()
-    for each in gl.static_range(len(numbers)):
-        first = first + (both[each],)
-    for each in gl.static_range(len(operand)):
-        sections = sections + (both[len(numbers) + each],)
-    return first, sections
-
-
-@gluon.jit
-def _bias_operands(biases, unit):
-    """Ones in a unit's columns of biases [tile, columns], for a product, and the biases; () where there are none."""
-    both = ()
-    if len(biases) > 0:
-        product: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, UNIT, 16])
-        operand: gl.constexpr = gl.DotOperandLayout(0, product, 2)
-        COLUMNS: gl.constexpr = biases[0].shape[1]
-        column = gl.arange(0, COLUMNS, gl.SliceLayout(0, operand))
-        ones = gl.full([TILE, COLUMNS], 1.0, gl.float32, operand)
-        both = (_settled(gl.where((column // 2 == unit)[None, :], ones, 0.0).to(biases[0].dtype)), biases[0])
-    return both
+from palu.kernels.decode_attention.hopper.turns import rotated, turns_of, weighed
 
 
 @gluon.jit
@@ -107,18 +57,6 @@ def _times_weights(product, norm, unit):
 
 
 @gluon.jit
-def _settled(numbers):
-    """The same numbers, computed before any product that is begun after this."""
-    if numbers.dtype == gl.float32:
-        numbers = gl.inline_asm_elementwise("", "=f,0", [numbers], dtype=gl.float32, is_pure=False, pack=1)
-    elif numbers.dtype == gl.float16:
-        numbers = gl.inline_asm_elementwise("", "=r,0", [numbers], dtype=gl.float16, is_pure=False, pack=2)
-    else:
-        numbers = gl.inline_asm_elementwise("", "=r,0", [numbers], dtype=gl.bfloat16, is_pure=False, pack=2)
-    return numbers
-
-
-@gluon.jit
 def _turned(product, words, narrow: gl.constexpr, MODE: gl.constexpr, DTYPE: gl.constexpr):
     """Rebuilt keys, turned, as the left side of a product."""
     return rotated(product, words, narrow, gl.float16 if MODE == "mixed" else DTYPE, DTYPE)
@@ -132,10 +70,54 @@ def _met(turned, queries, unit, scores, OF_PLACE: gl.constexpr, MODE: gl.constex
 
 
 @gluon.jit
-def score_turned(
-    found, free, operand, factors, queries, biases, norm, words, scores, seen, scale, logarithm, narrow: gl.constexpr,
-    begin, UNITS: gl.constexpr, KV: gl.constexpr, TOGETHER: gl.constexpr, QUERY_SLOTS: gl.constexpr,
+def _score_two(
+    found, free, product, other, operand, bias, other_bias, queries, norm, words, scores, factor, first, seen,
+    scale, logarithm, narrow: gl.constexpr, OF_HEAD: gl.constexpr, TOGETHER: gl.constexpr, QUERY_SLOTS: gl.constexpr,
     WIDTH: gl.constexpr, MODE: gl.constexpr, DTYPE: gl.constexpr,
+):  # fmt: skip
+    """Scores of two units, whose products are under way; as `score_turned`, with the factor and the operand."""
+    # Scores of several kv heads add up, in columns of their own.
+    OF_PLACE: gl.constexpr = OF_HEAD * TOGETHER
+    SECTIONS: gl.constexpr = len(operand)
+    # Of the other unit, products with sections of latents and with ones are under way.
+    if len(bias) > 0:
+        product, _ones = warpgroup_mma_wait(SECTIONS + 1, deps=[product, bias[0]])
+    else:
+        product = warpgroup_mma_wait(SECTIONS, deps=[product])
+    product, squares = _times_weights(product, norm, 0)
+    turned = _turned(product, words[0], narrow, MODE, DTYPE)
+    scores = _met(turned, queries, first, scores, OF_PLACE, MODE)
+    # The second one's turning goes on beside the first one's product with the queries.
+    if len(bias) > 0:
+        other, _ones = warpgroup_mma_wait(1, deps=[other, other_bias[0]])
+    else:
+        other = warpgroup_mma_wait(1, deps=[other])
+    if MODE == "rotated" and OF_HEAD == 1:
+        scores, turned = warpgroup_mma_wait(0, deps=[scores, turned])
+        factor = _hand_on_head(
+            found, free, scores, factor, squares, norm, first, seen, scale, logarithm,
+            OF_HEAD, TOGETHER, QUERY_SLOTS, WIDTH,
+        )  # fmt: skip
+    other, others = _times_weights(other, norm, OF_HEAD - 1)
+    following = settled(_turned(other, words[OF_HEAD - 1], narrow, MODE, DTYPE))
+    # No wait: products that add to the same numbers go on in their order.
+    scores = _met(following, queries, first + 1, scores, OF_PLACE, MODE)
+    awaited, operand = awaited_of((scores, turned, following), operand)
+    scores, turned, following = awaited
+    if MODE == "rotated":
+        squares = others if OF_HEAD == 1 else squares + others
+        factor = _hand_on_head(
+            found, free, scores, factor, squares, norm, first + 1, seen, scale, logarithm,
+            OF_HEAD, TOGETHER, QUERY_SLOTS, WIDTH,
+        )  # fmt: skip
+    return scores, factor, operand
+
+
+@gluon.jit
+def score_turned(
+    found, free, loaded, factors, queries, biases, norm, words, scores, seen, scale, logarithm, narrow: gl.constexpr,
+    begin, UNITS: gl.constexpr, KV: gl.constexpr, TOGETHER: gl.constexpr, QUERY_SLOTS: gl.constexpr,
+    WIDTH: gl.constexpr, MODE: gl.constexpr, DTYPE: gl.constexpr, HOW: gl.constexpr,
 ):  # fmt: skip
     """Scores of keys that are rebuilt and turned, unit after unit, while the next one's product is under way.
 
@@ -145,55 +127,36 @@ def score_turned(
     with the operand.
     """
     OF_HEAD: gl.constexpr = UNITS // KV
-    SECTIONS: gl.constexpr = len(operand)
-    # Scores of several kv heads add up, in columns of their own.
     OF_PLACE: gl.constexpr = OF_HEAD * TOGETHER
     # Keys of 16 bits are rounded anyway: rounding their sums as well takes no instructions and half of the registers.
     # The block of a factor's first latent, the largest one, is added last (`last_first`): little is lost before.
     SUMS: gl.constexpr = gl.float16 if gl.float16 == DTYPE and len(norm) == 0 else gl.float32
     # Registers of products have to be written before any is under way.
-    scores = _settled(scores)
+    scores = settled(scores)
     factor = gl.full([TILE, scores.shape[1]], 1.0, gl.float32, narrow)
     last = begin + UNITS - 1
-    for first in range(begin, last, 2):
+    if UNITS == 2:
         # Before any product is under way.
-        bias, other_bias = _bias_operands(biases, first), _bias_operands(biases, first + 1)
-        product = _begun(operand, factors, first, bias, SUMS)
-        other = _begun(operand, factors, first + 1, other_bias, SUMS)
-        # Of the other unit, products with sections of latents and with ones are under way.
-        if len(biases) > 0:
-            product, _ones = warpgroup_mma_wait(SECTIONS + 1, deps=[product, bias[0]])
-        else:
-            product = warpgroup_mma_wait(SECTIONS, deps=[product])
-        product, squares = _times_weights(product, norm, 0)
-        turned = _turned(product, words[0], narrow, MODE, DTYPE)
-        scores = _met(turned, queries, first, scores, OF_PLACE, MODE)
-        # The second one's turning goes on beside the first one's product with the queries.
-        if len(biases) > 0:
-            other, _ones = warpgroup_mma_wait(1, deps=[other, other_bias[0]])
-        else:
-            other = warpgroup_mma_wait(1, deps=[other])
-        if MODE == "rotated" and OF_HEAD == 1:
-            scores, turned = warpgroup_mma_wait(0, deps=[scores, turned])
-            factor = _hand_on_head(
-                found, free, scores, factor, squares, norm, first, seen, scale, logarithm,
-                OF_HEAD, TOGETHER, QUERY_SLOTS, WIDTH,
-            )  # fmt: skip
-        other, others = _times_weights(other, norm, OF_HEAD - 1)
-        following = _settled(_turned(other, words[OF_HEAD - 1], narrow, MODE, DTYPE))
-        # No wait: products that add to the same numbers go on in their order.
-        scores = _met(following, queries, first + 1, scores, OF_PLACE, MODE)
-        awaited, operand = _awaited((scores, turned, following), operand)
-        scores, turned, following = awaited
-        if MODE == "rotated":
-            squares = others if OF_HEAD == 1 else squares + others
-            factor = _hand_on_head(
-                found, free, scores, factor, squares, norm, first + 1, seen, scale, logarithm,
-                OF_HEAD, TOGETHER, QUERY_SLOTS, WIDTH,
+        bias, other_bias = bias_operands(biases, begin), bias_operands(biases, last)
+        product, operand = begun_of(loaded, factors, begin, bias, SUMS, HOW)
+        other, operand = begun_of(operand, factors, last, other_bias, SUMS)
+        scores, factor, operand = _score_two(
+            found, free, product, other, operand, bias, other_bias, queries, norm, words, scores, factor, begin, seen,
+            scale, logarithm, narrow, OF_HEAD, TOGETHER, QUERY_SLOTS, WIDTH, MODE, DTYPE,
+        )  # fmt: skip
+    else:
+        operand = numbers_of(loaded, HOW)
+        for first in range(begin, last, 2):
+            bias, other_bias = bias_operands(biases, first), bias_operands(biases, first + 1)
+            product, operand = begun_of(operand, factors, first, bias, SUMS)
+            other, operand = begun_of(operand, factors, first + 1, other_bias, SUMS)
+            scores, factor, operand = _score_two(
+                found, free, product, other, operand, bias, other_bias, queries, norm, words, scores, factor, first,
+                seen, scale, logarithm, narrow, OF_HEAD, TOGETHER, QUERY_SLOTS, WIDTH, MODE, DTYPE,
             )  # fmt: skip
     if UNITS % 2 == 1:
-        begun = _begun(operand, factors, last, _bias_operands(biases, last), SUMS)
-        awaited, operand = _awaited((begun,), operand)
+        begun, operand = begun_of(operand, factors, last, bias_operands(biases, last), SUMS)
+        awaited, operand = awaited_of((begun,), operand)
         product = awaited[0]
         product, squares = _times_weights(product, norm, 0)
         turned = _turned(product, words[0], narrow, MODE, DTYPE)
@@ -210,7 +173,8 @@ def score_turned(
 @gluon.jit
 def with_slow(operand, factors, shares, scores, unit):
     """Scores of `score_turned`, with those of slow pairs, whose matrix a unit is."""
-    awaited, operand = _awaited((_begun(operand, factors, unit, (), gl.float32),), operand)
+    begun, operand = begun_of(operand, factors, unit, (), gl.float32)
+    awaited, operand = awaited_of((begun,), operand)
     product = awaited[0]
     return scores + slow_scores(product, shares, scores.shape[1])
 
@@ -237,13 +201,30 @@ def _weigh(product, words, sums, HEADS: gl.constexpr, DTYPE: gl.constexpr):
     """Scores of a unit's products, added to others, as `weighed` leaves them."""
     layout: gl.constexpr = product.type.layout
     cos, sin = turns_of(words, layout, HEADS, DTYPE)
-    return _settled(sums + weighed(product, cos, sin, HEADS))
+    return settled(sums + weighed(product, cos, sin, HEADS))
+
+
+@gluon.jit
+def _weigh_two(product, other, operand, words, HEADS: gl.constexpr, DTYPE: gl.constexpr):
+    """Scores [tile, 2] of two units, whose products are under way, and the operand."""
+    # A head of 64 has one unit.
+    if len(words) == 1:
+        awaited, operand = awaited_of((product, other), operand)
+        product, other = awaited
+        score = gl.sum(_weigh(product, words[0], 0.0, HEADS, DTYPE), 2)
+        score = gl.join(score, gl.sum(_weigh(other, words[0], 0.0, HEADS, DTYPE), 2)).reshape([TILE, 2])
+    else:
+        sums = not_put_off(_weigh(warpgroup_mma_wait(len(operand), deps=[product]), words[0], 0.0, HEADS, DTYPE))
+        awaited, operand = awaited_of((other,), operand)
+        other = awaited[0]
+        score = gl.sum(_weigh(other, words[1], sums, HEADS, DTYPE), 2)
+    return score, operand
 
 
 @gluon.jit
 def score_weighed(
-    found, free, operand, factors, words, seen, scale, logarithm,
-    begin, TOTAL: gl.constexpr, MODE: gl.constexpr, DTYPE: gl.constexpr,
+    found, free, loaded, factors, words, seen, scale, logarithm,
+    begin, TOTAL: gl.constexpr, MODE: gl.constexpr, DTYPE: gl.constexpr, HOW: gl.constexpr,
 ):  # fmt: skip
     """Scores of products with folded factors, or with a window's, unit after unit, as in `score_turned`.
 
@@ -251,26 +232,24 @@ def score_weighed(
     the units of a head; of windows, of fast pairs and of slow ones, which two heads share.
     """
     HEADS: gl.constexpr = 2 if MODE == "windows" else 1
-    # A head of 64 has one unit.
-    ALONE: gl.constexpr = len(words) == 1
     last = begin + TOTAL - 1
-    for first in range(begin, last, 2):
-        product = _begun(operand, factors, first, (), gl.float32)
-        other = _begun(operand, factors, first + 1, (), gl.float32)
-        if ALONE:
-            awaited, operand = _awaited((product, other), operand)
-            product, other = awaited
-            score = gl.sum(_weigh(product, words[0], 0.0, HEADS, DTYPE), 2)
-            score = gl.join(score, gl.sum(_weigh(other, words[0], 0.0, HEADS, DTYPE), 2)).reshape([TILE, 2])
-        else:
-            sums = _weigh(warpgroup_mma_wait(len(operand), deps=[product]), words[0], 0.0, HEADS, DTYPE)
-            awaited, operand = _awaited((other,), operand)
-            other = awaited[0]
-            score = gl.sum(_weigh(other, words[1], sums, HEADS, DTYPE), 2)
+    if TOTAL == 2:
+        product, operand = begun_of(loaded, factors, begin, (), gl.float32, HOW)
+        other, operand = begun_of(operand, factors, last, (), gl.float32)
+        score, operand = _weigh_two(product, other, operand, words, HEADS, DTYPE)
         mbarrier.wait(free[0], free[1])
-        hand_on(found[0].index(found[1] + first // 2), score, seen, scale, logarithm)
+        hand_on(found[0].index(found[1] + begin // 2), score, seen, scale, logarithm)
+    else:
+        operand = numbers_of(loaded, HOW)
+        for first in range(begin, last, 2):
+            product, operand = begun_of(operand, factors, first, (), gl.float32)
+            other, operand = begun_of(operand, factors, first + 1, (), gl.float32)
+            score, operand = _weigh_two(product, other, operand, words, HEADS, DTYPE)
+            mbarrier.wait(free[0], free[1])
+            hand_on(found[0].index(found[1] + first // 2), score, seen, scale, logarithm)
     if TOTAL % 2 == 1:
-        awaited, operand = _awaited((_begun(operand, factors, last, (), gl.float32),), operand)
+        begun, operand = begun_of(operand, factors, last, (), gl.float32)
+        awaited, operand = awaited_of((begun,), operand)
         product = awaited[0]
         score = gl.sum(_weigh(product, words[0], 0.0, HEADS, DTYPE), 2)
         mbarrier.wait(free[0], free[1])
