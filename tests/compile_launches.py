@@ -94,6 +94,7 @@ HOPPER_CALLS += [Call(8, bits, length=4096, bias=bits == 8) for bits in (16, 8, 
 # More latents of keys than the factor of all of a group's heads leaves room for; values of all key groups together.
 HOPPER_CALLS += [Call(8, bits, key_rank=256, value_rank=256, mask=None) for bits in (16, 8, 4)]
 HOPPER_CALLS += [Call(32, bits, key_rank=192, value_rank=320, mask=None) for bits in (16, 4)]
+HOPPER_CALLS += [Call(8, key_rank=192, value_rank=320, mask=None), Call(8, key_rank=192, dtype=torch.bfloat16)]
 HOPPER_CALLS += [Call(32, bits, key_rank=256, value_rank=256, mask=None) for bits in (16, 8, 4)]
 HOPPER_CALLS += [Call(8, bits, value_rank=768, joined=2, mask=None) for bits in (16, 4)]
 HOPPER_CALLS += [Call(8, 4, key_rank=256, value_rank=512, joined=2, key_norm=True, bias=True)]

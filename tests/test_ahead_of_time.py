@@ -35,8 +35,8 @@ MOST_SPILLED_VALUES = 224
 MOST_SPILLED_COLUMNS = 256
 # Share of the multiply-adds that an assembler may fold; of two wrongly merged pairs of heads nine percent were missing.
 MOST_DROPPED = 0.05
-# Multiply-adds that it may fold of windows with eight slots: rows that a thread has of a window's matrix are of one
-# query, turned once, in both places where windows are made.
+# Multiply-adds that it folds besides, of windows with eight slots: rows that a thread has of a window's matrix are of
+# one query, turned once, in both places where windows are made.
 FOLDED_WINDOWS = 96
 
 
@@ -82,7 +82,7 @@ def test_every_launch_compiles_and_fits(architecture, half, tmp_path):
 def is_folded(row):
     """Whether the assembler made one of multiply-adds that are the same, and left all others."""
     windows = row["mode"] == "rotated" and row["span"] != "0" and row["slots"] == "8"
-    return windows and row["dropped"] == FOLDED_WINDOWS
+    return windows and 0 <= row["dropped"] - FOLDED_WINDOWS <= MOST_DROPPED * row["written"]
 
 
 def most_spilled(row):

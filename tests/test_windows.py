@@ -1,4 +1,4 @@
-"""Windows of positions, in which the decode kernel for Hopper interpolates keys of codes."""
+"""Windows of positions, in which the decode kernel for Hopper interpolates keys."""
 
 import pytest
 import torch
@@ -38,7 +38,12 @@ def test_slow_pairs_of_factors_stay_in_shared_memory_where_that_leaves_room():
     assert not fitting(two_turned, 256, 256, windows=True)[0].stays
     assert fitting(two_turned, 192, 320, windows=True)[0].stays
     assert [plans.held_of("mixed", 4, stays) for stays in (False, True)] == [1, 4]
-    assert not fitting(plans.heads_of(32, 2, 4), 128, 384, 200 << 10, windows=True)
+    assert not fitting(plans.heads_of(64, 4, 2), 256, 320, bits=8, windows=True)[0].stays
+    # Of one section there is no smaller part.
+    assert fitting(LLAMA_3, 128, 384, bits=8, windows=True)[0].stays
+    assert not fitting(LLAMA_3, 128, 384, 200 << 10, bits=8, windows=True)
+    # Where values have few latents, nothing is gained by copying.
+    assert fitting(two_folded, 128, 128, bits=4, windows=True)[0].stays
 
 
 @pytest.mark.parametrize(("heads", "rank", "bits", "taken"), [
@@ -147,6 +152,8 @@ WINDOWED = [
     # Sections of latents, where a program has half of a group's heads.
     (16, 8, 128, 1e6, (192, 96), (256, 192)), (8, 8, 128, 1e4, (160, 192), (256, 192)),
     (16, 8, 128, 1e6, (256, 64), (256, 192)), (8, 8, 128, 1e4, (256, 128), (256, 192)),
+    # Several windows of sections, and of one or two heads' few latents.
+    (32, 4, 128, 1e6, (256,), (256,)), (4, 4, 128, 1e4, (64, 64), (256, 256)),
     # Several key groups of a program.
     (16, 8, 128, 1e6, (128, 64, 96, 128), (256, 128)), (8, 8, 128, 1e4, (128, 64, 96, 128), (256, 128)),
     (8, 8, 128, 1e4, (64,) * 4, (384,)),

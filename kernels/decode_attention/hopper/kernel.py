@@ -38,7 +38,7 @@ def hopper_kernel(
     whose values are in the same latents.
 
     query: [rows, GROUPS * KV * QUERIES, query_stride]; absorbed, KV is one. keys, values: of codes, bytes. up: of codes
-    in the order of `unit_order`, or section by section where keys have several (SECTIONS, as in `copy_tile`). SCALED:
+    in the order of `unit_order`, or section by section where keys have several (SECTIONS, of SECTION latents). SCALED:
     codes of keys meet it times their scales, else scores are. bias: of all keys; norm: a key norm's weights, epsilon
     what it adds to mean squares. table: `lane_table`, fast_table: that of the fast pairs. parameters: of codes, scales
     of every group, with their zero points behind them if ASYMMETRIC. SPAN: tokens of a window, or 0; where there are

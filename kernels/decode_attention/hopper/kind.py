@@ -42,7 +42,7 @@ REGISTERS = {
     ("absorbed", True, 4): (104, 152),
 }  # fmt: skip
 # Of three groups by the mode and the bits, where keys have so many sections of latents, all of which a group that
-# scores holds at once, and values at most so many chunks.
+# scores holds at once, and values at most so many chunks: sums of more need the registers.
 WIDE_SECTIONS, FEW_CHUNKS = 4, 3
 WIDE_REGISTERS = {
     ("folded", 16): (216, 72), ("folded", 8): (192, 120), ("folded", 4): (200, 104),
@@ -120,9 +120,11 @@ class Kind:
     @functools.cached_property
     def takes_windows(self) -> bool:
         """Whether keys are interpolated in windows of positions where that is faster."""
-        # Several queries' numbers take longer to read than to multiply, but where keys have many latents.
-        numbers = self.bits == 16 and self.heads.mode != "folded" and self.sections == 1
-        return not numbers and self.heads.mode != "absorbed" and bool(self.plans(True, False))
+        if self.heads.mode == "rotated" and self.bits == 16:
+            # Fewer latents take longer to read than to multiply.
+            wide = self.sections > 1 and self.dtype == torch.float16
+            return wide and bool(self.plans(True, False))
+        return self.heads.mode != "absorbed" and bool(self.plans(True, False))
 
     @functools.cached_property
     def smaller(self) -> Optional["Kind"]:

@@ -138,10 +138,7 @@ def _tables(call: Call, is_long: bool) -> Tables:
         table = lane_table(rotation, kind.dtype)
         if window is None or not is_long:
             return Tables(table, table, table, table, None)
-        if kind.heads.mode == "folded":
-            fast_table = lane_table(rotation, torch.float16, WINDOW_FAST)
-        else:
-            fast_table = lane_table(rotation, kind.dtype, FAST)
+        fast_table = lane_table(rotation, torch.float16, WINDOW_FAST if kind.heads.mode == "folded" else FAST)
         spans = spans_of(rotation, call.mask, length, kind.rows_per_latent, TILE)
         return Tables(table, fast_table, spans, rotation.frequencies.to(query.device, torch.float32), window)
 

@@ -22,8 +22,8 @@ SLOW, SECTION = KERNEL_SLOW.value, KERNEL_SECTION.value
 MOST_SLOTS, LEAST_RANK, LEAST_CODES = 32, 32, 64
 # Columns of slow pairs at least.
 LEAST_COLUMNS = 4
-# kv heads at most of which all slow pairs can stay in shared memory, where that leaves a program of one key group room
-# for so many bytes of values under way.
+# kv heads at most of which all slow pairs can stay in shared memory; bytes of values under way that are enough beside
+# them.
 MOST_STAYING, STAYING_UNDER_WAY = 4, 24 << 10
 # Tokens of a step at least, and slots of heads at most, whose codes are weighed by products of whole numbers.
 LEAST_STEP, MOST_WHOLE_SLOTS = 32, 8
@@ -191,12 +191,20 @@ def plans_for(
         tiles = scorers_of(mode, weighers, whole) * plan.key_stages * TILE * heads.key_groups * rank
         tiles += weighers * plan.value_stages * plan.step * chunks * CHUNK
         fits = _registers(plan, heads, chunks, bits, whole) <= MOST_OPERANDS and (not whole or plan.step >= LEAST_STEP)
-        if mode == "windows" and plan.stays:
-            least = STAYING_UNDER_WAY if heads.key_groups == 1 else 0
-            fits = fits and plan.value_stages > 2 and plan.under_way(chunks, bits) >= least
         if fits and kept + 2 * held + tiles * bits // 8 <= memory:
             fitting.append(plan)
+    least = _least_under_way(fitting, heads, chunks, bits)
+    fitting = [plan for plan in fitting if not plan.stays or plan.under_way(chunks, bits) >= least]
     return tuple(fitting if all_of_them else fitting[:1])
+
+
+def _least_under_way(fitting: Sequence[Plan], heads: Heads, chunks: int, bits: int) -> int:
+    """Bytes of values that have to be under way where slow pairs stay, of plans that fit, in their order.
+
+    No more than where they do not. Programs of several key groups keep their slow pairs: else the compiler spills.
+    """
+    others = [plan.under_way(chunks, bits) for plan in fitting if not plan.stays]
+    return min(STAYING_UNDER_WAY, others[0]) if others and heads.key_groups == 1 else 0
 
 
 def _are_taken(
@@ -244,9 +252,9 @@ def _kept(heads: Heads, mode: str, head_dim: int, rank: int, has_bias: bool, has
 
 
 def held_of(mode: str, sections: int, stays: bool) -> int:
-    """Of how much slow pairs of factors are in shared memory at a time, of which windows are made.
+    """How many pieces of the slow pairs' factors, of which windows are made, are in shared memory at a time.
 
-    Of heads, for each group of warps that scores; with several queries, of sections of all heads.
+    Heads, of each group of warps that scores; with several queries ("mixed") sections of all heads.
     """
     if mode == "mixed":
         return sections if stays else 1
@@ -265,6 +273,7 @@ def _preferred(heads: Heads, mode: str, bits: int, whole: int, sections: int, al
     preferred = (*first, *LAST_PLANS, *(GRID if all_of_them else ()))
     staying = tuple(plan._replace(stays=True) for plan in preferred)
     if mode == "windows":
+        staying = tuple(plan for plan in staying if plan.value_stages > 2)
         preferred = (*(staying if heads.kv <= MOST_STAYING else ()), *preferred)
     if mode == "mixed":
         preferred = (*staying, *(preferred if sections > 1 else ()))

@@ -42,7 +42,8 @@ def settled(numbers):
 def not_put_off(numbers):
     """The same numbers, float32, computed before the next wait for products, which the assembler puts first else.
 
-    An event of a counter depends on them, which changes nothing, if these bits should ever be there.
+    An event of a counter (`pmevent`) would be raised if their bits were a constant, which changes nothing; but the
+    assembler cannot know that they never are.
     """
     return gl.inline_asm_elementwise(
         "{ .reg .pred odd; .reg .b32 any; or.b32 any, $2, $3; setp.eq.u32 odd, any, 0x7f812345; @odd pmevent 1; "

@@ -226,9 +226,10 @@ def attend(
                 gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),
             )
             mbarrier.init(beside[2], count=1)
-        # Of windows, a group's own parts of the factors.
-        HALVES: gl.constexpr = own_parts(KV, SECTIONS) * 2 * HELD
-        PART: gl.constexpr = RANK // parts_of_latents(KV, SECTIONS)
+        if MODE == "windows":
+            # A group's own parts of the factors.
+            HALVES: gl.constexpr = own_parts(KV, SECTIONS) * 2 * HELD
+            PART: gl.constexpr = RANK // parts_of_latents(KV, SECTIONS)
         rings, places, besides = (), (), ()
         for own in gl.static_range(OWN):
             place = seen_as(

@@ -38,8 +38,8 @@ from palu.kernels.decode_attention.hopper.prologue import (
 from palu.kernels.decode_attention.hopper.slow import (
     load_basis,
     load_slow_of,
-    made_layout,
     make_slow,
+    sections_held,
     slow_numbers,
     start_slow,
 )
@@ -133,12 +133,9 @@ def _prepare(
                     own, scaling, position, QUERY_SLOTS, TOGETHER, LEAST, beside[0].shape[1], factors.dtype
                 )
                 source = (up, up_stride, rank)
-                if beside[1].shape[0] < 2 * KV * SECTIONS:
+                if sections_held(beside[1].shape[0], KV) < SECTIONS:
                     start_slow(beside[1], source, KV, WIDTH, SECTIONS)
-                make_slow(
-                    factors, beside[1], window >> 30, slow, source, made_layout(factors.shape[2]), PENDING, KV, WIDTH,
-                    SECTIONS,
-                )  # fmt: skip
+                make_slow(factors, beside[1], window >> 30, slow, source, PENDING, KV, WIDTH, SECTIONS)
     else:
         if MODE == "folded":
             q_first, q_second = load_pairs(

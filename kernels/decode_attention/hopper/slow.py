@@ -76,11 +76,17 @@ def slow_numbers(
     return with_first, with_second, kv_head
 
 
+@gluon.constexpr_function
+def sections_held(halves: int, kv: int) -> int:
+    """Of how many sections slow pairs' factors of so many kv heads are in shared memory [halves, pairs, latents]."""
+    return halves // (2 * kv)
+
+
 @gluon.jit
 def _copy_section(factor, source, KV: gl.constexpr, WIDTH: gl.constexpr, section: gl.constexpr, SECTIONS: gl.constexpr):
     """Start copying a section of all kv heads' slow pairs to its place, or to that of the last one; as `make_slow`."""
     up, up_stride, rank = source
-    HELD: gl.constexpr = factor.shape[0] // (2 * KV)
+    HELD: gl.constexpr = sections_held(factor.shape[0], KV)
     OF_GROUP: gl.constexpr = 2 * KV // len(rank)
     for group in gl.static_range(len(rank)):
         copy_halves(
@@ -93,14 +99,20 @@ def _copy_section(factor, source, KV: gl.constexpr, WIDTH: gl.constexpr, section
 @gluon.jit
 def start_slow(factor, source, KV: gl.constexpr, WIDTH: gl.constexpr, SECTIONS: gl.constexpr):
     """Start copying the sections of slow pairs' factors that are held at a time, as `make_slow`: all, or the first."""
-    for section in gl.static_range(factor.shape[0] // (2 * KV)):
+    for section in gl.static_range(sections_held(factor.shape[0], KV)):
         _copy_section(factor, source, KV, WIDTH, section, SECTIONS)
+
+
+@gluon.constexpr_function
+def _made_layout(latents: int) -> gl.NVMMADistributedLayout:
+    """Of a section of a window's matrix of slow pairs, as it is made."""
+    return gl.NVMMADistributedLayout([3, 0], [WARPS.value, 1], [16, latents, 16])
 
 
 @gluon.jit
 def make_slow(
-    prepared, factor, zero, numbers, source, result: gl.constexpr, PENDING: gl.constexpr, KV: gl.constexpr,
-    WIDTH: gl.constexpr, SECTIONS: gl.constexpr,
+    prepared, factor, zero, numbers, source, PENDING: gl.constexpr, KV: gl.constexpr, WIDTH: gl.constexpr,
+    SECTIONS: gl.constexpr,
 ):  # fmt: skip
     """W of all columns and slots, to shared memory [columns * SLOTS, latents], of `slow_numbers`.
 
@@ -113,11 +125,11 @@ def make_slow(
     with_first, with_second, kv_head = numbers
     GROUPS: gl.constexpr = len(source[2])
     UNITS: gl.constexpr = prepared.shape[0] // SECTIONS
-    HELD: gl.constexpr = factor.shape[0] // (2 * KV)
+    HELD: gl.constexpr = sections_held(factor.shape[0], KV)
     OF_GROUP: gl.constexpr = KV // GROUPS
     ROWS: gl.constexpr = prepared.shape[1]
     LATENTS: gl.constexpr = prepared.shape[2]
-    nothing = gl.zeros([ROWS, LATENTS], gl.float32, result)
+    nothing = gl.zeros([ROWS, LATENTS], gl.float32, _made_layout(LATENTS))
     for section in gl.static_range(SECTIONS):
         if section == 0 or HELD < SECTIONS:
             async_copy.wait_group(PENDING if HELD == SECTIONS else 0)
@@ -183,19 +195,13 @@ def slow_scores(product, basis, SLOTS: gl.constexpr):
     return total
 
 
-@gluon.constexpr_function
-def made_layout(latents: int) -> gl.NVMMADistributedLayout:
-    """Of a section of a window's matrix of slow pairs, as it is made."""
-    return gl.NVMMADistributedLayout([3, 0], [WARPS.value, 1], [16, latents, 16])
-
-
 @gluon.jit
 def load_slow_of(
     factors, beside, bases, frequencies, query, query_stride, HEADS: gl.constexpr, WIDTH: gl.constexpr
 ):  # fmt: skip
     """What a window of slow pairs is made of; HEADS: what tells heads of slots: KV, QUERIES, QUERY_SLOTS, TOGETHER."""
     return load_slow(
-        bases, frequencies, query, query_stride, made_layout(factors.shape[2]), HEADS[0], HEADS[1], HEADS[2],
+        bases, frequencies, query, query_stride, _made_layout(factors.shape[2]), HEADS[0], HEADS[1], HEADS[2],
         HEADS[3], LEAST, UNIT, beside[0].shape[1], beside[1].shape[1], WIDTH,
     )  # fmt: skip
 
@@ -213,14 +219,11 @@ def make_first_window(
     SECTIONS: gl.constexpr = factors.shape[0] // (HEADS[0] + len(source[2]))
     loaded = load_slow_of(factors, beside, bases, frequencies, query, query_stride, HEADS, WIDTH)
     start_slow(beside[1], source, HEADS[0], WIDTH, SECTIONS)
-    STAYS: gl.constexpr = beside[1].shape[0] == 2 * HEADS[0] * SECTIONS
+    STAYS: gl.constexpr = sections_held(beside[1].shape[0], HEADS[0]) == SECTIONS
     if STAYS:
         start_copies(rings, arguments, 0, 1, BITS)
     slow = slow_numbers(loaded, scaling, position, HEADS[2], HEADS[3], LEAST, beside[0].shape[1], factors.dtype)
-    make_slow(
-        factors, beside[1], 0, slow, source, made_layout(factors.shape[2]), rings[0].shape[0] - 1, HEADS[0], WIDTH,
-        SECTIONS,
-    )  # fmt: skip
+    make_slow(factors, beside[1], 0, slow, source, rings[0].shape[0] - 1, HEADS[0], WIDTH, SECTIONS)
     if not STAYS:
         # Not before: copies are there in their order.
         start_copies(rings, arguments, 0, 1, BITS)

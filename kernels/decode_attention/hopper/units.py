@@ -70,12 +70,23 @@ def _met(turned, queries, unit, scores, OF_PLACE: gl.constexpr, MODE: gl.constex
 
 
 @gluon.jit
+def _two_begun(operand, factors, first, biases, SUMS: gl.constexpr, HOW: gl.constexpr = None):
+    """Products of two neighbouring units under way, the operand, and `bias_operands` of both; as `begun_of`."""
+    # Before any product is under way.
+    bias, other_bias = bias_operands(biases, first), bias_operands(biases, first + 1)
+    product, operand = begun_of(operand, factors, first, bias, SUMS, HOW)
+    other, operand = begun_of(operand, factors, first + 1, other_bias, SUMS)
+    return product, other, operand, bias, other_bias
+
+
+@gluon.jit
 def _score_two(
-    found, free, product, other, operand, bias, other_bias, queries, norm, words, scores, factor, first, seen,
+    found, free, two, queries, norm, words, scores, factor, first, seen,
     scale, logarithm, narrow: gl.constexpr, OF_HEAD: gl.constexpr, TOGETHER: gl.constexpr, QUERY_SLOTS: gl.constexpr,
     WIDTH: gl.constexpr, MODE: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
-    """Scores of two units, whose products are under way; as `score_turned`, with the factor and the operand."""
+    """Scores of two units, `_two_begun`; as `score_turned`, with the factor and the operand."""
+    product, other, operand, bias, other_bias = two
     # Scores of several kv heads add up, in columns of their own.
     OF_PLACE: gl.constexpr = OF_HEAD * TOGETHER
     SECTIONS: gl.constexpr = len(operand)
@@ -136,23 +147,18 @@ def score_turned(
     factor = gl.full([TILE, scores.shape[1]], 1.0, gl.float32, narrow)
     last = begin + UNITS - 1
     if UNITS == 2:
-        # Before any product is under way.
-        bias, other_bias = bias_operands(biases, begin), bias_operands(biases, last)
-        product, operand = begun_of(loaded, factors, begin, bias, SUMS, HOW)
-        other, operand = begun_of(operand, factors, last, other_bias, SUMS)
+        two = _two_begun(loaded, factors, begin, biases, SUMS, HOW)
         scores, factor, operand = _score_two(
-            found, free, product, other, operand, bias, other_bias, queries, norm, words, scores, factor, begin, seen,
-            scale, logarithm, narrow, OF_HEAD, TOGETHER, QUERY_SLOTS, WIDTH, MODE, DTYPE,
+            found, free, two, queries, norm, words, scores, factor, begin, seen, scale, logarithm, narrow,
+            OF_HEAD, TOGETHER, QUERY_SLOTS, WIDTH, MODE, DTYPE,
         )  # fmt: skip
     else:
         operand = numbers_of(loaded, HOW)
         for first in range(begin, last, 2):
-            bias, other_bias = bias_operands(biases, first), bias_operands(biases, first + 1)
-            product, operand = begun_of(operand, factors, first, bias, SUMS)
-            other, operand = begun_of(operand, factors, first + 1, other_bias, SUMS)
+            two = _two_begun(operand, factors, first, biases, SUMS)
             scores, factor, operand = _score_two(
-                found, free, product, other, operand, bias, other_bias, queries, norm, words, scores, factor, first,
-                seen, scale, logarithm, narrow, OF_HEAD, TOGETHER, QUERY_SLOTS, WIDTH, MODE, DTYPE,
+                found, free, two, queries, norm, words, scores, factor, first, seen, scale, logarithm, narrow,
+                OF_HEAD, TOGETHER, QUERY_SLOTS, WIDTH, MODE, DTYPE,
             )  # fmt: skip
     if UNITS % 2 == 1:
         begun, operand = begun_of(operand, factors, last, bias_operands(biases, last), SUMS)
@@ -205,8 +211,9 @@ def _weigh(product, words, sums, HEADS: gl.constexpr, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def _weigh_two(product, other, operand, words, HEADS: gl.constexpr, DTYPE: gl.constexpr):
-    """Scores [tile, 2] of two units, whose products are under way, and the operand."""
+def _weigh_two(found, free, two, words, first, seen, scale, logarithm, HEADS: gl.constexpr, DTYPE: gl.constexpr):
+    """Scores of two units, `_two_begun`; as `score_weighed`, with the operand."""
+    product, other, operand, _bias, _other_bias = two
     # A head of 64 has one unit.
     if len(words) == 1:
         awaited, operand = awaited_of((product, other), operand)
@@ -218,7 +225,9 @@ def _weigh_two(product, other, operand, words, HEADS: gl.constexpr, DTYPE: gl.co
         awaited, operand = awaited_of((other,), operand)
         other = awaited[0]
         score = gl.sum(_weigh(other, words[1], sums, HEADS, DTYPE), 2)
-    return score, operand
+    mbarrier.wait(free[0], free[1])
+    hand_on(found[0].index(found[1] + first // 2), score, seen, scale, logarithm)
+    return operand
 
 
 @gluon.jit
@@ -234,19 +243,13 @@ def score_weighed(
     HEADS: gl.constexpr = 2 if MODE == "windows" else 1
     last = begin + TOTAL - 1
     if TOTAL == 2:
-        product, operand = begun_of(loaded, factors, begin, (), gl.float32, HOW)
-        other, operand = begun_of(operand, factors, last, (), gl.float32)
-        score, operand = _weigh_two(product, other, operand, words, HEADS, DTYPE)
-        mbarrier.wait(free[0], free[1])
-        hand_on(found[0].index(found[1] + begin // 2), score, seen, scale, logarithm)
+        two = _two_begun(loaded, factors, begin, (), gl.float32, HOW)
+        operand = _weigh_two(found, free, two, words, begin, seen, scale, logarithm, HEADS, DTYPE)
     else:
         operand = numbers_of(loaded, HOW)
         for first in range(begin, last, 2):
-            product, operand = begun_of(operand, factors, first, (), gl.float32)
-            other, operand = begun_of(operand, factors, first + 1, (), gl.float32)
-            score, operand = _weigh_two(product, other, operand, words, HEADS, DTYPE)
-            mbarrier.wait(free[0], free[1])
-            hand_on(found[0].index(found[1] + first // 2), score, seen, scale, logarithm)
+            two = _two_begun(operand, factors, first, (), gl.float32)
+            operand = _weigh_two(found, free, two, words, first, seen, scale, logarithm, HEADS, DTYPE)
     if TOTAL % 2 == 1:
         begun, operand = begun_of(operand, factors, last, (), gl.float32)
         awaited, operand = awaited_of((begun,), operand)

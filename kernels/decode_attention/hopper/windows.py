@@ -101,7 +101,7 @@ def load_frequencies(frequencies, WIDTH: gl.constexpr):
 
 @gluon.jit
 def load_own_queries(query, query_stride, scaling, KV: gl.constexpr, WIDTH: gl.constexpr, WHICH: gl.constexpr):
-    """Both numbers of slow pairs of every other two queries, float32 [2, pairs] each."""
+    """Both numbers of slow pairs of the queries of heads that a group makes windows of, float32 [2, pairs] each."""
     inside = gl.arange(0, 2, gl.SliceLayout(1, _OF_PAIRS))
     pair = FAST + gl.arange(0, _PAIRS, gl.SliceLayout(0, _OF_PAIRS))
     result = ()
@@ -222,7 +222,8 @@ def make_window(
     PARTS: gl.constexpr = parts_of_latents(KV, SECTIONS)
     FIRST: gl.constexpr = first_of(KV, WHICH)
     MAKERS: gl.constexpr = makers_of(KV)
-    MANY: gl.constexpr = (PARTS - WHICH % MAKERS + MAKERS - 1) // MAKERS
+    FIRST_PART: gl.constexpr = WHICH % MAKERS
+    MANY: gl.constexpr = (PARTS - FIRST_PART + MAKERS - 1) // MAKERS
     result: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, LATENTS, 16])
     along = _load_bases(bases, 0, PIECES[0]) + _load_bases(bases, PIECES[0], PIECES[1])
     _store_turned(turned, own, position.to(gl.float32) * frequency)
@@ -240,13 +241,13 @@ def make_window(
                 async_copy.wait_group(0)
                 fence_async_shared()
                 synchronize()
-            made = _multiplied(made, left, held, 2 * inside if STAYS else 0, inside, 4 if STAYS else 2)
+            made = _multiplied(made, left, held, 2 * inside if STAYS else 0, inside, held[0].shape[0] // OWN)
             if not STAYS:
                 # All warps have read the factor.
                 synchronize()
                 _copy_following(held, up, up_stride, rank, more, head + inside, KV, WIDTH, WHICH, SECTIONS)
-        for first_latent in gl.static_range(WHICH % MAKERS * LATENTS, PARTS * LATENTS, MAKERS * LATENTS):
-            to = prepared.index(first_latent // WIDE * (prepared.shape[0] // SECTIONS) + head + 1)
+        for part in gl.static_range(FIRST_PART, PARTS, MAKERS):
+            to = prepared.index(part * LATENTS // WIDE * (prepared.shape[0] // SECTIONS) + head + 1)
             if LATENTS < WIDE:
-                to = to.slice(first_latent % WIDE, LATENTS, dim=1)
-            to.store(made[first_latent // (MAKERS * LATENTS)].to(prepared.dtype))
+                to = to.slice(part * LATENTS % WIDE, LATENTS, dim=1)
+            to.store(made[part // MAKERS].to(prepared.dtype))
