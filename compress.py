@@ -67,7 +67,8 @@ def add_rank_flags(flag: Callable[..., Any]) -> None:
         "--search_method",
         help="uniform; fisher, fisher_uniform: by the gradients of weights; global: ranks go where they save most of "
         "the measured change of predictions, over layers, keys and values; global_bits: ranks and bits together, "
-        "--param_ratio_target is then the fraction of a 16-bit cache's bytes (default: global)",
+        "--param_ratio_target is then the fraction of a 16-bit cache's bytes, of which 8 bits, the most it gives, "
+        "take half (default: global)",
     )
     flag(
         "--key_cost",
@@ -107,7 +108,7 @@ def add_rank_flags(flag: Callable[..., Any]) -> None:
         metavar="SHARE",
         help="at last, tune the output projections on the calibration text: perplexity falls on texts like it, and "
         "tells less about how much of the original is kept; SHARE is how much further predictions may drift from the "
-        "original's (their divergence), 0.1 for a tenth (default: 0, off)",
+        "original's (their divergence), from 0 to 1, 0.1 for a tenth (default: 0, off)",
     )
     flag(
         "--fuse_values",

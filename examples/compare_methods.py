@@ -15,6 +15,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("--plain_bits", type=bit_list, default=[8, 4, 3, 2], help="comma-separated, of full keys and values (8,4,3,2)")
     flag("--head_group_size", type=group_size, default=4, help="kv heads that share a latent (default: %(default)s)")
     flag("--value_group_size", type=group_size, help="the same for values (default: as --head_group_size)")
-    flag("--key_cost", type=float, default=1.0, help="as of compress.py (default: %(default)s)")
+    flag(
+        "--key_cost", type=float, default=1.0, help="as of compress.py, of methods that search with global (default: 1)"
+    )
     flag("--max_key_rank", type=int, help="as of compress.py (default: no such limit)")
     flag("--rank_multiple", type=int, default=32, help="ranks are multiples of this (default: %(default)s)")
     flag("--calib_dataset", help=f"{DATASET_HELP} (default: wikitext2; demo for the demo model)")
@@ -88,8 +91,9 @@ def main(args: argparse.Namespace) -> None:
         raise PaluError(f"--max_windows {args.max_windows} must be at least 1")
     model_config = load_config(source, args.trust_remote_code)
     check_bits(args, model_config)
-    for config in configs.values():
-        check_compression(model_config, config)
+    for (method, _), config in configs.items():
+        with naming(method):
+            check_compression(model_config, config)
     check_weight_files(source)
     torch.manual_seed(args.seed)
     check_seqlen(args.seqlen, model_config, "--seqlen")
@@ -111,12 +115,30 @@ def main(args: argparse.Namespace) -> None:
 
 def compression_configs(args: argparse.Namespace) -> dict[tuple[str, float], Any]:
     """The library's CompressionConfig of every method and ratio."""
+    from palu.core.errors import PaluError
+
     configs = {}
-    for method in (name.strip() for name in args.methods.split(",")):
+    for method in filter(None, (name.strip() for name in args.methods.split(","))):
         asked = method_settings(method)
+        if asked["search_method"] != "global":
+            asked["key_cost"] = 1.0
         for ratio in args.ratios:
-            configs[method, ratio] = asked_compression(args, param_ratio_target=ratio, **asked)
+            with naming(method):
+                configs[method, ratio] = asked_compression(args, param_ratio_target=ratio, **asked)
+    if not configs:
+        raise PaluError("--methods must name a method, such as global+fisher")
     return configs
+
+
+@contextmanager
+def naming(method: str) -> Iterator[None]:
+    """Name the method in what is said of its settings."""
+    from palu.core.errors import PaluError
+
+    try:
+        yield
+    except PaluError as error:
+        raise PaluError(f"--methods {method!r}: {error}") from None
 
 
 def method_settings(method: str) -> dict[str, Any]:

@@ -61,11 +61,20 @@ def test_the_plot_counts_numbers_of_32_bits_as_16(monkeypatch):
     assert {text.get_text() for text in legend.get_texts()} == set(drawn)
 
 
-def test_flags_of_the_rank_search_reach_every_method():
-    asked = ["--methods", "global+fisher,global+svd", "--key_cost", "2", "--max_key_rank", "64"]
+def test_flags_of_the_rank_search_reach_every_method_that_has_them():
+    asked = ["--methods", "global+fisher,global+svd,fisher_uniform+whiten,", "--key_cost", "2", "--max_key_rank", "64"]
     configs = compare_methods.compression_configs(compare_methods.parse(asked)).values()
-    assert len(configs) == 6
-    assert {(config.key_cost, config.max_key_rank) for config in configs} == {(2, 64)}
+    assert len(configs) == 9
+    costs = {config.search_method: (config.key_cost, config.max_key_rank) for config in configs}
+    assert costs == {"global": (2, 64), "fisher_uniform": (1, 64)}
+
+
+def test_what_a_method_does_not_take_is_said_with_its_name(capsys):
+    assert compare("--methods", "uniform+fisher,uniform+nothing", "--ratios", "0.5") == 2
+    assert "uniform+nothing" in capsys.readouterr().err
+    assert compare("--methods", "uniform+fisher,global+fisher", "--ratios", "0.01", "--plain_bits", "8") == 2
+    assert "'uniform+fisher': param_ratio_target 0.01 leaves" in capsys.readouterr().err
+    assert compare("--methods", ",") == 2
 
 
 def test_a_row_is_what_compressing_and_measuring_one_by_one_gives():
