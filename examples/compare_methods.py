@@ -117,16 +117,18 @@ def compression_configs(args: argparse.Namespace) -> dict[tuple[str, float], Any
     """The library's CompressionConfig of every method and ratio."""
     from palu.core.errors import PaluError
 
+    methods = {name: method_settings(name) for name in filter(None, map(str.strip, args.methods.split(",")))}
+    if not methods:
+        raise PaluError("--methods must name a method, such as global+fisher")
+    searches = {asked["search_method"] for asked in methods.values()}
     configs = {}
-    for method in filter(None, (name.strip() for name in args.methods.split(","))):
-        asked = method_settings(method)
-        if asked["search_method"] != "global":
+    for method, asked in methods.items():
+        # Where no method takes it, it is refused as ever.
+        if "global" in searches and asked["search_method"] != "global":
             asked["key_cost"] = 1.0
         for ratio in args.ratios:
             with naming(method):
                 configs[method, ratio] = asked_compression(args, param_ratio_target=ratio, **asked)
-    if not configs:
-        raise PaluError("--methods must name a method, such as global+fisher")
     return configs
 
 

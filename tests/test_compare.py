@@ -77,6 +77,11 @@ def test_what_a_method_does_not_take_is_said_with_its_name(capsys):
     assert compare("--methods", ",") == 2
 
 
+def test_a_cost_of_keys_that_no_method_takes_is_refused(capsys):
+    assert compare("--methods", "uniform+fisher", "--ratios", "0.5", "--key_cost", "2") == 2
+    assert "key_cost 2.0 is for the search_method global" in capsys.readouterr().err
+
+
 def test_a_row_is_what_compressing_and_measuring_one_by_one_gives():
     assert compare("--methods", "uniform+fisher+sequential", "--ratios", "0.5", "--plain_bits", "8") == 0
     together = read_results(Path("out.json"))["rows"][0]
