@@ -120,11 +120,11 @@ class Kind:
     @functools.cached_property
     def takes_windows(self) -> bool:
         """Whether keys are interpolated in windows of positions where that is faster."""
-        if self.heads.mode == "rotated" and self.bits == 16:
-            # Fewer latents take longer to read than to multiply.
-            wide = self.sections > 1 and self.dtype == torch.float16
-            return wide and bool(self.plans(True, False))
-        return self.heads.mode != "absorbed" and bool(self.plans(True, False))
+        # Several queries' numbers take longer to read than to multiply, unless keys have many latents; of bf16 that has
+        # not been run.
+        many = self.sections > 1 and self.dtype == torch.float16
+        exact = self.heads.mode == "absorbed" or (self.heads.mode == "rotated" and self.bits == 16 and not many)
+        return not exact and bool(self.plans(True, False))
 
     @functools.cached_property
     def smaller(self) -> Optional["Kind"]:
