@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -220,11 +221,16 @@ def _compress(
 ) -> Compression:
     """Statistics, plan, factors and model, with everything checked."""
     calibration = Calibration(model, config, windows, cache_dir, progress)
+    search, shapes = get_search(config.search_method), calibration.shapes
     if config.regroup:
         with _stage("grouping heads", stages, model.device):
-            model = in_order(model, calibration.head_orders())
+            lost = partial(
+                search.energy_lost,
+                group=next(shape for shape in shapes if shape.site.side == "key"),
+                budget=rank_budget(config),
+            )
+            model = in_order(model, calibration.head_orders(lost))
         calibration = dataclasses.replace(calibration, model=model)
-    search, shapes = get_search(config.search_method), calibration.shapes
     logger.info("calibration windows: %s", windows.describe() or "none needed")
     scores: dict[Site, float] = {}
     if Statistic.FISHER in search.needs:

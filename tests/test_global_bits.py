@@ -87,6 +87,25 @@ def test_no_other_ranks_and_bits_do_less_damage_with_one_step_less_to_spend(rati
     assert all(found <= one[1] + other[1] + 1e-9 for one, other in pairs if one[0] + other[0] <= budget)
 
 
+@pytest.mark.parametrize("cap", [None, 48])
+@pytest.mark.parametrize("case", range(6))
+def test_what_a_group_loses_with_its_share_is_hardly_more_than_the_least_of_all_ranks_and_bits(case, cap):
+    generator = random.Random(int(torch.randint(1 << 30, ())) + case)
+    codes = QuantizationConfig(symmetric=generator.random() < 0.5, group_size=generator.choice([None, 32]))
+    (shape,) = (each for each in sites(1, 1, 1, 96, 96) if each.site.side == "key")
+    evidence, ratio = evidence_for([shape], generator), generator.uniform(0.05, 0.9)
+    budget = RankBudget(ratio, 32, codes=codes, max_key_rank=cap)
+    ways = [
+        lost(evidence, shape.site, rank, bits, codes)
+        for rank, bits in itertools.product(range(1, (cap or 96) + 1), codes.choices)
+        if codes.nbytes([rank], bits) <= ratio * FULL_BYTES * 96
+    ]
+    energy = evidence.energy[shape.site]
+    least = min(ways, default=energy.sum().item())
+    # The most ranks that fit are taken, which a last quantisation group of few numbers can make a little worse.
+    assert 1 - 1e-9 < get_search("global_bits").energy_lost(energy, shape, budget) / least < 1.01
+
+
 def test_where_bytes_are_plenty_nothing_is_lost():
     shapes = sites(2, 2, 1, 64, 128)
     plan = get_search("global_bits")(

@@ -1,6 +1,7 @@
 """`regroup`: kv heads whose keys lose least together share a latent."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from palu.calibrate.evidence import Calibration
 from palu.calibrate.regroup import in_order
 from palu.calibrate.windows import CalibrationWindows
 from palu.core.progress import silent
+from palu.pipeline import rank_budget
+from palu.search import get_search
 from tests.helpers import FAMILIES, compressed, left_padded_batch, random_windows, tiny_model
 
 
@@ -17,7 +20,10 @@ def orders_of(model, size, ratio=0.5, method="whiten", **settings):
     """The head order of every layer."""
     config = palu.CompressionConfig(ratio, size, decompose_method=method, regroup=True, rank_multiple=4, **settings)
     windows = random_windows(model, 8)
-    return list(Calibration(model, config, CalibrationWindows(windows, windows), None, silent).head_orders())
+    calibration = Calibration(model, config, CalibrationWindows(windows, windows), None, silent)
+    group = next(shape for shape in calibration.shapes if shape.site.side == "key")
+    lost = partial(get_search(config.search_method).energy_lost, group=group, budget=rank_budget(config))
+    return list(calibration.head_orders(lost))
 
 
 def with_kin(model, groups):
@@ -59,6 +65,15 @@ def test_kin_are_found_where_the_ratio_is_of_bytes(ratio):
     groups = [(0, 2), (1, 3)]
     model = with_kin(tiny_model("llama"), groups)
     for order in orders_of(model, 2, ratio, search_method="global_bits", lt_hadamard=True):
+        assert grouped(order, 2) == {frozenset(group) for group in groups}
+
+
+@pytest.mark.parametrize("search", ["global", "global_bits"])
+def test_kin_are_found_where_only_keys_are_bounded(search):
+    groups = [(0, 2), (1, 3)]
+    model = with_kin(tiny_model("llama"), groups)
+    settings = {"search_method": search, "lt_hadamard": True, "max_key_rank": 16}
+    for order in orders_of(model, 2, 1.0, **settings):
         assert grouped(order, 2) == {frozenset(group) for group in groups}
 
 

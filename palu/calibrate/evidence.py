@@ -106,12 +106,12 @@ class Calibration:
         kept = self._kept(kind, probes, measure)
         return {key: [(energy, nats) for energy, nats in each.tolist()] for key, each in _by_projection(kept).items()}
 
-    def head_orders(self) -> Iterator[list[int]]:
+    def head_orders(self, energy_lost: Callable[[Tensor], float]) -> Iterator[list[int]]:
         """`palu.calibrate.regroup.head_order` of every layer."""
         windows = self.windows.moments
         for layer, moments in enumerate(self._moments()):
             distances = 0 if windows is None else windows.shape[1]
-            yield head_order(self.model, self.config, layer, moments, distances)
+            yield head_order(self.model, self.config, layer, moments, distances, energy_lost)
 
     def _moments(self) -> Iterable[LayerMoments | None]:
         """Every layer's moments, one at a time; None where there are no windows for them."""

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from palu.calibrate.metrics import site_metric
 from palu.calibrate.moments import LayerMoments
 from palu.calibrate.sites import site_weight
-from palu.config import CompressionConfig, chooses_bits, head_dim
+from palu.config import CompressionConfig, head_dim
 from palu.core.linalg import roots
 from palu.core.types import Site, SiteShape
 from palu.decompose import get_decomposition
@@ -25,31 +25,31 @@ Groups = list[tuple[int, ...]]
 
 
 def head_order(
-    model: PreTrainedModel, config: CompressionConfig, layer: int, moments: LayerMoments | None, distances: int
+    model: PreTrainedModel,
+    config: CompressionConfig,
+    layer: int,
+    moments: LayerMoments | None,
+    distances: int,
+    energy_lost: Callable[[Tensor], float],
 ) -> list[int]:
     """The order of a layer's kv heads, `config.head_group_size` of them side by side, that keeps most of the keys.
 
-    What a group loses is the tail of its energies (`palu.core.linalg.energy_factors`) behind `param_ratio_target` of
-    them, with the errors' metric where the decomposition has one, its Fisher part aside. Up to MOST_WAYS ways are
-    tried all; of more, groups begin with what pairs save together and heads are swapped while that saves more, and the
-    given order stays if it loses less.
+    What a group loses is told by its energies (`palu.core.linalg.energy_factors`), with the errors' metric where the
+    decomposition has one, its Fisher part aside. Up to MOST_WAYS ways are tried all; of more, groups begin with what
+    pairs save together and heads are swapped while that saves more, and the given order stays if it loses less.
 
     Args:
         moments: the layer's, or None for a decomposition without calibration.
         distances: tokens of a calibration window.
+        energy_lost: what heads lose that share a latent, of their energies, falling (`RankSearch.energy_lost`).
     """
     heads = model.config.num_key_value_heads
     energy = _key_energy(model, config, layer, moments, distances)
     size, dim = config.group_size("key", heads), head_dim(model.config)
-    ratio = config.param_ratio_target
-    if chooses_bits(config.search_method):
-        # Numbers that plans of so many bytes keep, about.
-        ratio = min(3.6 * ratio, (1 + ratio) / 2)
 
     def lost(group: Sequence[int]) -> float:
         rows = torch.cat([torch.arange(head * dim, (head + 1) * dim) for head in group]).to(energy.device)
-        values = torch.linalg.eigvalsh(energy[rows][:, rows]).clamp_min(0)
-        return values[: len(values) - int(ratio * len(values))].sum().item()
+        return energy_lost(torch.linalg.eigvalsh(energy[rows][:, rows]).clamp_min(0).flip(0))
 
     known: dict[tuple[int, ...], float] = {}
 

@@ -7,9 +7,12 @@ numbers, `e(bits, rank)`. With `l_i` the energies that a group keeps, its latent
 factors by `l_i^(1/4)`), so that codes add `e (sum sqrt(l_i))^2 / rank`.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
+
+from torch import Tensor
 
 from palu.core.budget import RankBudget, rounded_up
 from palu.core.errors import PaluError
@@ -53,6 +56,14 @@ class GlobalBits(RankSearch):
                 f"{len(shapes)} groups; use a ratio of at least {rounded_up(least / full):.3f} or a smaller "
                 "rank_multiple"
             )
+
+    def energy_lost(self, energy: Tensor, group: SiteShape, budget: RankBudget) -> float:
+        """As `RankSearch.energy_lost`, to what is dropped and to codes, with the bits that lose least."""
+        share, codes = budget.kept_ratio * FULL_BYTES * len(energy), budget.codes
+        ranks = range(1, budget.cap(group) * len(energy) // group.group_dim + 1)
+        most = {bits: bisect_right(ranks, share, key=lambda rank: codes.nbytes([rank], bits)) for bits in codes.choices}
+        losses = [_lost_at(energy.tolist(), rank, bits, budget) for bits, rank in most.items() if rank]
+        return min(losses, default=energy.sum().item())
 
     def __call__(self, shapes: Sequence[SiteShape], evidence: Evidence, budget: RankBudget) -> RankPlan:
         """The rank of every site and the bits of every projection."""
@@ -106,11 +117,12 @@ def _falling(hull: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def _lost(energy: list[float], allowed: Sequence[int], bits: int, budget: RankBudget) -> dict[int, float]:
     """Energy that a group loses at every allowed rank, to what is dropped and to its codes."""
-    lost = {}
-    for rank in allowed:
-        spread = sum(max(each, 0.0) ** 0.5 for each in energy[:rank])
-        lost[rank] = sum(energy[rank:]) + budget.codes.noise(rank, bits) * spread**2 / rank
-    return lost
+    return {rank: _lost_at(energy, rank, bits, budget) for rank in allowed}
+
+
+def _lost_at(energy: list[float], rank: int, bits: int, budget: RankBudget) -> float:
+    spread = sum(max(each, 0.0) ** 0.5 for each in energy[:rank])
+    return sum(energy[rank:]) + budget.codes.noise(rank, bits) * spread**2 / rank
 
 
 def _widening(groups: Sequence[dict[int, float]]) -> list[tuple[tuple[int, ...], float]]:
