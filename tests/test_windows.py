@@ -223,10 +223,12 @@ def test_windows_of_positions_may_begin_below_zero(heads, monkeypatch):
 @pytest.mark.parametrize("heads", [(8, 8), (16, 4), (1, 1)], ids=["windows", "mixed", "one head"])
 @pytest.mark.parametrize("bits", [16, 4])
 def test_windows_take_numbers_and_every_kind_of_codes_and_several_queries(heads, bits, symmetric, dtype, monkeypatch):
-    if bits == 16 and (symmetric or heads == (16, 4)):
-        pytest.skip("no windows")
+    if bits == 16 and symmetric:
+        pytest.skip("numbers are not symmetric")
     groups = max(1, heads[1] // 4)
-    shape = Shape(2, *heads, 128, 3, 2100, (96,) * groups, (256,) * groups)
+    # Several queries' numbers are interpolated where keys have many latents.
+    rank = 192 if bits == 16 and heads == (16, 4) else 96
+    shape = Shape(2, *heads, 128, 3, 2100, (rank,) * groups, (256,) * groups)
     monkeypatch.setattr(hopper, "parts_of", lambda *args: 2)
     query, *latents, key, value, rotation, _ = random_call(shape, getattr(torch, dtype), False, gapless=True)
     rotation = Rotation(rotation.positions, 1e6 ** (-torch.arange(64) / 64), 1.2)

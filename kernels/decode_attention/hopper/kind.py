@@ -120,9 +120,8 @@ class Kind:
     @functools.cached_property
     def takes_windows(self) -> bool:
         """Whether keys are interpolated in windows of positions where that is faster."""
-        # Several queries' numbers take longer to read than to multiply, unless keys have many latents; of bf16 that has
-        # not been run.
-        many = self.sections > 1 and self.dtype == torch.float16
+        # Several queries' numbers take longer to read than to multiply, unless keys have many latents.
+        many = self.sections > 1
         exact = self.heads.mode == "absorbed" or (self.heads.mode == "rotated" and self.bits == 16 and not many)
         return not exact and bool(self.plans(True, False))
 
