@@ -10,7 +10,7 @@ from torch import Tensor
 
 from palu.kernels.apart import made_apart
 from palu.kernels.availability import uses_kernels
-from palu.kernels.packing import pack, packed_width, unpack
+from palu.kernels.packing import PLANES, pack, packed_width, unpack
 
 # Scales below this would be subnormal in fp16 and lose their precision.
 SMALLEST_SCALE = 2.0**-14
@@ -62,6 +62,11 @@ class Quantization:
     def packed_width(self) -> int:
         """Bytes of a token's codes."""
         return packed_width(self.width, self.bits)
+
+    @property
+    def first_planes(self) -> int:
+        """Bytes of a token's codes before their last plane."""
+        return self.packed_width - -(-self.width * PLANES[self.bits][-1] // 8)
 
     @property
     def parameter_count(self) -> int:

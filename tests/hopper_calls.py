@@ -19,6 +19,12 @@ def fitting(heads, key_rank, value_rank, memory=MEMORY, all_of_them=False, bits=
     return plans.plans_for(heads, 128, (key_rank,), (value_rank,), bits, memory, windows, all_of_them)
 
 
+def are_copied(shape, bits):
+    """Whether copies to shared memory can take the codes of such ranks."""
+    least = {8: 16, 4: 32, 3: 32, 2: 16}.get(bits, 16)
+    return not any(rank % least for rank in (*shape.key_ranks, *shape.value_ranks))
+
+
 def checked(call, shape, mask, given, dtype, monkeypatch, held=None, norm=None):
     """The kernel's output of a call is the definition's, and it was the kernel for Hopper that computed it.
 

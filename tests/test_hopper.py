@@ -12,7 +12,7 @@ from palu.kernels.decode_attention.spec import HOPPER_SHAPES, Shape
 from palu.kernels.latent_scores.tables import lane_table
 from palu.kernels.quantize import PackedLatents
 from palu.kernels.rotation import Rotation
-from tests.hopper_calls import MEMORY, checked, needs_hopper
+from tests.hopper_calls import MEMORY, are_copied, checked, needs_hopper
 from tests.kernel_calls import name_of, on_device, quantized, random_call
 
 MORE_PLANS = ((2, 32, 4), (1, 64, 3), (3, 16, 3), (2, 64, 2), (4, 16, 6))
@@ -70,14 +70,14 @@ def test_the_kernel_equals_the_definition(shape, dtype, rope, masked, parts, mon
 @needs_hopper
 @torch.no_grad()
 @pytest.mark.usefixtures("empty_memory_is_nan")
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("shape", HOPPER_SHAPES, ids=name_of)
 @pytest.mark.parametrize("rope", [True, False], ids=["rope", "absorbed"])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 def test_the_kernel_reads_codes(shape, dtype, rope, symmetric, bits, monkeypatch):
-    if any(rank * bits % 128 for rank in (*shape.key_ranks, *shape.value_ranks)):
-        pytest.skip("groups do not begin at multiples of 16 bytes")
+    if not are_copied(shape, bits):
+        pytest.skip("groups do not begin where copies can")
     monkeypatch.setattr(hopper, "parts_of", lambda *args: 3)
     query, *latents, key, value, rotation, mask = random_call(shape, getattr(torch, dtype), False)
     packed, held = quantized([latent * 3 + 0.2 for latent in latents], bits, key, value, symmetric=symmetric)
@@ -88,7 +88,7 @@ def test_the_kernel_reads_codes(shape, dtype, rope, symmetric, bits, monkeypatch
 @needs_hopper
 @torch.no_grad()
 @pytest.mark.usefixtures("empty_memory_is_nan")
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
 @pytest.mark.parametrize("unwritten", [0.0, float("nan")], ids=["zero", "nan"])
 @pytest.mark.parametrize("heads", [(8, 8), (16, 4)], ids=["folded", "rotated"])
 @pytest.mark.parametrize("rope", [True, False], ids=["rope", "absorbed"])
@@ -127,7 +127,7 @@ def test_hidden_tiles_change_nothing(heads, rope, kind, monkeypatch):
 @pytest.mark.usefixtures("empty_memory_is_nan")
 @pytest.mark.parametrize("plan", [*plans.LAST_PLANS, *(plans.Plan(*each) for each in MORE_PLANS)])
 @pytest.mark.parametrize("heads", [(2, 2), (8, 2), (2, 2, None)], ids=["folded", "rotated", "absorbed"])
-@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("bits", [16, 4, 3, 2])
 def test_every_plan_computes_the_same(plan, heads, bits, monkeypatch):
     shape = Shape(1, *heads[:2], 128, 1, 1700, (128,), (256,))
     found = plans.heads_of(heads[0], 1, heads[1] if len(heads) == 2 else None)
@@ -147,7 +147,7 @@ def test_every_plan_computes_the_same(plan, heads, bits, monkeypatch):
 @needs_hopper
 @torch.no_grad()
 @pytest.mark.parametrize("heads", [(32, 32), (32, 8)], ids=["folded", "rotated"])
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4, 3, 2])
 def test_the_same_call_gives_the_same_numbers_every_time(heads, bits):
     groups = heads[1] // 4
     shape = Shape(1, *heads, 128, 1, 20000, (128,) * groups, (384,) * groups)

@@ -7,7 +7,7 @@ from palu.kernels.decode_attention.hopper import launch as hopper
 from palu.kernels.decode_attention.spec import HOPPER_SHAPES, Shape
 from palu.kernels.latents import LatentProjection
 from palu.kernels.rotation import Rotation
-from tests.hopper_calls import checked, needs_hopper
+from tests.hopper_calls import are_copied, checked, needs_hopper
 from tests.kernel_calls import RandomNorm, name_of, quantized, random_call
 
 BIASED, NORMED = ("biases", "both", "both, symmetric"), ("norm", "both", "both, symmetric")
@@ -16,15 +16,15 @@ BIASED, NORMED = ("biases", "both", "both, symmetric"), ("norm", "both", "both, 
 @needs_hopper
 @torch.no_grad()
 @pytest.mark.usefixtures("empty_memory_is_nan")
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4, 3, 2])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize(
     "shape", [shape for shape in HOPPER_SHAPES if shape.num_heads > shape.num_kv_heads], ids=name_of
 )
 @pytest.mark.parametrize("extra", ["biases", "norm", "both", "both, symmetric"])
 def test_biases_and_norms_of_keys_are_part_of_them(shape, dtype, extra, bits, monkeypatch):
-    if any(rank * bits % 128 for rank in (*shape.key_ranks, *shape.value_ranks)):
-        pytest.skip("groups do not begin at multiples of 16 bytes")
+    if not are_copied(shape, bits):
+        pytest.skip("groups do not begin where copies can")
     monkeypatch.setattr(hopper, "parts_of", lambda *args: 3)
     # Positions without gaps: of other keys they would be interpolated.
     query, *latents, key, value, rotation, mask = random_call(shape, getattr(torch, dtype), extra != "norm", True)
@@ -37,7 +37,7 @@ def test_biases_and_norms_of_keys_are_part_of_them(shape, dtype, extra, bits, mo
 @needs_hopper
 @torch.no_grad()
 @pytest.mark.usefixtures("empty_memory_is_nan")
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4, 3, 2])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("heads", [(32, 8, 128), (12, 4, 96), (16, 8, 64)], ids=lambda heads: "-".join(map(str, heads)))
 @pytest.mark.parametrize("extra", ["nothing", "biases", "norm", "both", "both, symmetric"])
@@ -56,7 +56,7 @@ def test_two_programs_share_a_groups_heads_where_each_has_a_tile(heads, dtype, e
 @needs_hopper
 @torch.no_grad()
 @pytest.mark.usefixtures("empty_memory_is_nan")
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
 @pytest.mark.parametrize("size", [1e-3, 30.0, 1000.0])
 @pytest.mark.parametrize("length", [300, 4000])
 def test_large_and_small_up_factors_stay_in_range(size, length, bits, monkeypatch):
@@ -77,7 +77,7 @@ def test_large_and_small_up_factors_stay_in_range(size, length, bits, monkeypatc
 @needs_hopper
 @torch.no_grad()
 @pytest.mark.usefixtures("empty_memory_is_nan")
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4, 3, 2])
 @pytest.mark.parametrize("heads", [(32, 8, 128), (8, 8, 128), (6, 2, 96)], ids=lambda heads: "-".join(map(str, heads)))
 @pytest.mark.parametrize("length", [300, 4000])
 def test_a_large_latent_that_all_tokens_share_costs_little(heads, length, bits, monkeypatch):

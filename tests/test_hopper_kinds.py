@@ -7,6 +7,7 @@ import torch
 
 from palu.kernels.decode_attention.hopper import kind, plans
 from palu.kernels.decode_attention.hopper.factor import factor_of_codes
+from palu.kernels.decode_attention.hopper.operands import section_of
 from palu.kernels.decode_attention.spec import HOPPER_SHAPES, Shape
 from palu.kernels.latent_scores.factors import unit_order
 from palu.kernels.latents import LatentProjection
@@ -101,17 +102,20 @@ def test_key_groups_of_a_program_share_no_columns_of_scores_and_no_products():
     assert not fitting(plans.heads_of(24, 1, 6, key_groups=2), 64, 256)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_codes_of_wide_keys_meet_the_factor_section_by_section(bits):
     ranks = (192, 160)
-    latents = torch.randint(0, 2**bits, (7, 192)).double()
+    wide, section = plans.padded_rank(ranks, bits, "folded"), section_of(bits)
+    assert wide == (192 if bits >= 4 else 256)
+    latents = torch.randint(0, 2**bits, (7, wide)).double()
     key = LatentProjection(torch.randn(64, sum(ranks), dtype=torch.float64), ranks)
-    ordered, _, _ = factor_of_codes(key, 192, bits, torch.float64, True, False, True)
+    ordered, _, _ = factor_of_codes(key, wide, bits, torch.float64, True, False, True)
     # As `operand_of` hands codes on: fields of a section's units, one field after the other.
-    of_section = [latents[:, start : start + 64][:, unit_order(64, bits)] for start in range(0, 192, 64)]
+    starts = range(0, wide, section)
+    of_section = [latents[:, start : start + section][:, unit_order(section, bits)] for start in starts]
     for group, up in enumerate(key.up.split(ranks, 1)):
         # Of the second group fewer latents count, whose factor has zeros for the others.
-        product = torch.cat(of_section, 1) @ ordered[:, group * 192 : (group + 1) * 192].T
+        product = torch.cat(of_section, 1) @ ordered[:, group * wide : (group + 1) * wide].T
         assert torch.allclose(product, latents[:, : up.shape[1]] @ up.T)
 
 
@@ -168,18 +172,16 @@ def test_biases_and_norms_of_keys_with_one_query_are_left_to_the_others():
 def test_codes_that_the_kernel_cannot_take_are_left_to_the_others(dtype):
     query, *latents, key, value, _, _ = random_call(HOPPER_SHAPES[0], dtype, False)
     codes = {bits: quantized(latents, bits, key, value)[0] for bits in (8, 4, 3, 2)}
-    for bits in (8, 4):
+    for bits in (8, 4, 3, 2):
         assert takes(query, *codes[bits], key, value)
-    for bits in (3, 2):
-        assert not takes(query, *codes[bits], key, value)
     assert not takes(query, codes[8][0], codes[4][1], key, value)
     assert not takes(query, codes[8][0], latents[1], key, value)
     symmetric, _ = quantized(latents, 8, key, value, symmetric=True)
     assert takes(query, *symmetric, key, value)
     assert not takes(query, symmetric[0], codes[8][1], key, value)
-    # Groups have to begin at multiples of 16 bytes.
+    # Groups have to begin at multiples of 16 bytes, those of fewer bits of 4.
     query, *latents, key, value, _, _ = random_call(HOPPER_SHAPES[1], dtype, False)
-    for bits, taken in ((8, True), (4, False)):
+    for bits, taken in ((8, True), (4, False), (3, False), (2, True)):
         assert takes(query, *quantized(latents, bits, key, value)[0], key, value) == taken
 
 

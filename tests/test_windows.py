@@ -164,7 +164,7 @@ NOT_WINDOWED = (16, 4, 128, 1e4, (128,), (384,))
 @needs_hopper
 @torch.no_grad()
 @pytest.mark.usefixtures("empty_memory_is_nan")
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4, 3, 2])
 @pytest.mark.parametrize("case", [*WINDOWED, NOT_WINDOWED], ids=lambda case: "-".join(map(str, case)))
 @pytest.mark.parametrize("gaps", ["none", "one row", "all rows"])
 @pytest.mark.parametrize("hidden", ["nothing", "padding", "some", "end"])
@@ -194,7 +194,7 @@ def test_windows_of_positions_equal_the_definition(case, gaps, hidden, bits, mon
     given = None if hidden == "nothing" else mask
     checked((query, *packed, key, value, rotation), shape, mask, given, "float16", monkeypatch, held)
     # Several queries' numbers take longer to read than to multiply, but where keys have many latents.
-    exact = case == NOT_WINDOWED or (bits == 16 and heads[0] > heads[1] and max(key_ranks) <= 2 * plans.SECTION)
+    exact = case == NOT_WINDOWED or (bits == 16 and heads[0] > heads[1] and max(key_ranks) <= plans.MOST_AT_ONCE)
     assert windows == [not exact]
 
 
@@ -221,7 +221,7 @@ def test_windows_of_positions_may_begin_below_zero(heads, monkeypatch):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("heads", [(8, 8), (16, 4), (1, 1)], ids=["windows", "mixed", "one head"])
-@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("bits", [16, 4, 3, 2])
 def test_windows_take_numbers_and_every_kind_of_codes_and_several_queries(heads, bits, symmetric, dtype, monkeypatch):
     if bits == 16 and symmetric:
         pytest.skip("numbers are not symmetric")

@@ -31,8 +31,11 @@ def latent_order(columns: int, bits: int) -> list[int]:
 
 
 def unit_order(columns: int, bits: int) -> list[int]:
-    """Which of `columns` latents stands in each column of what units of 16 bits become: a field after another."""
-    fields = 16 // bits
+    """Which of `columns` latents stands in each column of what units of 16 bits become: a field after another.
+
+    Of 3 bits units of the low plane.
+    """
+    fields = 8 if bits == 3 else 16 // bits
     return [unit * fields + field for field in range(fields) for unit in range(columns // fields)]
 
 

@@ -85,10 +85,9 @@ def score_absorbed_codes(
         token = (first + index * step) * TILE + gl.arange(0, TILE, rows)
         seen = load_seen(mask, row_mask, mask_t, token, token < length, MASK)
         next_parameters = load_parameters(stored, tiles, index + SHARED_BY, rows, BITS, ASYMMETRIC)
-        slot = ring[0].index(done % STAGES)
         async_copy.wait_group(STAGES - 1)
         synchronize()
-        operand = key_bytes(slot, layout, BITS)
+        operand = key_bytes(ring, done % STAGES, layout, BITS)
         begun = warpgroup_mma(operand, queries.permute((1, 0)), zeros, use_acc=False, is_async=True)
         # All have read the latents.
         synchronize()

@@ -23,10 +23,11 @@ def bits_of(size: int) -> int:
 
 
 @gluon.constexpr_function
-def copied_layout(columns: int) -> gl.BlockedLayout:
-    """Rows of 16-bit numbers, 16 bytes a thread."""
-    across = min(32, columns // 8)
-    return gl.BlockedLayout([1, 8], [32 // across, across], [WARPS.value, 1], [1, 0])
+def copied_layout(columns: int, bits: int = 16) -> gl.BlockedLayout:
+    """Rows of numbers of so many bits, 16 bytes a thread."""
+    each = 128 // bits
+    across = min(32, columns // each)
+    return gl.BlockedLayout([1, each], [32 // across, across], [WARPS.value, 1], [1, 0])
 
 
 @gluon.jit
@@ -137,7 +138,7 @@ def phase_of(done, EITHER: gl.constexpr):
 @gluon.jit
 def copy_rows(to, source, first, step, end, column, rank, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
     """Start copying ROWS tokens' latents column .. column + COLUMNS into shared memory, zero from token `end` on."""
-    layout: gl.constexpr = copied_layout(COLUMNS)
+    layout: gl.constexpr = copied_layout(COLUMNS, to.dtype.primitive_bitwidth)
     token = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     latent = column + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
     at = source + gl.cast(first, gl.int64) * step + ((token * step)[:, None] + latent[None, :])

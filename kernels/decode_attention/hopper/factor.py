@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from palu.kernels.decode_attention.hopper.plans import SECTION
+from palu.kernels.decode_attention.hopper.operands import section_of
 from palu.kernels.latent_scores.factors import bounded_factor, ordered_factor, unit_order
 from palu.kernels.latents import LatentProjection
-from palu.kernels.quantize import LARGEST_WHOLE_ZERO
+from palu.kernels.quantize import LARGEST_WHOLE_ZERO, LARGEST_ZERO, WHOLE_ZEROS
 
 # Sums of fp16 at most: turned, they are up to the root of two as large.
 MOST_SUM = 45000.0
@@ -15,8 +15,9 @@ LEAST_POWER, MOST_POWER = 2.0**-6, 2.0**6
 
 
 def section_order(columns: int, bits: int) -> list[int]:
-    """`unit_order`, SECTION by SECTION."""
-    return [start + latent for start in range(0, columns, SECTION) for latent in unit_order(SECTION, bits)]
+    """`unit_order`, section by section."""
+    wide = section_of(bits)
+    return [start + latent for start in range(0, columns, wide) for latent in unit_order(wide, bits)]
 
 
 def factor_of_codes(
@@ -32,7 +33,8 @@ def factor_of_codes(
         return ordered_factor(*given), 1.0, False
     if not extras:
         # Codes without scales are added up in fp16, and turned.
-        factor, power = bounded_factor(*given, MOST_SUM / (LARGEST_WHOLE_ZERO + 2**bits), LEAST_POWER)
+        zero = LARGEST_WHOLE_ZERO if bits >= WHOLE_ZEROS else LARGEST_ZERO
+        factor, power = bounded_factor(*given, MOST_SUM / (zero + 2**bits), LEAST_POWER)
         if power <= MOST_POWER:
             return factor, power, False
     return ordered_factor(*given), 1.0, True

@@ -8,6 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from palu.kernels.decode_attention.hopper.common import place_of, wait_for_launch_before
+from palu.kernels.decode_attention.hopper.planes import planes_at, row_at, steps_of, units_of
 from palu.kernels.decode_attention.hopper.program import attend
 from palu.kernels.latent_scores.tiles import GAPS
 
@@ -17,9 +18,9 @@ def hopper_kernel(
     query, keys, values, up, bias, norm, table, fast_table, mask, key_parameters, value_parameters, spans,
     bases, basis, frequencies, means, logarithms,
     key_rank_of, key_offset_of, value_rank_of, value_offset_of,
-    length, keys_b, keys_t, values_b, values_t, key_parameters_b, key_parameters_t, value_parameters_b,
-    value_parameters_t, up_stride, table_b, table_t, fast_b, fast_t, mask_b, mask_t, spans_b, query_stride, rows_heads,
-    scaling, epsilon,
+    length, keys_b, keys_t, values_b, values_t, keys_plane, values_plane, key_parameters_b, key_parameters_t,
+    value_parameters_b, value_parameters_t, up_stride, table_b, table_t, fast_b, fast_t, mask_b, mask_t, spans_b,
+    query_stride, rows_heads, scaling, epsilon,
     MODE: gl.constexpr, KEY_STAGES: gl.constexpr, STEP: gl.constexpr, VALUE_STAGES: gl.constexpr,
     SPAN: gl.constexpr, SPAN_MODE: gl.constexpr, SPAN_KEY_STAGES: gl.constexpr, SPAN_STEP: gl.constexpr,
     SPAN_VALUE_STAGES: gl.constexpr, HELD: gl.constexpr, GROUPS: gl.constexpr, SHARES: gl.constexpr,
@@ -31,6 +32,7 @@ def hopper_kernel(
     ASYMMETRIC: gl.constexpr, SCORERS: gl.constexpr, WEIGHERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr,
     VALUE_REGISTERS: gl.constexpr, WHOLE: gl.constexpr, SCALED: gl.constexpr, SECTIONS: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_NORM: gl.constexpr, EVEN_KEYS: gl.constexpr, EVEN_VALUES: gl.constexpr,
+    KEY_COPY: gl.constexpr, VALUE_COPY: gl.constexpr,
 ):  # fmt: skip
     """Mean value latents of a program's heads over a part of the tokens, and the logarithms of the weights' sums.
 
@@ -38,13 +40,15 @@ def hopper_kernel(
     whose values are in the same latents.
 
     query: [rows, GROUPS * KV * QUERIES, query_stride]; absorbed, KV is one. keys, values: of codes, bytes. up: of codes
-    in the order of `unit_order`, or section by section where keys have several (SECTIONS, of SECTION latents). SCALED:
-    codes of keys meet it times their scales, else scores are. bias: of all keys; norm: a key norm's weights, epsilon
-    what it adds to mean squares. table: `lane_table`, fast_table: that of the fast pairs. parameters: of codes, scales
-    of every group, with their zero points behind them if ASYMMETRIC. SPAN: tokens of a window, or 0; where there are
-    windows, rows without gaps, by `spans_of`, are computed in them, with a mode and a plan of their own (SPAN_*), the
-    others as without; bases, basis: of `palu.kernels.rotation.Window`, of folded queries by lane. means: [parts, rows,
-    heads, RANK_STRIDE]; logarithms: of base 2, float32 [parts, rows, heads]: WEIGHERS parts of every program.
+    in the order of `unit_order`, or section by section where keys have several (SECTIONS, of `section_of` latents).
+    SCALED: codes of keys meet it times their scales, else scores are. keys_plane, values_plane: bytes of a token's
+    codes before the high plane; KEY_COPY, VALUE_COPY: as KIND in `planes`. bias: of all keys; norm: a key norm's
+    weights, epsilon what it adds to mean squares. table: `lane_table`, fast_table: that of the fast pairs. parameters:
+    of codes, scales of every group, with their zero points behind them if ASYMMETRIC. SPAN: tokens of a window, or 0;
+    where there are windows, rows without gaps, by `spans_of`, are computed in them, with a mode and a plan of their own
+    (SPAN_*), the others as without; bases, basis: of `palu.kernels.rotation.Window`, of folded queries by lane. means:
+    [parts, rows, heads, RANK_STRIDE]; logarithms: of base 2, float32 [parts, rows, heads]: WEIGHERS parts of every
+    program.
     """
     wait_for_launch_before()
     # First of all: everything waits for them.
@@ -58,19 +62,16 @@ def hopper_kernel(
     value_group = first_group // JOINED
     at_row = (row // QUERY_ROWS).to(gl.int64)
     value_rank, value_offset = place_of(value_rank_of, value_offset_of, value_group, EVEN_VALUES, VALUE_DIVISOR)
-    at_keys, at_values = keys + at_row * keys_b, values + at_row * values_b
+    of_keys: gl.constexpr = (BITS, KEY_COPY)
+    of_values: gl.constexpr = (BITS, VALUE_COPY)
+    at_keys, at_values = row_at(keys, at_row, keys_b, of_keys), row_at(values, at_row, values_b, of_values)
     if BITS < 16:
         PARAMETERS: gl.constexpr = 2 if ASYMMETRIC else 1
         key_parameters += at_row * key_parameters_b + first_group * PARAMETERS
         value_parameters += at_row * value_parameters_b + value_group * PARAMETERS
-        # Codes are copied and read in units of 16 bits.
-        at_keys = at_keys.to(gl.pointer_type(gl.int16), bitcast=True)
-        at_values = at_values.to(gl.pointer_type(gl.int16), bitcast=True)
-        keys_t, values_t = keys_t // 2, values_t // 2
-    at_values += gl.multiple_of(value_offset * BITS // 16, 8)
     first_head = (row * GROUPS + share) * (KV * QUERIES)
     at_query = query + first_head * query_stride
-    own_keys, own_parameters, own_up, key_ranks, up_ranks = (), (), (), (), ()
+    own_keys, own_parameters, own_up, key_ranks, key_units, up_ranks = (), (), (), (), (), ()
     for which in gl.static_range(KEY_GROUPS):
         group = first_group + which
         key_rank, key_offset = place_of(key_rank_of, key_offset_of, group, EVEN_KEYS, KEY_DIVISOR)
@@ -85,13 +86,16 @@ def hopper_kernel(
         if which > 0:
             # The program's heads are counted on, the rows of a group's factor from its own first one.
             at_up -= which * (KV // KEY_GROUPS * WIDTH) * up_stride
-        own_keys = own_keys + (at_keys + gl.multiple_of(key_offset * BITS // 16, 8),)
+        own_keys = own_keys + (planes_at(at_keys, keys_plane, key_offset, of_keys),)
+        key_units = key_units + (units_of(key_rank, of_keys),)
         own_up, key_ranks, up_ranks = own_up + (at_up,), key_ranks + (key_rank,), up_ranks + (up_rank,)
     parameters = (own_parameters, value_parameters, key_parameters_t, value_parameters_t)
     given = (
-        own_keys, at_values, parameters, own_up, at_query, bias + share * (KV * WIDTH), norm, mask,
-        bases, basis, frequencies, means, logarithms, key_ranks, up_ranks, value_rank, length, keys_t, values_t,
-        row * mask_b, mask_t, up_stride, query_stride, rows_heads, scaling, epsilon,
+        own_keys, planes_at(at_values, values_plane, value_offset, of_values), parameters, own_up, at_query,
+        bias + share * (KV * WIDTH), norm, mask, bases, basis, frequencies, means, logarithms,
+        key_ranks, key_units, up_ranks, value_rank, units_of(value_rank, of_values), length,
+        steps_of(keys_t, of_keys), steps_of(values_t, of_values), row * mask_b, mask_t, up_stride, query_stride,
+        rows_heads, scaling, epsilon,
     )  # fmt: skip
     at_table = table + gl.multiple_of(at_row * table_b, 8)
     if SPAN == 0 or lead == GAPS:

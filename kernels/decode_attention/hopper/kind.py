@@ -1,6 +1,7 @@
 """Which calls Hopper's kernel takes, and what is compiled for them: worked out once for calls that are alike."""
 
 import functools
+import math
 from dataclasses import dataclass, replace
 from typing import Optional
 
@@ -24,6 +25,7 @@ from palu.kernels.decode_attention.hopper.plans import (
 from palu.kernels.integers import cdiv, next_power_of_2
 from palu.kernels.latent_scores.layout import DTYPES, block_memory, divisor, even_rank, mask_kind
 from palu.kernels.latents import LatentProjection, Latents
+from palu.kernels.packing import PLANES
 from palu.kernels.quantize import PackedLatents
 from palu.kernels.relaunch import Constants
 
@@ -32,7 +34,9 @@ MOST_SHARES = 4
 # Bytes of values that have to be on their way to a program, so that memory is read as fast as it can be.
 LEAST_UNDER_WAY = 12 << 10
 # Bits of codes that the kernel can make numbers of.
-CODES = (8, 4)
+CODES = (8, 4, 3, 2)
+# Bytes that copies of numbers and of codes take at once; of fewer bits not all places are multiples of as many.
+COPY, FEW_BITS, LEAST_COPY = 16, 4, 4
 # Registers of a thread that scores and of one that weighs values, by the mode, whether there are codes, and the groups
 # of warps in all.
 REGISTERS = {
@@ -41,9 +45,9 @@ REGISTERS = {
     ("absorbed", False, 2): (240, 240), ("absorbed", True, 2): (240, 240), ("absorbed", True, 3): (152, 176),
     ("absorbed", True, 4): (104, 152),
 }  # fmt: skip
-# Of three groups by the mode and the bits, where keys have so many sections of latents, all of which a group that
-# scores holds at once, and values at most so many chunks: sums of more need the registers.
-WIDE_SECTIONS, FEW_CHUNKS = 4, 3
+# Of three groups by the mode and the bits, where keys have so many latents, all of which a group that scores holds at
+# once, and values at most so many chunks: sums of more need the registers.
+WIDE_RANK, FEW_CHUNKS = 256, 3
 WIDE_REGISTERS = {
     ("folded", 16): (216, 72), ("folded", 8): (192, 120), ("folded", 4): (200, 104),
     ("rotated", 16): (192, 120), ("rotated", 8): (168, 168), ("rotated", 4): (184, 136),
@@ -56,7 +60,8 @@ class Kind:
 
     width: of a query; kv: kv heads of a group, None where keys are absorbed; query_dtype: of the model; mask: as
     `mask_kind` calls it; rows_per_latent: rows that read the same row of latents; memory: bytes that a block may have;
-    shares: programs that share the heads of a key group; key_groups: whose heads one program has.
+    copies: bytes that a copy of keys and one of values takes at once; shares: programs that share the heads of a key
+    group; key_groups: whose heads one program has.
     """
 
     num_heads: int
@@ -72,6 +77,7 @@ class Kind:
     mask: str
     rows_per_latent: int
     memory: int
+    copies: tuple[int, int] = (COPY, COPY)
     shares: int = 1
     key_groups: int = 1
 
@@ -99,15 +105,14 @@ class Kind:
     @functools.cached_property
     def sections(self) -> int:
         """As `sections_of`."""
-        return sections_of(self.key_ranks, self.heads.mode)
+        return sections_of(self.key_ranks, self.bits, self.heads.mode)
 
     @functools.cached_property
     def is_taken(self) -> bool:
         """Whether ranks and heads are such as the kernel takes, and fit."""
         # Values of several key groups may be in the same latents, not the other way round.
         joined = len(self.key_ranks) % len(self.value_ranks) == 0
-        aligned = not any(rank * self.bits % 128 for rank in (*self.key_ranks, *self.value_ranks))
-        return joined and aligned and bool(self.plans(False, False))
+        return joined and bool(self.plans(False, False))
 
     @functools.cached_property
     def reads_ahead(self) -> bool:
@@ -167,6 +172,9 @@ def kind_of(
     absorbed = key.up is None
     if not (absorbed or (_aligned(key.up) and key.up.dtype == query.dtype)):
         return None
+    copies = _copied(key_latents, tuple(key.ranks)), _copied(value_latents, tuple(value.ranks))
+    if min(copies) < (COPY if bits >= FEW_BITS else LEAST_COPY):
+        return None
     _, num_heads, queries, width = query.shape
     # Places of scales and of cosines are numbers of 32 bits.
     table = 1 if absorbed else next_power_of_2(width)
@@ -178,7 +186,7 @@ def kind_of(
     found = the_kind(
         num_heads, width, None if absorbed else key.up.shape[0] // width, tuple(key.ranks), tuple(value.ranks), bits,
         asymmetric, query.dtype, key.bias is not None, key_norm is not None, mask_kind(mask), queries,
-        block_memory(query.device), key_groups=1 if absorbed else max(1, len(key.ranks) // len(value.ranks)),
+        block_memory(query.device), copies, key_groups=1 if absorbed else max(1, len(key.ranks) // len(value.ranks)),
     )  # fmt: skip
     # All heads whose values are in the same latents, which are then read once; fewer need less of the up factor.
     fitting = None
@@ -192,10 +200,29 @@ def _bits(latents: Latents, dtype: torch.dtype) -> int | None:
     """Bits of latents that the kernel can read, None of others."""
     if isinstance(latents, PackedLatents):
         kind = latents.quantization
-        # Symmetric codes' zero points are whole at any number of bits.
-        taken = kind.bits in CODES and (kind.symmetric or kind.whole_zeros) and _aligned(latents.codes)
-        return kind.bits if taken else None
-    return 16 if isinstance(latents, Tensor) and latents.dtype == dtype and _aligned(latents) else None
+        # Symmetric codes' zero points are whole at any number of bits, and those of few bits may have fractions.
+        whole = kind.symmetric or kind.whole_zeros
+        return kind.bits if kind.bits in CODES and (whole or kind.bits < FEW_BITS) else None
+    return 16 if isinstance(latents, Tensor) and latents.dtype == dtype else None
+
+
+def _copied(latents: Latents, ranks: tuple[int, ...]) -> int:
+    """Bytes, up to COPY, of which the places of all tokens', groups' and planes' latents are multiples."""
+    packed = isinstance(latents, PackedLatents)
+    numbers, bits = (latents.codes, latents.quantization.bits) if packed else (latents, 16)
+    *others, last = numbers.stride()
+    if last != 1 or numbers.data_ptr() % COPY:
+        return 0
+    # Triton asks of what strides, in numbers, are multiples of 16.
+    return math.gcd(_grouped(ranks, bits), *others)
+
+
+@functools.lru_cache(maxsize=4096)
+def _grouped(ranks: tuple[int, ...], bits: int) -> int:
+    """As `_copied`, of the groups' latents and of planes behind a token's first latent."""
+    planes = PLANES.get(bits, (bits,))
+    behind = [-(-sum(ranks) * plane // 8) for plane in planes[:-1]]
+    return math.gcd(COPY, *behind, *[rank * plane // 8 for rank in ranks for plane in planes])
 
 
 def _stride(latents: Latents) -> int:
@@ -222,8 +249,9 @@ def constants_of(kind: Kind, plan: Plan, span: int, scaled: bool) -> Constants:
     chunks = cdiv(max(kind.value_ranks), CHUNK)
     whole = whole_slots(heads, bits, chunks)
     scorers = scorers_of(heads.mode, weighers, whole)
-    if kind.sections == WIDE_SECTIONS and chunks <= FEW_CHUNKS:
-        score_registers, value_registers = WIDE_REGISTERS[heads.mode, bits]
+    rank = padded_rank(kind.key_ranks, bits, heads.mode)
+    if kind.sections > 1 and rank == WIDE_RANK and chunks <= FEW_CHUNKS:
+        score_registers, value_registers = WIDE_REGISTERS[heads.mode, max(bits, FEW_BITS)]
     else:
         score_registers, value_registers = REGISTERS[heads.mode, bits < 16, scorers + weighers]
     return Constants(
@@ -235,7 +263,7 @@ def constants_of(kind: Kind, plan: Plan, span: int, scaled: bool) -> Constants:
         KEY_GROUPS=kind.key_groups,
         KV=heads.kv, QUERIES=heads.queries, QUERY_SLOTS=heads.query_slots,
         SLOTS=heads.slots, QUERY_ROWS=kind.rows_per_latent, WIDTH=kind.width, WIDE=next_power_of_2(kind.width),
-        RANK=padded_rank(kind.key_ranks, bits, heads.mode), KEY_DIVISOR=divisor(kind.key_ranks), CHUNKS=chunks,
+        RANK=rank, KEY_DIVISOR=divisor(kind.key_ranks), CHUNKS=chunks,
         VALUE_DIVISOR=divisor(kind.value_ranks), RANK_STRIDE=max(kind.value_ranks), MASK=kind.mask,
         DTYPE=DTYPES[kind.dtype], TOGETHER=heads.together, COLUMNS=heads.columns, BITS=bits,
         ASYMMETRIC=kind.asymmetric, SCORERS=scorers, WEIGHERS=weighers,
@@ -243,5 +271,6 @@ def constants_of(kind: Kind, plan: Plan, span: int, scaled: bool) -> Constants:
         WHOLE=whole, SCALED=scaled, SECTIONS=kind.sections,
         HAS_BIAS=kind.has_bias, HAS_NORM=kind.has_norm,
         EVEN_KEYS=even_rank(kind.key_ranks), EVEN_VALUES=even_rank(kind.value_ranks),
+        KEY_COPY=kind.copies[0], VALUE_COPY=kind.copies[1],
         num_warps=4, launch_pdl=True,
     )  # fmt: skip

@@ -23,6 +23,7 @@ from palu.kernels.latent_scores.launch import LOG2_E
 from palu.kernels.latent_scores.layout import divisor, even_rank, layout, processors, row_strides, side_of
 from palu.kernels.latent_scores.tables import lane_table
 from palu.kernels.latents import LatentProjection, Stretch
+from palu.kernels.quantize import PackedLatents
 from palu.kernels.relaunch import Constants, relaunch
 from palu.kernels.rotation import Rotation, Window
 from palu.kernels.tuning import length_class, pick, searches
@@ -168,13 +169,19 @@ def _launch(plan: Plan, call: Call, tables: Tables, parts: int, found: Means) ->
         key_parameters, value_parameters,
         spans, *((filler, filler) if window is None else (window.bases, window.basis)), tables.frequencies, *found,
         side.rank, side.offset, value_side.rank, value_side.offset,
-        key_latents.shape[1], *key_strides[:2], *value_strides[:2], *key_strides[2:], *value_strides[2:],
+        key_latents.shape[1], *key_strides[:2], *value_strides[:2], _plane(key_latents), _plane(value_latents),
+        *key_strides[2:], *value_strides[2:],
         0 if absorbed else up.stride(0), *((0, 0) if absorbed else row_strides(tables.table)),
         *((0, 0) if window is None else row_strides(tables.fast_table)),
         *((0, 0) if mask is None else row_strides(mask)), spans.stride(0) if spans.shape[0] > 1 else 0,
         query.stride(1), rows * kind.num_heads, scaling, key_norm.variance_epsilon if kind.has_norm else 0.0,
         constants=constants_of(kind, plan, 0 if window is None else window.span, scaled),
     )  # fmt: skip
+
+
+def _plane(latents: Stretch) -> int:
+    """Bytes of a token's codes before their last plane."""
+    return latents.quantization.first_planes if isinstance(latents, PackedLatents) else 0
 
 
 def _combine_early(found: Means, value: LatentProjection, query: Tensor, head_dim: int) -> Tensor:

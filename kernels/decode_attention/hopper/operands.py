@@ -1,56 +1,43 @@
 """Latents in registers as the left side of a product: as they are, or made of packed codes.
 
-Shared memory holds packed codes as 16-bit units of `16 / bits` neighbouring latents, their fields. Two units that
-stand side by side become two fp16 numbers for each field, so a product meets all units' first fields, then all second
-ones, .. (`palu.kernels.latent_scores.factors.unit_order`). Keys have units of a token side by side, values the same
-unit of two tokens, which the transposing load brings together.
+Shared memory holds packed codes as 16-bit units of `16 / bits` neighbouring latents, their fields, 3 bits as units of
+their low plane and bytes of the high one. Two units that stand side by side become two fp16 numbers for each field, so
+a product meets all units' first fields, then all second ones, .. (`palu.kernels.latent_scores.factors.unit_order`).
+Keys have units of a token side by side, values the same unit of two tokens, which the transposing load brings together.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from palu.kernels.decode_attention.hopper.common import TILE, bits_of
+from palu.kernels.decode_attention.hopper.fields import (
+    byte_fields,
+    byte_of,
+    fields_of,
+    key_byte_fields,
+    key_fields,
+    planes_of,
+    signed_fields,
+    types_of,
+)
 
-# Latents of a section, where a group has more than twice as many, so that products skip what no group has.
-SECTION: gl.constexpr = gl.constexpr(64)
+# Rows of a product of values.
+CHUNK: gl.constexpr = gl.constexpr(128)
+
+
+@gluon.constexpr_function
+def section_of(bits: int) -> int:
+    """Latents of a section, where a group has more than 128, so that products skip what no group has.
+
+    A field of a section's units is a product's whole step.
+    """
+    return max(64, 16 * fields_of(bits)) if bits < 16 else 64
 
 
 @gluon.constexpr_function
 def swizzled(columns: int) -> gl.NVMMASharedLayout:
     """Rows of so many 16-bit numbers in shared memory."""
     return gl.NVMMASharedLayout(min(128, 2 * columns), 16, rank=2)
-
-
-@gluon.constexpr_function
-def _fields(bits: int, scaled: bool) -> tuple[str, str]:
-    """Assembly that makes pairs of fp16 numbers, a field's codes less the zero point, of a pair of units.
-
-    A code or-ed into the mantissa of 1024 is 1024 + code, from which 1024 and the zero point are taken away, all of
-    them whole numbers that fp16 holds. The second code of a byte gives 1024 + 16 code, of which a sixteenth is taken
-    with a multiply-add, less 64 and the zero point. scaled: another pair is multiplied in.
-    """
-    count = 16 // bits
-    names = [f"${field}" for field in range(count)]
-    packed, base, other = f"${count}", f"${count + 1}", f"${count + 2}"
-    lines = [".reg .b32 high, sixteenth;", f"shr.b32 high, {packed}, 8;", "mov.b32 sixteenth, 0x2c002c00;"]
-    sources = (packed, "high") if bits == 8 else (packed, packed, "high", "high")
-    for field, source in enumerate(sources):
-        name = names[field]
-        second = bits == 4 and field % 2 == 1
-        mask = "0x00ff00ff" if bits == 8 else "0x00f000f0" if second else "0x000f000f"
-        lines.append(f"lop3.b32 {name}, {source}, {mask}, 0x64006400, 0xea;")
-        lines.append(
-            f"fma.rn.f16x2 {name}, {name}, sixteenth, {other};" if second else f"sub.f16x2 {name}, {name}, {base};"
-        )
-    if scaled:
-        lines += [f"mul.f16x2 {name}, {name}, ${count + 3};" for name in names]
-    # Results are written before all is read.
-    return "{ " + " ".join(lines) + " }", ",".join(["=&r"] * count + ["r"] * (3 + scaled))
-
-
-@gluon.constexpr_function
-def _types(bits: int, dtype: gl.dtype) -> tuple[gl.dtype, ...]:
-    return (dtype,) * (16 // bits)
 
 
 @gluon.constexpr_function
@@ -71,6 +58,14 @@ def units_layout(units: int, tokens: int) -> gl.DistributedLinearLayout:
     return gl.DistributedLinearLayout(
         [[0, 1], *held], [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], [[8, 0], [16, 0]], [], [units, tokens]
     )
+
+
+@gluon.constexpr_function
+def _halves_layout(tokens: int) -> gl.DistributedLinearLayout:
+    """16 units twice, [2, units, tokens]: as `units_layout` of 32, where two warps have the same units."""
+    held = [[0, 0, 8 << bit] for bit in range(bits_of(tokens) - 3)]
+    lanes = [[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
+    return gl.DistributedLinearLayout([[0, 0, 1], *held], lanes, [[0, 8, 0], [1, 0, 0]], [], [2, 16, tokens])
 
 
 @gluon.jit
@@ -99,36 +94,63 @@ def _along(numbers, UNITS: gl.constexpr, operand: gl.constexpr):
 
 
 @gluon.jit
+def _fields_side_by_side(fields):
+    """Fields of a tile's units [tile, units]: all units' first ones, then all second ones, .."""
+    UNITS: gl.constexpr = fields[0].shape[1]
+    if len(fields) == 2:
+        numbers = gl.join(fields[0], fields[1]).permute([0, 2, 1]).reshape([TILE, 2 * UNITS])
+    elif len(fields) == 4:
+        joined = gl.join(gl.join(fields[0], fields[1]), gl.join(fields[2], fields[3]))
+        numbers = joined.permute([0, 3, 2, 1]).reshape([TILE, 4 * UNITS])
+    else:
+        numbers = _eight(fields).permute([0, 4, 3, 2, 1]).reshape([TILE, 8 * UNITS])
+    return numbers
+
+
+@gluon.jit
+def _eight(fields):
+    """Eight fields in three more dimensions, the lowest bit of their number first."""
+    lower = gl.join(gl.join(fields[0], fields[1]), gl.join(fields[2], fields[3]))
+    return gl.join(lower, gl.join(gl.join(fields[4], fields[5]), gl.join(fields[6], fields[7])))
+
+
+@gluon.jit
 def key_operand(
-    loaded, zero, scale, BITS: gl.constexpr, TURNED: gl.constexpr, SCALED: gl.constexpr
+    loaded, high, zero, scale, BITS: gl.constexpr, TURNED: gl.constexpr, SCALED: gl.constexpr
 ):  # fmt: skip
     """A tile's key latents as the left side of a product; codes less zero points [tile] in `unit_order`.
 
-    loaded: numbers, or units of codes, in the layout of that side. TURNED: latents in the order of `last_first`.
-    SCALED: codes are times their scales [tile].
+    loaded: numbers, or units of codes, in the layout of that side; high: bytes of the units' high plane, a tuple.
+    TURNED: latents in the order of `last_first`. SCALED: codes are times their scales [tile].
     """
     operand: gl.constexpr = loaded.type.layout
     if BITS < 16:
         UNITS: gl.constexpr = loaded.shape[1]
-        base, other = _along(zero + 1024.0, UNITS, operand), _along(-64.0 - zero, UNITS, operand)
-        given = (loaded, base, other, _along(scale, UNITS, operand)) if SCALED else (loaded, base, other)
-        fields = gl.inline_asm_elementwise(
-            _fields(BITS, SCALED)[0], _fields(BITS, SCALED)[1], given,
-            dtype=_types(BITS, gl.float16), is_pure=True, pack=2,
-        )  # fmt: skip
-        if BITS == 8:
-            loaded = gl.join(fields[0], fields[1]).permute([0, 2, 1]).reshape([TILE, 2 * UNITS])
+        if BITS < 4:
+            given = (loaded, _along(zero, UNITS, operand)) + high
         else:
-            joined = gl.join(gl.join(fields[0], fields[1]), gl.join(fields[2], fields[3]))
-            loaded = joined.permute([0, 3, 2, 1]).reshape([TILE, 4 * UNITS])
+            given = (loaded, _along(zero + 1024.0, UNITS, operand), _along(-64.0 - zero, UNITS, operand))
+        if SCALED:
+            given = given + (_along(scale, UNITS, operand),)
+        fields = gl.inline_asm_elementwise(
+            key_fields(BITS, SCALED)[0], key_fields(BITS, SCALED)[1], given,
+            dtype=types_of(fields_of(BITS), gl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+        loaded = _fields_side_by_side(fields)
     if TURNED:
         loaded = last_first(loaded)
     return gl.convert_layout(loaded, operand, assert_trivial=True)
 
 
 @gluon.jit
+def high_bytes(slot, layout: gl.constexpr):
+    """Bytes of a high plane in shared memory as they stand beside units."""
+    return slot.load(layout).to(gl.int16)
+
+
+@gluon.jit
 def _rows_of(fields, BITS: gl.constexpr):
-    """Fields [units, tokens] of a chunk's values as rows of a product, [128, tokens]."""
+    """Fields [units, tokens] of a chunk's values as rows of a product, [CHUNK, tokens]; of `value_units`."""
     TOKENS: gl.constexpr = fields[0].shape[1]
     if BITS == 8:
         rows = gl.join(fields[0], fields[1]).permute([2, 0, 1]).reshape([128, TOKENS])
@@ -139,40 +161,48 @@ def _rows_of(fields, BITS: gl.constexpr):
     return rows
 
 
-@gluon.constexpr_function
-def _signed_fields(bits: int) -> tuple[str, str]:
-    """Assembly that makes numbers of the codes of two words of units, of tokens t, t + 1 and t + 8, t + 9.
+@gluon.jit
+def _twice(slot):
+    """16 units of values in shared memory [tokens, units], or their bytes, twice, [32, tokens]."""
+    TOKENS: gl.constexpr = slot.shape[0]
+    units = slot.permute((1, 0)).load(gl.SliceLayout(0, _halves_layout(TOKENS))).to(gl.int16)
+    both = gl.expand_dims(units, 0).broadcast_to([2, slot.shape[1], TOKENS]).reshape([2 * slot.shape[1], TOKENS])
+    return gl.convert_layout(both, units_layout(2 * slot.shape[1], TOKENS), assert_trivial=True)
 
-    A code is the mantissa of a subnormal fp16 number. Of t + 1 and t + 8 it is taken from the largest code, and the
-    sign is set, so that the numbers' mean is about zero.
+
+@gluon.jit
+def value_units(rings, stage, chunk: gl.constexpr, BITS: gl.constexpr):
+    """What a chunk's values are made of, [units, tokens] each, a tuple: their units of the copies of a step.
+
+    Of 2 and 3 bits, which are too few, twice, with which of their bytes is meant (`byte_of`), and their high bytes.
+    rings: of every chunk [stages, tokens, units], then of their high planes.
     """
-    count, most = 16 // bits, (1 << bits) - 1
-    lines = [".reg .b32 high;"]
-    for word in range(2):
-        packed = f"${2 * count + word}"
-        for byte, source in enumerate((packed, "high")):
-            if byte == 1:
-                lines.append(f"shr.b32 high, {packed}, 8;")
-            for field in range(8 // bits):
-                name, code = f"${2 * (byte * 8 // bits + field) + word}", most << field * bits
-                negative = (0x8000 | code) << (0 if word else 16)
-                lines.append(f"lop3.b32 {name}, {source}, {code << 16 | code:#010x}, {negative:#010x}, 0x6a;")
-    # Results are written before all is read.
-    return "{ " + " ".join(lines) + " }", ",".join(["=&r"] * 2 * count + ["r", "r"])
+    slot = rings[chunk].index(stage)
+    if BITS < 4:
+        units = _twice(slot)
+        which = gl.arange(0, units.shape[0], gl.SliceLayout(1, units.type.layout)) // slot.shape[1]
+        byte = gl.where(which == 0, byte_of(0), byte_of(1)).to(gl.int16)
+        given = (units, gl.expand_dims(byte, 1).broadcast_to(units.shape))
+        if planes_of(BITS) == 2:
+            given = given + (_twice(rings[len(rings) // 2 + chunk].index(stage)),)
+    else:
+        given = (slot.permute((1, 0)).load(units_layout(slot.shape[1], slot.shape[0])),)
+    return given
+
+
+@gluon.constexpr_function
+def _value_fields(bits: int) -> int:
+    """Fields of `value_units`."""
+    return 4 if bits < 8 else 2
 
 
 @gluon.jit
-def value_units(slot):
-    """Units of a chunk's values, [units, tokens], of shared memory [tokens, units]."""
-    return slot.permute((1, 0)).load(units_layout(slot.shape[1], slot.shape[0]))
-
-
-@gluon.jit
-def value_operand(packed, result: gl.constexpr, BITS: gl.constexpr):
-    """Codes of a chunk's values as `_signed_fields` leaves them, [128, tokens], of `value_units`."""
+def value_operand(given, result: gl.constexpr, BITS: gl.constexpr):
+    """Codes of a chunk's values as `signed_fields` leaves them, [CHUNK, tokens], of `value_units`."""
     fields = gl.inline_asm_elementwise(
-        _signed_fields(BITS)[0], _signed_fields(BITS)[1], [packed], dtype=_types(BITS, gl.float16), is_pure=True, pack=4
-    )
+        signed_fields(BITS)[0], signed_fields(BITS)[1], given, dtype=types_of(_value_fields(BITS), gl.float16),
+        is_pure=True, pack=4,
+    )  # fmt: skip
     return gl.convert_layout(_rows_of(fields, BITS), gl.DotOperandLayout(0, result, 2), assert_trivial=True)
 
 
@@ -185,28 +215,14 @@ def taken_of_numbers(token, BITS: gl.constexpr):
 @gluon.jit
 def codes_of_numbers(latent, BITS: gl.constexpr):
     """What makes codes of the numbers of `value_operand`, by latent."""
-    # Codes of a byte's upper half are sixteen times as large.
-    return gl.where((latent % 2 == 0) | (BITS == 8), 1.0 * (1 << 24), 1.0 * (1 << 20))
-
-
-@gluon.constexpr_function
-def _bytes(bits: int) -> tuple[str, str]:
-    """Assembly that makes words of four tokens' codes, one word of each field, of units of two by two tokens.
-
-    Of 8 bits the middle code is taken away, so that they are signed.
-    """
-    count = 16 // bits
-    lines = [".reg .b32 even, odd;"]
-    lines += [
-        f"prmt.b32 {name}, ${count}, ${count + 1}, {order};" for name, order in (("even", "0x6420"), ("odd", "0x7531"))
-    ]
-    if bits == 8:
-        lines += ["xor.b32 $0, even, 0x80808080;", "xor.b32 $1, odd, 0x80808080;"]
+    if BITS < 4:
+        # The four codes of a byte begin at bits 0, 2, 4 and 6.
+        even = gl.where(latent % 4 == 0, 1.0 * (1 << 24), 1.0 * (1 << 20))
+        makes = gl.where(latent % 2 == 0, even, gl.where(latent % 4 == 1, 1.0 * (1 << 22), 1.0 * (1 << 18)))
     else:
-        for field, source in enumerate(("even", "odd")):
-            lines.append(f"and.b32 ${2 * field}, {source}, 0x0f0f0f0f; shr.b32 {source}, {source}, 4;")
-            lines.append(f"and.b32 ${2 * field + 1}, {source}, 0x0f0f0f0f;")
-    return "{ " + " ".join(lines) + " }", ",".join(["=&r"] * count + ["r", "r"])
+        # Codes of a byte's upper half are sixteen times as large.
+        makes = gl.where((latent % 2 == 0) | (BITS == 8), 1.0 * (1 << 24), 1.0 * (1 << 20))
+    return makes
 
 
 @gluon.constexpr_function
@@ -224,11 +240,12 @@ def side_by_side(numbers):
 
 
 @gluon.jit
-def bytes_operand(packed, result: gl.constexpr, BITS: gl.constexpr):
-    """Codes of a chunk's values, int8 [128, tokens] `side_by_side`, of `value_units`; rows as in `value_operand`."""
+def bytes_operand(given, result: gl.constexpr, BITS: gl.constexpr):
+    """Codes of a chunk's values, int8 [CHUNK, tokens] `side_by_side`, of `value_units`; rows as in `value_operand`."""
     fields = gl.inline_asm_elementwise(
-        _bytes(BITS)[0], _bytes(BITS)[1], [packed], dtype=_types(BITS, gl.int8), is_pure=True, pack=4
-    )
+        byte_fields(BITS)[0], byte_fields(BITS)[1], given, dtype=types_of(_value_fields(BITS), gl.int8), is_pure=True,
+        pack=4,
+    )  # fmt: skip
     operand: gl.constexpr = gl.DotOperandLayout(0, result, 4)
     return gl.convert_layout(side_by_side(_rows_of(fields, BITS)), operand, assert_trivial=True)
 
@@ -243,34 +260,29 @@ def _key_units_layout(units: int) -> gl.DistributedLinearLayout:
     )  # fmt: skip
 
 
-@gluon.constexpr_function
-def _key_bytes(bits: int) -> tuple[str, str]:
-    """Assembly that makes words of four codes of two words of units; of 8 bits less the middle code."""
-    if bits == 8:
-        return "xor.b32 $0, $2, 0x80808080; xor.b32 $1, $3, 0x80808080;", "=&r,=&r,r,r"
-    lines = [".reg .b32 upper;"]
-    for word in range(2):
-        lines.append(f"and.b32 ${2 * word}, ${4 + word}, 0x0f0f0f0f; shr.b32 upper, ${4 + word}, 4;")
-        lines.append(f"and.b32 ${2 * word + 1}, upper, 0x0f0f0f0f;")
-    return "{ " + " ".join(lines) + " }", "=&r,=&r,=&r,=&r,r,r"
-
-
 @gluon.jit
-def key_bytes(slot, result: gl.constexpr, BITS: gl.constexpr):
-    """A tile's key codes, int8 [tile, RANK] in the order of `latent_of_byte`, from shared memory."""
-    UNITS: gl.constexpr = slot.shape[1]
-    packed = slot.load(_key_units_layout(UNITS))
+def key_bytes(ring, stage, result: gl.constexpr, BITS: gl.constexpr):
+    """A tile's key codes, int8 [tile, RANK] in the order of `latent_of_byte`, of shared memory as in `copy_tile`."""
+    UNITS: gl.constexpr = ring[0].shape[2]
+    units: gl.constexpr = _key_units_layout(UNITS)
+    given = (ring[0].index(stage).load(units),)
+    if planes_of(BITS) == 2:
+        given = given + (high_bytes(ring[1].index(stage), units),)
     fields = gl.inline_asm_elementwise(
-        _key_bytes(BITS)[0], _key_bytes(BITS)[1], [packed], dtype=_types(BITS, gl.int8), is_pure=True, pack=4
-    )
+        key_byte_fields(BITS)[0], key_byte_fields(BITS)[1], given, dtype=types_of(fields_of(BITS), gl.int8),
+        is_pure=True, pack=4,
+    )  # fmt: skip
+    # Of sixteens of units: halves, pairs, which of a pair, then which field.
     if BITS == 8:
-        # Of sixteens of units: halves, pairs, which of a pair, word.
         joined = gl.join(fields[0], fields[1]).reshape([TILE, UNITS // 16, 2, 4, 2, 2])
-        codes = joined.permute([0, 1, 5, 3, 2, 4]).reshape([TILE, 2 * UNITS])
-    else:
+        codes = joined.permute([0, 1, 5, 3, 2, 4])
+    elif BITS == 4:
         joined = gl.join(gl.join(fields[0], fields[1]), gl.join(fields[2], fields[3]))
-        joined = joined.reshape([TILE, UNITS // 16, 2, 4, 2, 2, 2])
-        codes = joined.permute([0, 1, 6, 5, 3, 2, 4]).reshape([TILE, 4 * UNITS])
+        codes = joined.reshape([TILE, UNITS // 16, 2, 4, 2, 2, 2]).permute([0, 1, 6, 5, 3, 2, 4])
+    else:
+        joined = _eight(fields).reshape([TILE, UNITS // 16, 2, 4, 2, 2, 2, 2])
+        codes = joined.permute([0, 1, 7, 6, 5, 3, 2, 4])
+    codes = codes.reshape([TILE, fields_of(BITS) * UNITS])
     return gl.convert_layout(codes, gl.DotOperandLayout(0, result, 4), assert_trivial=True)
 
 
@@ -279,6 +291,8 @@ def latent_of_byte(place, BITS: gl.constexpr):
     """Which latent stands at a place of `key_bytes`."""
     if BITS == 4:
         place = place // 32 * 32 + place % 16 // 4 * 8 + place % 4 * 2 + place % 32 // 16
+    elif BITS < 4:
+        place = place // 64 * 64 + place % 16 // 4 * 16 + place % 4 * 4 + place % 64 // 16
     return place
 
 
@@ -290,13 +304,16 @@ def by_latent(numbers, BITS: gl.constexpr):
         numbers = numbers.reshape([2, 64, COLUMNS]).permute([1, 0, 2]).reshape([128, COLUMNS])
     elif BITS == 4:
         numbers = numbers.reshape([2, 4, 2, 8, COLUMNS]).permute([1, 3, 0, 2, 4]).reshape([128, COLUMNS])
+    elif BITS < 4:
+        # Two warps have the same units, of which each has one byte.
+        numbers = numbers.reshape([2, 2, 2, 2, 8, COLUMNS]).permute([2, 4, 1, 0, 3, 5]).reshape([128, COLUMNS])
     return numbers
 
 
 @gluon.jit
 def latent_at(place, RANK: gl.constexpr, BITS: gl.constexpr):
     """Which latent stands at a place of `unit_order`."""
-    FIELDS: gl.constexpr = 16 // BITS
+    FIELDS: gl.constexpr = fields_of(BITS)
     return place % (RANK // FIELDS) * FIELDS + place // (RANK // FIELDS)
 
 

@@ -6,20 +6,24 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from palu.kernels.decode_attention.hopper.common import TILE as KERNEL_TILE
-from palu.kernels.decode_attention.hopper.operands import SECTION as KERNEL_SECTION
+from palu.kernels.decode_attention.hopper.fields import fields_of
+from palu.kernels.decode_attention.hopper.operands import CHUNK as KERNEL_CHUNK
+from palu.kernels.decode_attention.hopper.operands import section_of
 from palu.kernels.decode_attention.hopper.prologue import bias_columns
 from palu.kernels.decode_attention.hopper.turns import LEAST as KERNEL_LEAST
 from palu.kernels.decode_attention.hopper.turns import UNIT as KERNEL_UNIT
-from palu.kernels.decode_attention.hopper.values import CHUNK as KERNEL_CHUNK
 from palu.kernels.decode_attention.hopper.windows import SLOW as KERNEL_SLOW
 from palu.kernels.decode_attention.hopper.windows import own_parts, parts_of_latents
 from palu.kernels.decode_attention.parts import COMBINE_PARTS
 from palu.kernels.integers import cdiv, next_power_of_2
 
 TILE, CHUNK, LEAST, COLUMNS = KERNEL_TILE.value, KERNEL_CHUNK.value, KERNEL_LEAST.value, KERNEL_UNIT.value
-SLOW, SECTION = KERNEL_SLOW.value, KERNEL_SECTION.value
-# Columns of a program's scores at most, and latents of its keys at least, for the matrix units: numbers' and codes'.
-MOST_SLOTS, LEAST_RANK, LEAST_CODES = 32, 32, 64
+SLOW = KERNEL_SLOW.value
+# Columns of a program's scores at most; of its keys, for the matrix units, numbers at least, and of codes units of 16
+# bits and latents.
+MOST_SLOTS, LEAST_RANK, LEAST_UNITS, LEAST_CODES = 32, 32, 16, 64
+# Latents of keys that are rebuilt at most that meet the factor all at once.
+MOST_AT_ONCE = 128
 # Columns of slow pairs at least.
 LEAST_COLUMNS = 4
 # kv heads at most of which all slow pairs can stay in shared memory; bytes of values under way that are enough beside
@@ -144,15 +148,16 @@ def _whole_registers(slots: int, chunks: int, step: int) -> int:
     return chunks * 3 * slots + step // 2
 
 
-def sections_of(ranks: Sequence[int], mode: str) -> int:
-    """In how many sections keys that are rebuilt meet the factor: of SECTION latents each, or one of all."""
-    return cdiv(max(ranks), SECTION) if mode != "absorbed" and max(ranks) > 2 * SECTION else 1
+def sections_of(ranks: Sequence[int], bits: int, mode: str) -> int:
+    """In how many sections keys that are rebuilt meet the factor: of `section_of` latents each, or one of all."""
+    return cdiv(max(ranks), section_of(bits)) if mode != "absorbed" and max(ranks) > MOST_AT_ONCE else 1
 
 
 def padded_rank(ranks: Sequence[int], bits: int, mode: str) -> int:
     """Latents that a program reads of each group of keys."""
-    least, sections = LEAST_RANK if bits == 16 else LEAST_CODES, sections_of(ranks, mode)
-    return sections * SECTION if sections > 1 else max(least, next_power_of_2(max(ranks)))
+    least = LEAST_RANK if bits == 16 else max(LEAST_CODES, LEAST_UNITS * fields_of(bits))
+    sections = sections_of(ranks, bits, mode)
+    return sections * section_of(bits) if sections > 1 else max(least, next_power_of_2(max(ranks)))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -178,7 +183,7 @@ def plans_for(
     if (has_bias or has_norm) and mode != "rotated":
         return ()
     weighers, whole = weighers_of(heads.mode, bits), whole_slots(heads, bits, chunks)
-    rank, sections = padded_rank(key_ranks, bits, heads.mode), sections_of(key_ranks, heads.mode)
+    rank, sections = padded_rank(key_ranks, bits, heads.mode), sections_of(key_ranks, bits, heads.mode)
     # Weights of fp16, or both bytes of those of two tiles by turns.
     weights = 4 * whole * 2 * TILE if whole else (1 if bits == 16 else 2) * heads.slots * TILE * 2
     # Bytes: numbers of 16 bits are kept, those of tiles are codes, which have scales and shifts.

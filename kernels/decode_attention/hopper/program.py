@@ -6,17 +6,29 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from palu.kernels.decode_attention.hopper.absorbed import score_absorbed, score_absorbed_codes, store_whole_queries
 from palu.kernels.decode_attention.hopper.common import TILE, WARPS, seen_as, synchronize, visible_tiles
-from palu.kernels.decode_attention.hopper.operands import swizzled
+from palu.kernels.decode_attention.hopper.fields import fields_of, planes_of
+from palu.kernels.decode_attention.hopper.operands import CHUNK, swizzled
 from palu.kernels.decode_attention.hopper.prologue import bias_columns, load_queries, there_if
 from palu.kernels.decode_attention.hopper.scores import score_rebuilt
 from palu.kernels.decode_attention.hopper.slow import make_first_window
 from palu.kernels.decode_attention.hopper.turns import LEAST, UNIT
-from palu.kernels.decode_attention.hopper.values import CHUNK, start_copies, weigh_values
+from palu.kernels.decode_attention.hopper.values import start_copies, weigh_values
 from palu.kernels.decode_attention.hopper.whole import weigh_whole
 from palu.kernels.decode_attention.hopper.windows import PIECES, own_parts, parts_of_latents
 
 # Shared memory of one dimension, line after line.
 LINES: gl.constexpr = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+BYTES: gl.constexpr = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+
+
+@gluon.jit
+def _ring(stored: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr, UNITS: gl.constexpr, PLANE: gl.constexpr):
+    """Shared memory [stages, rows, units] for what is stored, or for the bytes of a second plane."""
+    if PLANE == 0:
+        ring = gl.allocate_shared_memory(stored, [STAGES, ROWS, UNITS], swizzled(UNITS))
+    else:
+        ring = gl.allocate_shared_memory(gl.uint8, [STAGES, ROWS, UNITS], BYTES)
+    return ring
 
 
 @gluon.jit
@@ -45,14 +57,14 @@ def _weigh(
     groups that score arrive at once, if there is a tile, when what tiles are multiplied with is there, or ().
     """
     if len(window) > 0:
-        make_first_window(window[0], window[1], memory[0], window[2], arguments, KIND, WIDTH, KIND[6])
+        make_first_window(window[0], window[1], memory[0], window[2], arguments, KIND, WIDTH)
     else:
         if len(ready) > 0:
             # Values are needed later than factors, which are on their way.
             tiles = arguments[4]
             if tiles[2] < tiles[3]:
                 mbarrier.wait(ready[0], 0)
-        start_copies(memory[0], arguments, WHICH, SHARED_BY, KIND[6])
+        start_copies(memory[0], arguments, WHICH, SHARED_BY)
     rings, weights, tops, of_slots = memory
     if WHOLE > 0:
         weigh_whole(
@@ -84,13 +96,14 @@ def attend(
     """
     (
         at_keys, at_values, parameters, up, at_query, bias, norm, mask, bases, basis, frequencies, means, logarithms,
-        key_rank, up_rank, value_rank, length, keys_t, values_t, row_mask, mask_t, up_stride, query_stride, rows_heads,
-        scaling, epsilon,
+        key_rank, key_units_there, up_rank, value_rank, value_units_there, length, keys_t, values_t, row_mask, mask_t,
+        up_stride, query_stride, rows_heads, scaling, epsilon,
     ) = given  # fmt: skip
     part, parts = gl.program_id(0), gl.num_programs(0)
+    PLANES: gl.constexpr = planes_of(BITS)
     stored: gl.constexpr = DTYPE if BITS == 16 else gl.int16
-    key_units: gl.constexpr = RANK // SECTIONS * BITS // 16
-    value_units: gl.constexpr = CHUNK * BITS // 16
+    key_units: gl.constexpr = RANK // SECTIONS // fields_of(BITS)
+    value_units: gl.constexpr = CHUNK // fields_of(BITS)
     # Of codes, of two tiles.
     STEPS: gl.constexpr = (2 // WEIGHERS if BITS < 16 else 1) * TILE // STEP
     # Buffers of their own for chunks, steps and groups that score, so that the compiler sees that they do not overlap:
@@ -98,9 +111,9 @@ def attend(
     memories = ()
     for _weigher in gl.static_range(WEIGHERS):
         value_rings = ()
-        for _chunk in gl.static_range(CHUNKS):
-            ring = gl.allocate_shared_memory(stored, [VALUE_STAGES, STEP, value_units], swizzled(value_units))
-            value_rings = value_rings + (ring,)
+        for plane in gl.static_range(PLANES):
+            for _chunk in gl.static_range(CHUNKS):
+                value_rings = value_rings + (_ring(stored, VALUE_STAGES, STEP, value_units, plane),)
         weights = ()
         if WHOLE > 0:
             for _step in gl.static_range(STEPS):
@@ -152,19 +165,20 @@ def attend(
         tiles = (part, parts, begin, end, length)
     # Each group of warps that weighs values has a part of its own.
     out = part * WEIGHERS * rows_heads + first_head
-    to_values = (found, scales, full, empty, tiles, at_values, means, logarithms, value_rank, values_t)
+    to_values = (
+        found, scales, full, empty, tiles, at_values, means, logarithms, value_rank, values_t, value_units_there,
+    )  # fmt: skip
     KEY_GROUPS: gl.constexpr = len(at_keys)
-    key_units_there = ()
-    for group in gl.static_range(KEY_GROUPS):
-        key_units_there = key_units_there + (gl.multiple_of(key_rank[group] * BITS // 16, 8),)
     OF_VALUES: gl.constexpr = (KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS)
     if MODE == "absorbed":
         OF_KEYS: gl.constexpr = (BITS, ASYMMETRIC, MASK)
         buffers = (found, scales, full, empty)
         rings = ()
         for _scorer in gl.static_range(SCORERS):
-            ring = gl.allocate_shared_memory(stored, [KEY_STAGES, TILE, key_units], swizzled(key_units))
-            rings = rings + ((ring,),)
+            ring = ()
+            for plane in gl.static_range(PLANES):
+                ring = ring + (_ring(stored, KEY_STAGES, TILE, key_units, plane),)
+            rings = rings + (ring,)
         to_scores = (tiles, at_keys[0], parameters, mask, key_units_there[0], keys_t, row_mask, mask_t)
         if WHOLE > 0:
             queries = gl.allocate_shared_memory(
@@ -241,9 +255,9 @@ def attend(
             own = ()
             for _group in gl.static_range(KEY_GROUPS):
                 ring = ()
-                for _section in gl.static_range(SECTIONS):
-                    some = gl.allocate_shared_memory(stored, [KEY_STAGES, TILE, key_units], swizzled(key_units))
-                    ring = ring + (some,)
+                for plane in gl.static_range(PLANES):
+                    for _section in gl.static_range(SECTIONS):
+                        ring = ring + (_ring(stored, KEY_STAGES, TILE, key_units, plane),)
                 own = own + (ring,)
             rings = rings + (own,)
             if MODE == "windows":

@@ -14,6 +14,7 @@ from palu.kernels.decode_attention.hopper.common import (
     phase_of,
     synchronize,
 )
+from palu.kernels.decode_attention.hopper.fields import planes_of
 from palu.kernels.decode_attention.hopper.parameters import (
     hand_on_parameters,
     load_parameters,
@@ -170,7 +171,7 @@ def score_rebuilt(
         tiles, latents, stored, table, mask, up, query, bias, norm, units, rank, latents_t, table_t, row_mask, mask_t,
         up_stride, query_stride, scaling, epsilon, bases, basis, frequencies, position,
     ) = arguments  # fmt: skip
-    SECTIONS: gl.constexpr = len(ring[0])
+    SECTIONS: gl.constexpr = len(ring[0]) // planes_of(BITS)
     STAGES: gl.constexpr = ring[0][0].shape[0]
     UNITS: gl.constexpr = factors.shape[0] // SECTIONS
     GROUPS: gl.constexpr = len(ring)

@@ -208,7 +208,7 @@ def load_slow_of(
 
 @gluon.jit
 def make_first_window(
-    factors, beside, rings, to_make, arguments, HEADS: gl.constexpr, WIDTH: gl.constexpr, BITS: gl.constexpr
+    factors, beside, rings, to_make, arguments, HEADS: gl.constexpr, WIDTH: gl.constexpr
 ):  # fmt: skip
     """Make the first window's matrix of slow pairs, whose scores are the last of a tile's, and start copying values.
 
@@ -221,12 +221,12 @@ def make_first_window(
     start_slow(beside[1], source, HEADS[0], WIDTH, SECTIONS)
     STAYS: gl.constexpr = sections_held(beside[1].shape[0], HEADS[0]) == SECTIONS
     if STAYS:
-        start_copies(rings, arguments, 0, 1, BITS)
+        start_copies(rings, arguments, 0, 1)
     slow = slow_numbers(loaded, scaling, position, HEADS[2], HEADS[3], LEAST, beside[0].shape[1], factors.dtype)
     make_slow(factors, beside[1], 0, slow, source, rings[0].shape[0] - 1, HEADS[0], WIDTH, SECTIONS)
     if not STAYS:
         # Not before: copies are there in their order.
-        start_copies(rings, arguments, 0, 1, BITS)
+        start_copies(rings, arguments, 0, 1)
     fence_async_shared()
     synchronize()
     mbarrier.arrive(beside[2], count=1)

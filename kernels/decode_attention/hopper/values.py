@@ -16,7 +16,14 @@ from palu.kernels.decode_attention.hopper.common import (
     copy_rows,
     synchronize,
 )
-from palu.kernels.decode_attention.hopper.operands import by_latent, codes_of_numbers, value_operand, value_units
+from palu.kernels.decode_attention.hopper.fields import planes_of
+from palu.kernels.decode_attention.hopper.operands import (
+    CHUNK,
+    by_latent,
+    codes_of_numbers,
+    value_operand,
+    value_units,
+)
 from palu.kernels.decode_attention.hopper.parameters import place_of_scales
 from palu.kernels.decode_attention.hopper.softmax import (
     hand_back,
@@ -29,8 +36,6 @@ from palu.kernels.decode_attention.hopper.softmax import (
 )
 from palu.kernels.decode_attention.kernel import LOWEST
 
-# Latents of a product.
-CHUNK: gl.constexpr = gl.constexpr(128)
 # Slots with which there are no registers for more than sums.
 MANY_SLOTS: gl.constexpr = gl.constexpr(32)
 
@@ -47,7 +52,7 @@ def _there(sums):
 def copy_step(rings, stage, latents, tiles, begin, number, latents_t, units, EVERY: gl.constexpr):
     """Start copying step `number` of every EVERY-th tile from `begin` on, `units` numbers of 16 bits each.
 
-    Nothing is read behind the last tile.
+    Nothing is read behind the last tile. latents, latents_t: of every plane; rings: of every chunk, plane after plane.
     """
     first, step, _, end, length = tiles
     ROWS: gl.constexpr = rings[0].shape[1]
@@ -56,16 +61,19 @@ def copy_step(rings, stage, latents, tiles, begin, number, latents_t, units, EVE
     index = begin + number // STEPS * EVERY
     token = (first + index * step) * TILE + number % STEPS * ROWS
     until = gl.where(index < end, length, 0)
-    for chunk in gl.static_range(len(rings)):
-        copy_rows(rings[chunk].index(stage), latents, token, latents_t, until, chunk * UNITS, units, ROWS, UNITS)
+    CHUNKS: gl.constexpr = len(rings) // len(latents)
+    for piece in gl.static_range(len(rings)):
+        copy_rows(
+            rings[piece].index(stage), latents[piece // CHUNKS], token, latents_t[piece // CHUNKS], until,
+            piece % CHUNKS * UNITS, units, ROWS, UNITS,
+        )  # fmt: skip
     async_copy.commit_group()
 
 
 @gluon.jit
-def start_copies(rings, arguments, WHICH: gl.constexpr, SHARED_BY: gl.constexpr, BITS: gl.constexpr):
+def start_copies(rings, arguments, WHICH: gl.constexpr, SHARED_BY: gl.constexpr):
     """Start copying the first steps' values, of a group of warps that weighs: as `weigh_values` and `weigh_whole`."""
-    _, _, _, _, tiles, latents, _, _, rank, latents_t = arguments
-    units = gl.multiple_of(rank * BITS // 16, 8)
+    _, _, _, _, tiles, latents, _, _, _, latents_t, units = arguments
     for stage in gl.static_range(rings[0].shape[0] - 1):
         copy_step(rings, stage, latents, tiles, tiles[2] + WHICH, stage, latents_t, units, SHARED_BY)
 
@@ -80,14 +88,14 @@ def _weigh_codes(rings, stage, first, weights, summed, BITS: gl.constexpr):
     transposed = weights.permute((1, 0))
     done = ()
     operand = first
-    if len(rings) > 1:
+    if len(summed) > 1:
         # Asked for a product before they are needed.
-        packed = value_units(rings[1].index(stage))
+        packed = value_units(rings, stage, 1, BITS)
     under_way = warpgroup_mma(operand, transposed, summed[0], is_async=True)
-    for chunk in gl.static_range(1, len(rings)):
+    for chunk in gl.static_range(1, len(summed)):
         following = value_operand(packed, result, BITS)
-        if chunk + 1 < len(rings):
-            packed = value_units(rings[chunk + 1].index(stage))
+        if chunk + 1 < len(summed):
+            packed = value_units(rings, stage, chunk + 1, BITS)
         begun = warpgroup_mma(following, transposed, summed[chunk], is_async=True)
         under_way, operand = warpgroup_mma_wait(1, deps=[under_way, operand])
         done = done + (under_way,)
@@ -109,9 +117,11 @@ def _weigh_numbers(rings, stage, weights, summed):
 @gluon.constexpr_function
 def latents_layout(slots: int, bits: int, halved: bool) -> gl.DistributedLinearLayout:
     """Sums [CHUNK, slots] as products have them, latent after latent; halved: neighbouring columns are one."""
-    rows = {16: [[8, 0], [64, 0]], 8: [[1, 0], [16, 0]], 4: [[1, 0], [2, 0]]}[bits]
-    lanes = {16: [[1, 0], [2, 0], [4, 0]], 8: [[2, 0], [4, 0], [8, 0]], 4: [[4, 0], [8, 0], [16, 0]]}[bits]
-    warps = [[16, 0], [32, 0]] if bits == 16 else [[32, 0], [64, 0]]
+    few = max(bits, 3)
+    rows = {16: [[8, 0], [64, 0]], 8: [[1, 0], [16, 0]], 4: [[1, 0], [2, 0]], 3: [[1, 0], [2, 0]]}[few]
+    first_lane = {16: 1, 8: 2, 4: 4, 3: 8}[few]
+    lanes = [[first_lane << bit, 0] for bit in range(3)]
+    warps = {16: [[16, 0], [32, 0]], 8: [[32, 0], [64, 0]], 4: [[32, 0], [64, 0]], 3: [[64, 0], [4, 0]]}[few]
     columns = [[0, 1 << bit] for bit in range(bits_of(slots))]
     first = 0 if halved else 1
     held = [*columns[:first], *columns[first + 2 :]]
@@ -174,14 +184,14 @@ def weigh_values(
     chunk; weights: of each step of these tiles [slots, tokens of a step]; excess: int32 [warps], for scores above the
     references; of_slots: as `store_means` takes it; out: the group's first head in the part's logarithms.
     """
-    found, scales, full, empty, tiles, latents, means, logarithms, rank, latents_t = arguments
+    found, scales, full, empty, tiles, latents, means, logarithms, rank, latents_t, units = arguments
     STEPS: gl.constexpr = len(weights)
     SLOTS: gl.constexpr = weights[0].shape[0]
     STEP: gl.constexpr = weights[0].shape[1]
     TILES: gl.constexpr = STEPS * STEP // TILE
     # One tile is in either of two buffers.
     EITHER: gl.constexpr = TILES == 1 and SHARED_BY == 1
-    CHUNKS: gl.constexpr = len(rings)
+    CHUNKS: gl.constexpr = len(rings) // planes_of(BITS)
     STAGES: gl.constexpr = rings[0].shape[0]
     # Few heads leave half of the slots empty.
     HALF: gl.constexpr = COLUMNS == SLOTS and 2 * ((KV - 1) * QUERY_SLOTS + QUERIES) <= SLOTS
@@ -198,7 +208,6 @@ def weigh_values(
         summed = summed + (gl.zeros([CHUNK, SLOTS], gl.float32, result),)
     _, _, begin, end, _ = tiles
     begin += WHICH
-    units = gl.multiple_of(rank * BITS // 16, 8)
     for index in range(begin, end, TILES * SHARED_BY):
         done = (index - begin) // (TILES * SHARED_BY)
         number = gl.minimum(end - index, TILES)
@@ -212,7 +221,7 @@ def weigh_values(
         hand_back(empty, WHICH, done, TILES, EITHER)
         if BITS < 16:
             # Numbers are made of the first codes beside the softmax.
-            operand = value_operand(value_units(rings[0].index(done * STEPS % STAGES)), result, BITS)
+            operand = value_operand(value_units(rings, done * STEPS % STAGES, 0, BITS), result, BITS)
         place = place_of_scales(WHICH, done, EITHER)
         reference, total, shifted, summed = softmax(
             scores, excess, scales, place, weights, reference, total, shifted, summed, BITS
@@ -231,7 +240,7 @@ def weigh_values(
                 # The slot that is written has been read by all.
                 copy_step(rings, ahead % STAGES, latents, tiles, begin, ahead, latents_t, units, SHARED_BY)
                 if part > 0:
-                    operand = value_operand(value_units(rings[0].index(step % STAGES)), result, BITS)
+                    operand = value_operand(value_units(rings, step % STAGES, 0, BITS), result, BITS)
                 summed = _weigh_codes(rings, step % STAGES, operand, weights[part], summed, BITS)
             else:
                 summed = _weigh_numbers(rings, step % STAGES, weights[part], summed)

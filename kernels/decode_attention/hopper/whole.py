@@ -14,7 +14,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from palu.kernels.decode_attention.hopper.common import WARPS, exp2, synchronize
-from palu.kernels.decode_attention.hopper.operands import bytes_operand, side_by_side, value_units
+from palu.kernels.decode_attention.hopper.fields import planes_of
+from palu.kernels.decode_attention.hopper.operands import CHUNK, bytes_operand, side_by_side, value_units
 from palu.kernels.decode_attention.hopper.parameters import place_of_scales
 from palu.kernels.decode_attention.hopper.softmax import (
     hand_back,
@@ -25,7 +26,7 @@ from palu.kernels.decode_attention.hopper.softmax import (
     parameters_of,
     weights_layout,
 )
-from palu.kernels.decode_attention.hopper.values import CHUNK, copy_step, latents_layout, store_means
+from palu.kernels.decode_attention.hopper.values import copy_step, latents_layout, store_means
 from palu.kernels.decode_attention.kernel import LOWEST
 
 # The largest weight of a tile: its upper byte is 127.
@@ -102,15 +103,15 @@ def _weigh(rings, stage, weights, products, ADDED: gl.constexpr, BITS: gl.conste
     result: gl.constexpr = products[0].type.layout
     transposed = weights.permute((1, 0))
     done = ()
-    operand = bytes_operand(value_units(rings[0].index(stage)), result, BITS)
-    if len(rings) > 1:
+    operand = bytes_operand(value_units(rings, stage, 0, BITS), result, BITS)
+    if len(products) > 1:
         # Asked for a product before they are needed.
-        packed = value_units(rings[1].index(stage))
+        packed = value_units(rings, stage, 1, BITS)
     under_way = warpgroup_mma(operand, transposed, products[0], use_acc=ADDED, is_async=True)
-    for chunk in gl.static_range(1, len(rings)):
+    for chunk in gl.static_range(1, len(products)):
         operand = bytes_operand(packed, result, BITS)
-        if chunk + 1 < len(rings):
-            packed = value_units(rings[chunk + 1].index(stage))
+        if chunk + 1 < len(products):
+            packed = value_units(rings, stage, chunk + 1, BITS)
         begun = warpgroup_mma(operand, transposed, products[chunk], use_acc=ADDED, is_async=True)
         done = done + (warpgroup_mma_wait(1, deps=[under_way]),)
         under_way = begun
@@ -138,12 +139,12 @@ def weigh_whole(
     of_slots: as `store_means` takes it.
     Both by turns, so that warps wait for each other once per step only, and once for scores.
     """
-    found, scales, full, empty, tiles, latents, means, logarithms, rank, latents_t = arguments
+    found, scales, full, empty, tiles, latents, means, logarithms, rank, latents_t, units = arguments
     TILES: gl.constexpr = 2 // SHARED_BY
     PARTS: gl.constexpr = len(weights)
     STEP: gl.constexpr = weights[0].shape[2]
     USED: gl.constexpr = weights[0].shape[1] // 2
-    CHUNKS: gl.constexpr = len(rings)
+    CHUNKS: gl.constexpr = len(rings) // planes_of(BITS)
     STAGES: gl.constexpr = rings[0].shape[0]
     layout: gl.constexpr = weights_layout(USED, STEP)
     result: gl.constexpr = _product(USED)
@@ -161,7 +162,6 @@ def weigh_whole(
         summed = summed + (nothing,)
     _, _, begin, end, _ = tiles
     begin += WHICH
-    units = gl.multiple_of(rank * BITS // 16, 8)
     for index in range(begin, end, 2):
         round = (index - begin) // 2
         number = gl.minimum(end - index, TILES)
