@@ -193,6 +193,10 @@ class Rotation:
         positions = self.positions.narrow(1, start, length)
         return Rotation(positions, self.frequencies, self.attention_scaling, self.tolerance, tables)
 
+    def stretch(self, start: int, length: int) -> "Rotation":
+        """As `narrow`, the same for all layers."""
+        return self.seen(("stretch", start, length), None, lambda: (self.narrow(start, length),))[0]
+
     def tables(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin of every pair, scaled: [batch or 1, length, head_dim], or [.., length, groups, head_dim]."""
 

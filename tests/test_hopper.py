@@ -10,6 +10,7 @@ from palu.kernels.decode_attention.hopper import kind, plans
 from palu.kernels.decode_attention.hopper import launch as hopper
 from palu.kernels.decode_attention.spec import HOPPER_SHAPES, Shape
 from palu.kernels.latent_scores.tables import lane_table
+from palu.kernels.latents import MixedLatents, dense
 from palu.kernels.quantize import PackedLatents
 from palu.kernels.rotation import Rotation
 from tests.hopper_calls import MEMORY, are_copied, checked, needs_hopper
@@ -104,6 +105,33 @@ def test_scales_of_hidden_tokens_may_be_anything(heads, rope, symmetric, unwritt
     ]
     call = (query, *packed, key, value, rotation if rope else None)
     checked(call, shape, mask, mask, "float16", monkeypatch, held)
+
+
+@needs_hopper
+@torch.no_grad()
+@pytest.mark.usefixtures("empty_memory_is_nan")
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("heads", [(8, 8), (16, 4)], ids=["folded", "rotated"])
+@pytest.mark.parametrize("rope", ["rope", "windows", "absorbed"])
+@pytest.mark.parametrize("exact", [(3, 70), (0, 1), (65, 0)], ids=["both", "newest", "first"])
+@pytest.mark.parametrize("masked", [True, False], ids=["mask", "no mask"])
+def test_some_tokens_are_exact_beside_codes(exact, rope, heads, dtype, bits, masked, monkeypatch):
+    shape = Shape(2, *heads, 128, 1, 2000, (128,) * (heads[1] // 4), (256,) * (heads[1] // 4))
+    query, *latents, key, value, rotation, mask = random_call(shape, getattr(torch, dtype), False, rope == "windows")
+    packed, _ = quantized([latent * 3 + 0.2 for latent in latents], bits, key, value)
+    first, newest = exact
+    mixed, held = [], []
+    for given, codes in zip(latents, packed, strict=True):
+        kept = codes.narrow(1, first, shape.length - first - newest)
+        some = [given[:, :first], kept, given[:, shape.length - newest :]]
+        mixed.append(MixedLatents(tuple(each for each in some if each.shape[1])))
+        held.append(dense(mixed[-1], torch.float32))
+    if rope == "windows":
+        rotation = Rotation(rotation.positions, 1e6 ** (-torch.arange(64) / 64))
+        monkeypatch.setattr(hopper, "parts_of", lambda tiles, *args: min(3, tiles))
+    call = (query, *mixed, key, value, None if rope == "absorbed" else rotation)
+    checked(call, shape, mask if masked else None, mask if masked else None, dtype, monkeypatch, held)
 
 
 @needs_hopper

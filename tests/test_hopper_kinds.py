@@ -10,7 +10,7 @@ from palu.kernels.decode_attention.hopper.factor import factor_of_codes
 from palu.kernels.decode_attention.hopper.operands import section_of
 from palu.kernels.decode_attention.spec import HOPPER_SHAPES, Shape
 from palu.kernels.latent_scores.factors import unit_order
-from palu.kernels.latents import LatentProjection
+from palu.kernels.latents import LatentProjection, MixedLatents
 from tests.hopper_calls import LLAMA_2, LLAMA_3, MEMORY, fitting
 from tests.kernel_calls import RandomNorm, quantized, random_call
 
@@ -176,6 +176,14 @@ def test_codes_that_the_kernel_cannot_take_are_left_to_the_others(dtype):
         assert takes(query, *codes[bits], key, value)
     assert not takes(query, codes[8][0], codes[4][1], key, value)
     assert not takes(query, codes[8][0], latents[1], key, value)
+    for bits in (8, 4, 3, 2):
+        mixed = [
+            MixedLatents((given[:, :8], each.narrow(1, 8, 985), given[:, -8:]))
+            for given, each in zip(latents, codes[bits], strict=True)
+        ]
+        assert len(kind.kinds_of(query, *mixed, key, value, None, None)) == 3
+        assert kind.kinds_of(query, mixed[0], codes[bits][1], key, value, None, None) is None
+        assert kind.kinds_of(query, codes[bits][0], mixed[1], key, value, None, None) is None
     symmetric, _ = quantized(latents, 8, key, value, symmetric=True)
     assert takes(query, *symmetric, key, value)
     assert not takes(query, symmetric[0], codes[8][1], key, value)

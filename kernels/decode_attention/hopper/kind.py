@@ -24,7 +24,7 @@ from palu.kernels.decode_attention.hopper.plans import (
 )
 from palu.kernels.integers import cdiv, next_power_of_2
 from palu.kernels.latent_scores.layout import DTYPES, block_memory, divisor, even_rank, mask_kind
-from palu.kernels.latents import LatentProjection, Latents
+from palu.kernels.latents import LatentProjection, Latents, Stretch, stretches
 from palu.kernels.packing import PLANES
 from palu.kernels.quantize import PackedLatents
 from palu.kernels.relaunch import Constants
@@ -156,8 +156,25 @@ class Kind:
 the_kind = functools.lru_cache(maxsize=4096)(Kind)
 
 
-def kind_of(
+def kinds_of(
     query: Tensor, key_latents: Latents, value_latents: Latents, key: LatentProjection, value: LatentProjection,
+    mask: Tensor | None, key_norm: object,
+) -> list[Kind] | None:  # fmt: skip
+    """`kind_of` for every stretch of tokens; None if the kernel does not take all of them, or sides differ in these."""
+    pairs = list(zip(stretches(key_latents), stretches(value_latents), strict=False))
+    if key_latents.shape[1] != sum(keys.shape[1] for keys, _ in pairs):
+        return None
+    kinds = []
+    for keys, values in pairs:
+        kind = kind_of(query, keys, values, key, value, mask, key_norm) if keys.shape[1] == values.shape[1] else None
+        if kind is None:
+            return None
+        kinds.append(kind)
+    return kinds
+
+
+def kind_of(
+    query: Tensor, key_latents: Stretch, value_latents: Stretch, key: LatentProjection, value: LatentProjection,
     mask: Tensor | None, key_norm: object,
 ) -> Kind | None:  # fmt: skip
     """The kind of a call that the kernel takes, None of others; of those that `launch.can_take` takes.
@@ -196,17 +213,17 @@ def kind_of(
     return found or fitting
 
 
-def _bits(latents: Latents, dtype: torch.dtype) -> int | None:
+def _bits(latents: Stretch, dtype: torch.dtype) -> int | None:
     """Bits of latents that the kernel can read, None of others."""
     if isinstance(latents, PackedLatents):
         kind = latents.quantization
         # Symmetric codes' zero points are whole at any number of bits, and those of few bits may have fractions.
         whole = kind.symmetric or kind.whole_zeros
         return kind.bits if kind.bits in CODES and (whole or kind.bits < FEW_BITS) else None
-    return 16 if isinstance(latents, Tensor) and latents.dtype == dtype else None
+    return 16 if latents.dtype == dtype else None
 
 
-def _copied(latents: Latents, ranks: tuple[int, ...]) -> int:
+def _copied(latents: Stretch, ranks: tuple[int, ...]) -> int:
     """Bytes, up to COPY, of which the places of all tokens', groups' and planes' latents are multiples."""
     packed = isinstance(latents, PackedLatents)
     numbers, bits = (latents.codes, latents.quantization.bits) if packed else (latents, 16)
@@ -225,7 +242,7 @@ def _grouped(ranks: tuple[int, ...], bits: int) -> int:
     return math.gcd(COPY, *behind, *[rank * plane // 8 for rank in ranks for plane in planes])
 
 
-def _stride(latents: Latents) -> int:
+def _stride(latents: Stretch) -> int:
     """From a token's scales to the next one's."""
     return latents.scales.stride(1) if isinstance(latents, PackedLatents) else 0
 

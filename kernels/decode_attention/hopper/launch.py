@@ -1,6 +1,7 @@
 """The launches of Hopper's kernel and of the one that adds its parts up."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from palu.kernels.integers import cdiv, next_power_of_2
 from palu.kernels.latent_scores.launch import LOG2_E
 from palu.kernels.latent_scores.layout import divisor, even_rank, layout, processors, row_strides, side_of
 from palu.kernels.latent_scores.tables import lane_table
-from palu.kernels.latents import LatentProjection, Stretch
+from palu.kernels.latents import LatentProjection, Latents, Stretch, stretches
 from palu.kernels.quantize import PackedLatents
 from palu.kernels.relaunch import Constants, relaunch
 from palu.kernels.rotation import Rotation, Window
@@ -33,6 +34,8 @@ COMBINE_WARPS, COMBINE_CHUNK, MOST_CHUNKS = KERNEL_WARPS.value, KERNEL_CHUNK.val
 # Parts at least that a program adds up, and numbers of a head that it computes: all programs of a head read all parts.
 # Of so many chunks of latents there are registers for fewer numbers.
 LEAST_PARTS, OUTPUTS, FEWER_OUTPUTS, MANY_CHUNKS = 16, (32, 64, 128), (32, 64), 4
+# Parts at most of a stretch beside the longest one, so that all are added up at once.
+OTHER_PARTS = 4
 # Tiles of a program from which on windows are worth their making.
 LEAST_TILES = 8
 # Pairs of keys with several queries that are rebuilt where the others are interpolated.
@@ -76,30 +79,58 @@ class Tables(NamedTuple):
     window: Window | None
 
 
+class Launch(NamedTuple):
+    """A call, its tables, and the parts that its programs make of the tokens."""
+
+    call: Call
+    tables: Tables
+    parts: int
+
+    @property
+    def count(self) -> int:
+        """Parts whose means are stored."""
+        return self.parts * self.call.kind.weighers
+
+
 def launch(
-    kind: Kind, query: Tensor, key_latents: Stretch, value_latents: Stretch, key: LatentProjection,
+    kinds: Sequence[Kind], query: Tensor, key_latents: Latents, value_latents: Latents, key: LatentProjection,
     value: LatentProjection, rotation: Rotation | None, mask: Tensor | None, scaling: float, head_dim: int,
     key_norm: Any,
 ) -> Tensor:  # fmt: skip
     """The heads' outputs of queries [rows, num_heads, head_dim or, absorbed, width], as `parts.combine` returns them.
 
-    kind: as `kind_of` found it; mask: [rows or 1, length] or None.
+    kinds: of every stretch, as `kinds_of` found them; mask: [rows or 1, length] or None.
     """
-    call = Call(kind, query, key_latents, value_latents, key, rotation, mask, scaling, key_norm)
+    launches, start = [], 0
+    longest = max(keys.shape[1] for keys in stretches(key_latents))
+    for kind, keys, values in zip(kinds, stretches(key_latents), stretches(value_latents), strict=True):
+        length = keys.shape[1]
+        most = MOST_PARTS - (len(kinds) - 1) * OTHER_PARTS if length == longest else OTHER_PARTS
+        own = rotation, mask
+        if len(kinds) > 1:
+            own = rotation and rotation.stretch(start, length), None if mask is None else mask.narrow(1, start, length)
+        launches.append(_planned(Call(kind, query, keys, values, key, *own, scaling, key_norm), most))
+        start += length
     rows, num_heads, _ = query.shape
-    tiles = cdiv(key_latents.shape[1], TILE)
-    others, programs = kind.groups * rows, processors(query.device)
-    parts = parts_of(tiles, others, programs)
+    counts = [each.count for each in launches]
+    means = query.new_empty(sum(counts), rows, num_heads, max(value.ranks))
+    found = Means(means, query.new_empty(sum(counts), rows, num_heads, dtype=torch.float32))
+    for each, *own in zip(launches, *[numbers.split(counts) for numbers in found], strict=True):
+        _launch_best(each, Means(*own))
+    return _combine_early(found, value, query, head_dim)
+
+
+def _planned(call: Call, most: int) -> Launch:
+    """How a stretch of tokens is shared out, in so many parts at most."""
+    kind, (rows, _, _) = call.kind, call.query.shape
+    tiles, programs = cdiv(call.key_latents.shape[1], TILE), processors(call.query.device)
+    parts = parts_of(tiles, kind.groups * rows, programs, most)
     tables = _tables(call, cdiv(tiles, parts) >= LEAST_TILES)
     smaller = kind.smaller_if_short
     if cdiv(tiles, parts) == 1 and smaller is not None and smaller.groups * rows * cdiv(tiles, 2) <= programs:
         # Half of the factor to copy, and half of the parts to add up.
         call, parts = call._replace(kind=smaller), cdiv(tiles, 2)
-    count = parts * kind.weighers
-    means = query.new_empty(count, rows, num_heads, max(kind.value_ranks))
-    found = Means(means, query.new_empty(count, rows, num_heads, dtype=torch.float32))
-    _launch_best(call, tables, parts, found)
-    return _combine_early(found, value, query, head_dim)
+    return Launch(call, tables, parts)
 
 
 def _window_of(call: Call) -> Window | None:
@@ -112,8 +143,9 @@ def _window_of(call: Call) -> Window | None:
     return call.rotation.window(FAST, COLUMNS - FAST, COLUMNS // heads.slots)
 
 
-def _launch_best(call: Call, tables: Tables, parts: int, found: Means) -> None:
+def _launch_best(planned: Launch, found: Means) -> None:
     """Launch with the best plan, of calls with windows for these: rows with gaps are few."""
+    call, tables, parts = planned
     window = tables.window
     plans = call.kind.plans(window is not None, searches())
     plan = plans[0]

@@ -295,8 +295,8 @@ def _registers(plan: Plan, heads: Heads, chunks: int, bits: int, whole: int) -> 
 
 
 @functools.lru_cache(maxsize=4096)
-def parts_of(tiles: int, others: int, processors: int) -> int:
+def parts_of(tiles: int, others: int, processors: int, most: int = MOST_PARTS) -> int:
     """Programs that share the tiles, where there are so many others at a time: those that end first, if in waves."""
-    most = max(1, min(tiles, MOST_PARTS, cdiv(4 * processors, others)))
+    most = max(1, min(tiles, most, cdiv(4 * processors, others)))
     times = {n: cdiv(n * others, processors) * (cdiv(tiles, n) + START) for n in range(1, most + 1)}
     return min(times, key=lambda parts: (times[parts], parts))
