@@ -104,6 +104,10 @@ HOPPER_CALLS += [Call(kv, bits, key_rank=192, group_size=2, joined=4, mask=None)
 HOPPER_CALLS += [Call(8, 4, group_size=2, value_rank=256, joined=2, key_norm=True, bias=True)]
 HOPPER_CALLS += [Call(8, 4, group_size=1, key_rank=64, value_rank=256, joined=4, mask=None)]
 HOPPER_CALLS += [Call(32, 4, group_size=2, key_rank=64, joined=4, mask=None)]
+# Few bits: planes, copies of 16 and of 4 bytes, zero points with fractions. Stretches of tokens that run side by side.
+HOPPER_CALLS += [Call(kv, bits, mask=None) for kv in (32, 8) for bits in (3, 2)] + [Call(absorbed=True, bits=3)]
+HOPPER_CALLS += [Call(8, 3, key_rank=96, value_rank=352, bias=True, key_norm=True), Call(8, 3, key_rank=160, mask=None)]
+HOPPER_CALLS += [Call(32, 2, key_rank=256, value_rank=256, mask=None), Call(8, 4, beside=130, mask=None)]
 
 
 class Launch(NamedTuple):

@@ -48,7 +48,7 @@ def test_two_programs_share_a_groups_heads_where_each_has_a_tile(heads, dtype, e
     packed, held = quantized(latents, bits, key, value, symmetric="symmetric" in extra)
     norm = RandomNorm(shape.head_dim) if extra in NORMED else None
     shares, launched = [], hopper._launch
-    monkeypatch.setattr(hopper, "_launch", lambda *args: shares.append(args[1].kind.shares) or launched(*args))
+    monkeypatch.setattr(hopper, "_launch", lambda *args: shares.append(args[1].call.kind.shares) or launched(*args))
     checked((query, *packed, key, value, rotation), shape, mask, mask, dtype, monkeypatch, held, norm)
     assert shares == [2]
 
@@ -69,7 +69,9 @@ def test_large_and_small_up_factors_stay_in_range(size, length, bits, monkeypatc
     packed, held = quantized(latents, bits, key, value)
     monkeypatch.setattr(hopper, "parts_of", lambda *args: 3)
     windows, launched = [], hopper._launch
-    monkeypatch.setattr(hopper, "_launch", lambda *args: windows.append(args[2].window is not None) or launched(*args))
+    monkeypatch.setattr(
+        hopper, "_launch", lambda *args: windows.append(args[1].tables.window is not None) or launched(*args)
+    )
     checked((query, *packed, key, value, rotation), shape, mask, mask, "float16", monkeypatch, held)
     assert windows == [length == 4000]
 

@@ -190,7 +190,9 @@ def test_windows_of_positions_equal_the_definition(case, gaps, hidden, bits, mon
         mask[..., 2100:] = False
     packed, held = quantized(latents, bits, key, value) if bits < 16 else (latents, None)
     windows, launched = [], hopper._launch
-    monkeypatch.setattr(hopper, "_launch", lambda *args: windows.append(args[2].window is not None) or launched(*args))
+    monkeypatch.setattr(
+        hopper, "_launch", lambda *args: windows.append(args[1].tables.window is not None) or launched(*args)
+    )
     given = None if hidden == "nothing" else mask
     checked((query, *packed, key, value, rotation), shape, mask, given, "float16", monkeypatch, held)
     # Several queries' numbers take longer to read than to multiply, but where keys have many latents.
@@ -211,7 +213,9 @@ def test_windows_of_positions_may_begin_below_zero(heads, monkeypatch):
     mask = torch.ones(2, 1, 1, shape.length, dtype=torch.bool)
     packed, held = quantized(latents, 4, key, value)
     windows, launched = [], hopper._launch
-    monkeypatch.setattr(hopper, "_launch", lambda *args: windows.append(args[2].window is not None) or launched(*args))
+    monkeypatch.setattr(
+        hopper, "_launch", lambda *args: windows.append(args[1].tables.window is not None) or launched(*args)
+    )
     checked((query, *packed, key, value, rotation), shape, mask, None, "float16", monkeypatch, held)
     assert windows == [True]
 
@@ -237,6 +241,8 @@ def test_windows_take_numbers_and_every_kind_of_codes_and_several_queries(heads,
     if bits < 16:
         packed, held = quantized([latent * 3 + 0.2 for latent in latents], bits, key, value, symmetric=symmetric)
     windows, launched = [], hopper._launch
-    monkeypatch.setattr(hopper, "_launch", lambda *args: windows.append(args[2].window is not None) or launched(*args))
+    monkeypatch.setattr(
+        hopper, "_launch", lambda *args: windows.append(args[1].tables.window is not None) or launched(*args)
+    )
     checked((query, *packed, key, value, rotation), shape, mask, mask, dtype, monkeypatch, held)
     assert windows == [True]

@@ -7,7 +7,7 @@ become numbers. Keys are rebuilt whole, or partly interpolated in windows of pos
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from palu.kernels.decode_attention.hopper.common import place_of, wait_for_launch_before
+from palu.kernels.decode_attention.hopper.common import allow_launch_after, place_of, wait_for_launch_before
 from palu.kernels.decode_attention.hopper.planes import planes_at, row_at, steps_of, units_of
 from palu.kernels.decode_attention.hopper.program import attend
 from palu.kernels.latent_scores.tiles import GAPS
@@ -32,7 +32,7 @@ def hopper_kernel(
     ASYMMETRIC: gl.constexpr, SCORERS: gl.constexpr, WEIGHERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr,
     VALUE_REGISTERS: gl.constexpr, WHOLE: gl.constexpr, SCALED: gl.constexpr, SECTIONS: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_NORM: gl.constexpr, EVEN_KEYS: gl.constexpr, EVEN_VALUES: gl.constexpr,
-    KEY_COPY: gl.constexpr, VALUE_COPY: gl.constexpr,
+    KEY_COPY: gl.constexpr, VALUE_COPY: gl.constexpr, BEGINS: gl.constexpr, ENDS: gl.constexpr,
 ):  # fmt: skip
     """Mean value latents of a program's heads over a part of the tokens, and the logarithms of the weights' sums.
 
@@ -48,9 +48,13 @@ def hopper_kernel(
     where there are windows, rows without gaps, by `spans_of`, are computed in them, with a mode and a plan of their own
     (SPAN_*), the others as without; bases, basis: of `palu.kernels.rotation.Window`, of folded queries by lane. means:
     [parts, rows, heads, RANK_STRIDE]; logarithms: of base 2, float32 [parts, rows, heads]: WEIGHERS parts of every
-    program.
+    program. BEGINS, ENDS: of launches that run side by side the first one begins, and waits for what came before all
+    of them; the others begin when it has, and are not over before those that were launched earlier.
     """
-    wait_for_launch_before()
+    if BEGINS:
+        wait_for_launch_before()
+    if not ENDS:
+        allow_launch_after()
     # First of all: everything waits for them.
     lead, leading, end_tile = 0, 0, 0
     if SPAN > 0:
@@ -113,3 +117,5 @@ def hopper_kernel(
             RANK, CHUNKS, RANK_STRIDE, MASK, DTYPE, TOGETHER, COLUMNS, BITS, ASYMMETRIC, SCORERS, WEIGHERS,
             SCORE_REGISTERS, VALUE_REGISTERS, WHOLE, SCALED, SECTIONS, HAS_BIAS, HAS_NORM,
         )  # fmt: skip
+    if not BEGINS:
+        wait_for_launch_before()

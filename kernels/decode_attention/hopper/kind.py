@@ -253,13 +253,14 @@ def _aligned(numbers: Tensor) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def constants_of(kind: Kind, plan: Plan, span: int, scaled: bool) -> Constants:
+def constants_of(kind: Kind, plan: Plan, span: int, scaled: bool, order: str) -> Constants:
     """What the kernel is compiled with, and its options.
 
     Args:
         plan: of calls with windows for these.
         span: tokens of a window, 0 without windows.
         scaled: whether codes of keys meet the factor times their scales.
+        order: where the launch stands among those that run side by side.
     """
     heads, bits, weighers = kind.heads, kind.bits, kind.weighers
     exact = plan if span == 0 else kind.plans(False, False)[0]
@@ -289,5 +290,6 @@ def constants_of(kind: Kind, plan: Plan, span: int, scaled: bool) -> Constants:
         HAS_BIAS=kind.has_bias, HAS_NORM=kind.has_norm,
         EVEN_KEYS=even_rank(kind.key_ranks), EVEN_VALUES=even_rank(kind.value_ranks),
         KEY_COPY=kind.copies[0], VALUE_COPY=kind.copies[1],
+        BEGINS=order in ("alone", "first"), ENDS=order in ("alone", "last"),
         num_warps=4, launch_pdl=True,
     )  # fmt: skip

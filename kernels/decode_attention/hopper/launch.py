@@ -34,7 +34,7 @@ COMBINE_WARPS, COMBINE_CHUNK, MOST_CHUNKS = KERNEL_WARPS.value, KERNEL_CHUNK.val
 # Parts at least that a program adds up, and numbers of a head that it computes: all programs of a head read all parts.
 # Of so many chunks of latents there are registers for fewer numbers.
 LEAST_PARTS, OUTPUTS, FEWER_OUTPUTS, MANY_CHUNKS = 16, (32, 64, 128), (32, 64), 4
-# Parts at most of a stretch beside the longest one, so that all are added up at once.
+# Parts at most of a stretch beside the longest one.
 OTHER_PARTS = 4
 # Tiles of a program from which on windows are worth their making.
 LEAST_TILES = 8
@@ -54,6 +54,11 @@ class Call(NamedTuple):
     mask: Tensor | None
     scaling: float
     key_norm: Any
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of tokens."""
+        return cdiv(self.key_latents.shape[1], TILE)
 
 
 class Means(NamedTuple):
@@ -80,11 +85,17 @@ class Tables(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A call, its tables, and the parts that its programs make of the tokens."""
+    """A call, its tables, the up factor that keys meet, and the parts that its programs make of the tokens.
+
+    factor: as `factor_of_codes` returns it. order: where it stands among the launches of the call's stretches, all of
+    which run side by side: "alone", "first", "between" or "last".
+    """
 
     call: Call
     tables: Tables
+    factor: tuple[Tensor, float, bool]
     parts: int
+    order: str = "alone"
 
     @property
     def count(self) -> int:
@@ -101,36 +112,70 @@ def launch(
 
     kinds: of every stretch, as `kinds_of` found them; mask: [rows or 1, length] or None.
     """
-    launches, start = [], 0
-    longest = max(keys.shape[1] for keys in stretches(key_latents))
+    calls, start = [], 0
     for kind, keys, values in zip(kinds, stretches(key_latents), stretches(value_latents), strict=True):
-        length = keys.shape[1]
-        most = MOST_PARTS - (len(kinds) - 1) * OTHER_PARTS if length == longest else OTHER_PARTS
-        own = rotation, mask
+        length, own = keys.shape[1], (rotation, mask)
         if len(kinds) > 1:
             own = rotation and rotation.stretch(start, length), None if mask is None else mask.narrow(1, start, length)
-        launches.append(_planned(Call(kind, query, keys, values, key, *own, scaling, key_norm), most))
+        calls.append(Call(kind, query, keys, values, key, *own, scaling, key_norm))
         start += length
+    launches = [_planned(calls[0])] if len(calls) == 1 else _side_by_side(calls)
     rows, num_heads, _ = query.shape
     counts = [each.count for each in launches]
     means = query.new_empty(sum(counts), rows, num_heads, max(value.ranks))
     found = Means(means, query.new_empty(sum(counts), rows, num_heads, dtype=torch.float32))
-    for each, *own in zip(launches, *[numbers.split(counts) for numbers in found], strict=True):
-        _launch_best(each, Means(*own))
+    # The longest stretch last: those that end early leave it their multiprocessors.
+    split = zip(launches, *[numbers.split(counts) for numbers in found], strict=True)
+    ordered = sorted(split, key=lambda each: each[0].call.key_latents.shape[1])
+    for order, (each, *own) in zip(_orders(len(ordered)), ordered, strict=True):
+        _launch_best(each._replace(order=order), Means(*own))
     return _combine_early(found, value, query, head_dim)
 
 
-def _planned(call: Call, most: int) -> Launch:
-    """How a stretch of tokens is shared out, in so many parts at most."""
+def _orders(count: int) -> list[str]:
+    return ["alone"] if count == 1 else ["first", *["between"] * (count - 2), "last"]
+
+
+def _planned(call: Call) -> Launch:
+    """How the tokens are shared out, if all of them are one stretch."""
     kind, (rows, _, _) = call.kind, call.query.shape
-    tiles, programs = cdiv(call.key_latents.shape[1], TILE), processors(call.query.device)
-    parts = parts_of(tiles, kind.groups * rows, programs, most)
-    tables = _tables(call, cdiv(tiles, parts) >= LEAST_TILES)
-    smaller = kind.smaller_if_short
-    if cdiv(tiles, parts) == 1 and smaller is not None and smaller.groups * rows * cdiv(tiles, 2) <= programs:
+    programs = processors(call.query.device)
+    planned = _with_tables(call, parts_of(call.tiles, kind.groups * rows, programs))
+    smaller, half = kind.smaller_if_short, cdiv(call.tiles, 2)
+    is_short = planned.parts == call.tiles and smaller is not None
+    if is_short and smaller.groups * rows * half <= programs:
         # Half of the factor to copy, and half of the parts to add up.
-        call, parts = call._replace(kind=smaller), cdiv(tiles, 2)
-    return Launch(call, tables, parts)
+        return planned._replace(call=call._replace(kind=smaller), parts=half)
+    return planned
+
+
+def _side_by_side(calls: Sequence[Call]) -> list[Launch]:
+    """How the tokens of several stretches are shared out: all programs have about as many tiles, and run at once."""
+    rows, programs = calls[0].query.shape[0], processors(calls[0].query.device)
+    index = max(range(len(calls)), key=lambda index: calls[index].tiles)
+    longest = calls[index]
+    parts = parts_of(longest.tiles, longest.kind.groups * rows, programs)
+    counts = [min(OTHER_PARTS, cdiv(call.tiles * parts, longest.tiles)) for call in calls]
+    counts[index] = 0
+    taken = sum(count * call.kind.groups * rows for count, call in zip(counts, calls, strict=True))
+    left = programs - taken if 2 * taken < programs else programs
+    counts[index] = parts_of(longest.tiles, longest.kind.groups * rows, left, MOST_PARTS - sum(counts))
+    return [_with_tables(call, count) for call, count in zip(calls, counts, strict=True)]
+
+
+def _with_tables(call: Call, parts: int) -> Launch:
+    """With all that has to be made before anything is launched."""
+    return Launch(call, _tables(call, cdiv(call.tiles, parts) >= LEAST_TILES), _factor(call), parts)
+
+
+def _factor(call: Call) -> tuple[Tensor, float, bool]:
+    """The up factor that keys meet, as `factor_of_codes`; the query's tensor stands for none."""
+    kind, key = call.kind, call.key
+    if key.up is None or kind.bits == 16:
+        return call.query if key.up is None else key.up, 1.0, False
+    rank, folded = padded_rank(kind.key_ranks, kind.bits, kind.heads.mode), kind.heads.mode == "folded"
+    extras = kind.has_bias or kind.has_norm
+    return factor_of_codes(key, rank, kind.bits, kind.dtype, folded, extras, kind.sections > 1)
 
 
 def _window_of(call: Call) -> Window | None:
@@ -145,17 +190,16 @@ def _window_of(call: Call) -> Window | None:
 
 def _launch_best(planned: Launch, found: Means) -> None:
     """Launch with the best plan, of calls with windows for these: rows with gaps are few."""
-    call, tables, parts = planned
-    window = tables.window
+    call, window = planned.call, planned.tables.window
     plans = call.kind.plans(window is not None, searches())
     plan = plans[0]
     if len(plans) > 1:
         shape_class = ("hopper", call.kind, call.query.shape[0], window and window.span)
         plan = pick(
             (*shape_class, length_class(call.key_latents.shape[1])), plans,
-            lambda plan: _launch(plan, call, tables, parts, found), call.query.device,
+            lambda plan: _launch(plan, planned, found), call.query.device,
         )  # fmt: skip
-    _launch(plan, call, tables, parts, found)
+    _launch(plan, planned, found)
 
 
 def _tables(call: Call, is_long: bool) -> Tables:
@@ -179,19 +223,14 @@ def _tables(call: Call, is_long: bool) -> Tables:
     return Tables(*rotation.seen(("hopper", kind, length, is_long), mask, make))
 
 
-def _launch(plan: Plan, call: Call, tables: Tables, parts: int, found: Means) -> None:
+def _launch(plan: Plan, planned: Launch, found: Means) -> None:
     """Launch with a plan, of calls with windows for these."""
+    call, tables, (up, power, scaled), parts, order = planned
     kind, query, key_latents, value_latents, key, rotation, mask, scaling, key_norm = call
-    rows, absorbed, bits, device = query.shape[0], key.up is None, kind.bits, query.device
+    rows, absorbed, device = query.shape[0], key.up is None, query.device
     (keys, key_parameters), key_strides, _, _ = layout(key_latents)
     (values, value_parameters), value_strides, _, _ = layout(value_latents)
-    up, scaled = query if absorbed else key.up, False
-    if bits < 16 and not absorbed:
-        extras = kind.has_bias or kind.has_norm
-        rank, folded = padded_rank(kind.key_ranks, bits, kind.heads.mode), kind.heads.mode == "folded"
-        up, power, scaled = factor_of_codes(key, rank, bits, kind.dtype, folded, extras, kind.sections > 1)
-        scaling *= power
-    scaling *= LOG2_E * (1.0 if rotation is None else rotation.attention_scaling)
+    scaling *= power * LOG2_E * (1.0 if rotation is None else rotation.attention_scaling)
     window, spans, filler = tables.window, tables.spans, tables.table
     side, value_side = side_of(kind.key_ranks, 16, device), side_of(kind.value_ranks, 16, device)
     relaunch(
@@ -207,7 +246,7 @@ def _launch(plan: Plan, call: Call, tables: Tables, parts: int, found: Means) ->
         *((0, 0) if window is None else row_strides(tables.fast_table)),
         *((0, 0) if mask is None else row_strides(mask)), spans.stride(0) if spans.shape[0] > 1 else 0,
         query.stride(1), rows * kind.num_heads, scaling, key_norm.variance_epsilon if kind.has_norm else 0.0,
-        constants=constants_of(kind, plan, 0 if window is None else window.span, scaled),
+        constants=constants_of(kind, plan, 0 if window is None else window.span, scaled, order),
     )  # fmt: skip
 
 
