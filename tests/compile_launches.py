@@ -50,7 +50,7 @@ class Call(NamedTuple):
     """A call of decode attention with heads of 128; queries: tokens.
 
     beside: tokens kept exact beside the packed ones; key_rank: per group of group_size; joined: groups whose values
-    have value_rank latents together.
+    have value_rank latents together; value_bits: where those of values are others.
     """
 
     kv_heads: int = 32
@@ -69,6 +69,7 @@ class Call(NamedTuple):
     mask: str | None = "bool"
     value_rank: int = VALUE_RANK
     joined: int = 1
+    value_bits: int | None = None
 
 
 CALLS = [Call(bits=bits) for bits in (16, 8, 4, 3)] + [Call(8, bits) for bits in (16, 4)]
@@ -108,6 +109,8 @@ HOPPER_CALLS += [Call(32, 4, group_size=2, key_rank=64, joined=4, mask=None)]
 HOPPER_CALLS += [Call(kv, bits, mask=None) for kv in (32, 8) for bits in (3, 2)] + [Call(absorbed=True, bits=3)]
 HOPPER_CALLS += [Call(8, 3, key_rank=96, value_rank=352, bias=True, key_norm=True), Call(8, 3, key_rank=160, mask=None)]
 HOPPER_CALLS += [Call(32, 2, key_rank=256, value_rank=256, mask=None), Call(8, 4, beside=130, mask=None)]
+# Keys and values of different bits.
+HOPPER_CALLS += [Call(32, 4, value_bits=8, mask=None), Call(8, 3, value_bits=4, mask=None)]
 
 
 class Launch(NamedTuple):
@@ -241,19 +244,20 @@ def arguments(call):
     rotation = None if call.absorbed else Rotation(torch.arange(call.length)[None], frequencies)
     norm = SimpleNamespace(variance_epsilon=1e-6, weight=torch.ones(HEAD_DIM, dtype=call.dtype))
     query = torch.zeros(1, call.heads, call.queries, HEAD_DIM, dtype=call.dtype)
-    latents = [latents_of(call, each) for each in ranks]
+    bits = call.bits, call.value_bits or call.bits
+    latents = [latents_of(call, *each) for each in zip(ranks, bits, strict=True)]
     mask = torch.ones(1, 1, call.queries, call.length, dtype=torch.bool if call.mask == "bool" else call.dtype)
     mask = mask if call.mask else None
     return query, *latents, key, value, rotation, mask, HEAD_DIM**-0.5, norm if call.key_norm else None
 
 
-def latents_of(call, ranks):
-    if call.bits == 16:
+def latents_of(call, ranks, bits):
+    if bits == 16:
         return torch.empty(1, call.length, sum(ranks), dtype=call.dtype)
     packed = call.length - call.beside
-    codes = torch.empty(1, packed, packed_width(sum(ranks), call.bits), dtype=torch.uint8)
+    codes = torch.empty(1, packed, packed_width(sum(ranks), bits), dtype=torch.uint8)
     parameters = torch.empty(1, packed, 2 * len(ranks), dtype=torch.float16)
-    latents = PackedLatents.of(codes, parameters, Quantization(call.bits, ranks))
+    latents = PackedLatents.of(codes, parameters, Quantization(bits, ranks))
     if call.beside == 0:
         return latents
     return MixedLatents((latents, torch.empty(1, call.beside, sum(ranks), dtype=call.dtype)))

@@ -16,7 +16,7 @@ needs_hopper = pytest.mark.skipif(
 
 
 def fitting(heads, key_rank, value_rank, memory=MEMORY, all_of_them=False, bits=16, windows=False):
-    return plans.plans_for(heads, 128, (key_rank,), (value_rank,), bits, memory, windows, all_of_them)
+    return plans.plans_for(heads, 128, (key_rank,), (value_rank,), (bits, bits), memory, windows, all_of_them)
 
 
 def are_copied(shape, bits):

@@ -1,6 +1,7 @@
 """The decode kernel for GPUs of compute capability 9: what it computes there."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -89,6 +90,27 @@ def test_the_kernel_reads_codes(shape, dtype, rope, symmetric, bits, monkeypatch
 @needs_hopper
 @torch.no_grad()
 @pytest.mark.usefixtures("empty_memory_is_nan")
+@pytest.mark.parametrize("bits", list(itertools.permutations((8, 4, 3, 2), 2)), ids=str)
+@pytest.mark.parametrize("heads", [(8, 8), (16, 4)], ids=["folded", "rotated"])
+@pytest.mark.parametrize("rope", ["rope", "windows", "absorbed"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("rank", [128, 192])
+def test_keys_and_values_may_have_different_bits(rank, symmetric, rope, heads, bits, monkeypatch):
+    groups = heads[1] // 4
+    shape = Shape(2, *heads, 128, 1, 2000, (rank,) * groups, (256,) * groups)
+    query, *latents, key, value, rotation, mask = random_call(shape, torch.float16, False, rope == "windows")
+    of_keys, of_values = (quantized(latents, each, key, value, symmetric=symmetric) for each in bits)
+    packed, held = zip(*[(each[0][side], each[1][side]) for side, each in enumerate((of_keys, of_values))], strict=True)
+    if rope == "windows":
+        rotation = Rotation(rotation.positions, 1e6 ** (-torch.arange(64) / 64))
+    monkeypatch.setattr(hopper, "parts_of", lambda *args: 3)
+    call = (query, *packed, key, value, None if rope == "absorbed" else rotation)
+    checked(call, shape, mask, mask, "float16", monkeypatch, held)
+
+
+@needs_hopper
+@torch.no_grad()
+@pytest.mark.usefixtures("empty_memory_is_nan")
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 @pytest.mark.parametrize("unwritten", [0.0, float("nan")], ids=["zero", "nan"])
 @pytest.mark.parametrize("heads", [(8, 8), (16, 4)], ids=["folded", "rotated"])
@@ -159,7 +181,7 @@ def test_hidden_tiles_change_nothing(heads, rope, kind, monkeypatch):
 def test_every_plan_computes_the_same(plan, heads, bits, monkeypatch):
     shape = Shape(1, *heads[:2], 128, 1, 1700, (128,), (256,))
     found = plans.heads_of(heads[0], 1, heads[1] if len(heads) == 2 else None)
-    if plan not in plans.plans_for(found, 128, (128,), (256,), bits, MEMORY, False, True):
+    if plan not in plans.plans_for(found, 128, (128,), (256,), (bits, bits), MEMORY, False, True):
         pytest.skip("does not fit")
     monkeypatch.setattr(kind, "plans_for", lambda *args: (plan,))
     # Kinds know their plans.

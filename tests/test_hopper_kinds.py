@@ -97,7 +97,7 @@ def test_key_groups_of_a_program_share_no_columns_of_scores_and_no_products():
     assert not fitting(plans.heads_of(4, 1, 4, key_groups=4), 64, 256, bits=4, windows=True)
     assert fitting(plans.heads_of(4, 1, 4, key_groups=4), 64, 256, bits=4)
     heads = plans.heads_of(4, 1, 4, key_groups=4)
-    assert not plans.plans_for(heads, 64, (64,), (256,), 4, MEMORY, False, False)
+    assert not plans.plans_for(heads, 64, (64,), (256,), (4, 4), MEMORY, False, False)
     # Three kv heads of four queries each are in two places of scores, of which one has room left.
     assert not fitting(plans.heads_of(24, 1, 6, key_groups=2), 64, 256)
 
@@ -172,9 +172,8 @@ def test_biases_and_norms_of_keys_with_one_query_are_left_to_the_others():
 def test_codes_that_the_kernel_cannot_take_are_left_to_the_others(dtype):
     query, *latents, key, value, _, _ = random_call(HOPPER_SHAPES[0], dtype, False)
     codes = {bits: quantized(latents, bits, key, value)[0] for bits in (8, 4, 3, 2)}
-    for bits in (8, 4, 3, 2):
-        assert takes(query, *codes[bits], key, value)
-    assert not takes(query, codes[8][0], codes[4][1], key, value)
+    for bits, value_bits in itertools.product(codes, codes):
+        assert takes(query, codes[bits][0], codes[value_bits][1], key, value)
     assert not takes(query, codes[8][0], latents[1], key, value)
     for bits in (8, 4, 3, 2):
         mixed = [

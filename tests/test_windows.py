@@ -25,7 +25,7 @@ def test_windows_of_real_models_fit(bits):
     assert not fitting(LLAMA_2, 256, 128, bits=bits, windows=True)
     # More slots than there are columns of slow pairs for.
     assert not fitting(plans.heads_of(28, 1, 4), 128, 384, bits=bits, windows=True)
-    assert not plans.plans_for(LLAMA_2, 64, (128,), (384,), bits, MEMORY, True, False)
+    assert not plans.plans_for(LLAMA_2, 64, (128,), (384,), (bits, bits), MEMORY, True, False)
 
 
 def test_slow_pairs_of_factors_stay_in_shared_memory_where_that_leaves_room():

@@ -59,7 +59,7 @@ def store_whole_queries(
 @gluon.jit
 def score_absorbed_codes(
     found, scales, full, empty, ring, queries, units, arguments, WHICH: gl.constexpr, SHARED_BY: gl.constexpr,
-    BITS: gl.constexpr, ASYMMETRIC: gl.constexpr, MASK: gl.constexpr,
+    BITS: gl.constexpr, VALUE_BITS: gl.constexpr, ASYMMETRIC: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
     """As `score_absorbed`, of codes and of queries that are whole numbers (`store_whole_queries`).
 
@@ -98,7 +98,7 @@ def score_absorbed_codes(
         shift = gl.convert_layout(shift, gl.SliceLayout(1, nothing.type.layout), assert_trivial=True)
         logarithm = logarithm_of(parameters, seen, rows, BITS, ASYMMETRIC)
         place = place_of_scales(WHICH, done, EITHER)
-        hand_on_parameters(scales, place, parameters, seen, rows, BITS, ASYMMETRIC, True)
+        hand_on_parameters(scales, place, parameters, seen, rows, VALUE_BITS, ASYMMETRIC, True)
         score = whole_of(warpgroup_mma_wait(0, deps=[begun])) * unit[None, :] - shift[:, None] * total[None, :]
         to = buffer_in(found, WHICH, done, EITHER)
         if to.shape[1] > SLOTS:
@@ -114,7 +114,7 @@ def score_absorbed_codes(
 @gluon.jit
 def score_absorbed(
     found, scales, full, empty, ring, queries, arguments,
-    BITS: gl.constexpr, ASYMMETRIC: gl.constexpr, MASK: gl.constexpr,
+    BITS: gl.constexpr, VALUE_BITS: gl.constexpr, ASYMMETRIC: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
     """Scores of all tiles with queries that the up factor is multiplied into, [slots, RANK]; two buffers by turns."""
     tiles, latents, stored, mask, units, latents_t, row_mask, mask_t = arguments
@@ -141,7 +141,7 @@ def score_absorbed(
         mbarrier.wait(buffer_in(empty, 0, done, True), phase_of(done, True) ^ 1)
         logarithm = logarithm_of(parameters, seen, rows, BITS, ASYMMETRIC)
         place = place_of_scales(0, done, True)
-        hand_on_parameters(scales, place, parameters, seen, rows, BITS, ASYMMETRIC, False)
+        hand_on_parameters(scales, place, parameters, seen, rows, VALUE_BITS, ASYMMETRIC, False)
         score, operand = warpgroup_mma_wait(0, deps=[begun, operand])
         hand_on(buffer_in(found, 0, done, True), score, seen, scale, logarithm)
         parameters = next_parameters

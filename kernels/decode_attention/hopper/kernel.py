@@ -29,6 +29,7 @@ def hopper_kernel(
     SLOTS: gl.constexpr, QUERY_ROWS: gl.constexpr, WIDTH: gl.constexpr, WIDE: gl.constexpr, RANK: gl.constexpr,
     KEY_DIVISOR: gl.constexpr, CHUNKS: gl.constexpr, VALUE_DIVISOR: gl.constexpr, RANK_STRIDE: gl.constexpr,
     MASK: gl.constexpr, DTYPE: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr, BITS: gl.constexpr,
+    VALUE_BITS: gl.constexpr,
     ASYMMETRIC: gl.constexpr, SCORERS: gl.constexpr, WEIGHERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr,
     VALUE_REGISTERS: gl.constexpr, WHOLE: gl.constexpr, SCALED: gl.constexpr, SECTIONS: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_NORM: gl.constexpr, EVEN_KEYS: gl.constexpr, EVEN_VALUES: gl.constexpr,
@@ -39,7 +40,8 @@ def hopper_kernel(
     GROUPS: programs for a row's heads: SHARES for each key group's, or one for those of KEY_GROUPS. JOINED: key groups
     whose values are in the same latents.
 
-    query: [rows, GROUPS * KV * QUERIES, query_stride]; absorbed, KV is one. keys, values: of codes, bytes. up: of codes
+    query: [rows, GROUPS * KV * QUERIES, query_stride]; absorbed, KV is one. keys, values: of codes, bytes. BITS: of
+    keys; values have codes if they do. up: of codes
     in the order of `unit_order`, or section by section where keys have several (SECTIONS, of `section_of` latents).
     SCALED: codes of keys meet it times their scales, else scores are. keys_plane, values_plane: bytes of a token's
     codes before the high plane; KEY_COPY, VALUE_COPY: as KIND in `planes`. bias: of all keys; norm: a key norm's
@@ -67,7 +69,7 @@ def hopper_kernel(
     at_row = (row // QUERY_ROWS).to(gl.int64)
     value_rank, value_offset = place_of(value_rank_of, value_offset_of, value_group, EVEN_VALUES, VALUE_DIVISOR)
     of_keys: gl.constexpr = (BITS, KEY_COPY)
-    of_values: gl.constexpr = (BITS, VALUE_COPY)
+    of_values: gl.constexpr = (VALUE_BITS, VALUE_COPY)
     at_keys, at_values = row_at(keys, at_row, keys_b, of_keys), row_at(values, at_row, values_b, of_values)
     if BITS < 16:
         PARAMETERS: gl.constexpr = 2 if ASYMMETRIC else 1
@@ -106,7 +108,7 @@ def hopper_kernel(
         attend(
             given, first_head, 0, 0, 0, at_table, table_t, MODE, 0, KEY_STAGES, STEP, VALUE_STAGES, 1,
             KV, QUERIES, QUERY_SLOTS, SLOTS, WIDTH, WIDE,
-            RANK, CHUNKS, RANK_STRIDE, MASK, DTYPE, TOGETHER, COLUMNS, BITS, ASYMMETRIC, SCORERS, WEIGHERS,
+            RANK, CHUNKS, RANK_STRIDE, MASK, DTYPE, TOGETHER, COLUMNS, BITS, VALUE_BITS, ASYMMETRIC, SCORERS, WEIGHERS,
             SCORE_REGISTERS, VALUE_REGISTERS, WHOLE, SCALED, SECTIONS, HAS_BIAS, HAS_NORM,
         )  # fmt: skip
     else:
@@ -114,7 +116,7 @@ def hopper_kernel(
             given, first_head, lead, leading, end_tile, fast_table + gl.multiple_of(at_row * fast_b, 8), fast_t,
             SPAN_MODE, SPAN, SPAN_KEY_STAGES, SPAN_STEP, SPAN_VALUE_STAGES, HELD,
             KV, QUERIES, QUERY_SLOTS, SLOTS, WIDTH, WIDE,
-            RANK, CHUNKS, RANK_STRIDE, MASK, DTYPE, TOGETHER, COLUMNS, BITS, ASYMMETRIC, SCORERS, WEIGHERS,
+            RANK, CHUNKS, RANK_STRIDE, MASK, DTYPE, TOGETHER, COLUMNS, BITS, VALUE_BITS, ASYMMETRIC, SCORERS, WEIGHERS,
             SCORE_REGISTERS, VALUE_REGISTERS, WHOLE, SCALED, SECTIONS, HAS_BIAS, HAS_NORM,
         )  # fmt: skip
     if not BEGINS:

@@ -70,6 +70,7 @@ class Kind:
     key_ranks: tuple[int, ...]
     value_ranks: tuple[int, ...]
     bits: int
+    value_bits: int
     asymmetric: bool
     query_dtype: torch.dtype
     has_bias: bool
@@ -100,7 +101,7 @@ class Kind:
     @functools.cached_property
     def weighers(self) -> int:
         """Groups of warps that weigh values."""
-        return weighers_of(self.heads.mode, self.bits)
+        return weighers_of(self.heads.mode, self.value_bits)
 
     @functools.cached_property
     def sections(self) -> int:
@@ -120,7 +121,7 @@ class Kind:
         if self.key_groups == 1 or self.bits < 16:
             return True
         chunks = cdiv(max(self.value_ranks), CHUNK)
-        return self.plans(False, False)[0].under_way(chunks, self.bits) >= LEAST_UNDER_WAY
+        return self.plans(False, False)[0].under_way(chunks, self.value_bits) >= LEAST_UNDER_WAY
 
     @functools.cached_property
     def takes_windows(self) -> bool:
@@ -148,7 +149,7 @@ class Kind:
 
     def plans(self, windows: bool, all_of_them: bool) -> tuple[Plan, ...]:
         """As `plans_for`."""
-        kind = (self.heads, self.width, self.key_ranks, self.value_ranks, self.bits, self.memory)
+        kind = (self.heads, self.width, self.key_ranks, self.value_ranks, (self.bits, self.value_bits), self.memory)
         return plans_for(*kind, windows, all_of_them, self.has_bias, self.has_norm)
 
 
@@ -179,18 +180,18 @@ def kind_of(
 ) -> Kind | None:  # fmt: skip
     """The kind of a call that the kernel takes, None of others; of those that `launch.can_take` takes.
 
-    Both sides have the same bits, 16 or those of codes, and each value group has the values of as many key groups.
+    Both sides have 16 bits, or both have codes, and each value group has the values of as many key groups.
     Arguments as of `decode_attention`.
     """
-    bits = _bits(key_latents, query.dtype)
-    if bits is None or bits != _bits(value_latents, query.dtype) or query.dtype == torch.float32:
+    bits, value_bits = _bits(key_latents, query.dtype), _bits(value_latents, query.dtype)
+    if bits is None or value_bits is None or (bits == 16) != (value_bits == 16) or query.dtype == torch.float32:
         return None
-    # Copies to shared memory are 16 bytes wide and convert nothing; Triton asks of what strides are multiples of 16.
+    # Copies to shared memory convert nothing, those of factors are 16 bytes wide.
     absorbed = key.up is None
     if not (absorbed or (_aligned(key.up) and key.up.dtype == query.dtype)):
         return None
     copies = _copied(key_latents, tuple(key.ranks)), _copied(value_latents, tuple(value.ranks))
-    if min(copies) < (COPY if bits >= FEW_BITS else LEAST_COPY):
+    if not all(copies):
         return None
     _, num_heads, queries, width = query.shape
     # Places of scales and of cosines are numbers of 32 bits.
@@ -201,8 +202,8 @@ def kind_of(
     if bits < 16 and asymmetric != (value_latents.zeros is not None):
         return None
     found = the_kind(
-        num_heads, width, None if absorbed else key.up.shape[0] // width, tuple(key.ranks), tuple(value.ranks), bits,
-        asymmetric, query.dtype, key.bias is not None, key_norm is not None, mask_kind(mask), queries,
+        num_heads, width, None if absorbed else key.up.shape[0] // width, tuple(key.ranks), tuple(value.ranks),
+        bits, value_bits, asymmetric, query.dtype, key.bias is not None, key_norm is not None, mask_kind(mask), queries,
         block_memory(query.device), copies, key_groups=1 if absorbed else max(1, len(key.ranks) // len(value.ranks)),
     )  # fmt: skip
     # All heads whose values are in the same latents, which are then read once; fewer need less of the up factor.
@@ -224,14 +225,15 @@ def _bits(latents: Stretch, dtype: torch.dtype) -> int | None:
 
 
 def _copied(latents: Stretch, ranks: tuple[int, ...]) -> int:
-    """Bytes, up to COPY, of which the places of all tokens', groups' and planes' latents are multiples."""
+    """Bytes, up to COPY, of which the places of all tokens', groups' and planes' latents are multiples, or 0 if few."""
     packed = isinstance(latents, PackedLatents)
     numbers, bits = (latents.codes, latents.quantization.bits) if packed else (latents, 16)
     *others, last = numbers.stride()
     if last != 1 or numbers.data_ptr() % COPY:
         return 0
     # Triton asks of what strides, in numbers, are multiples of 16.
-    return math.gcd(_grouped(ranks, bits), *others)
+    found = math.gcd(_grouped(ranks, bits), *others)
+    return found if found >= (COPY if bits >= FEW_BITS else LEAST_COPY) else 0
 
 
 @functools.lru_cache(maxsize=4096)
@@ -265,7 +267,7 @@ def constants_of(kind: Kind, plan: Plan, span: int, scaled: bool, order: str) ->
     heads, bits, weighers = kind.heads, kind.bits, kind.weighers
     exact = plan if span == 0 else kind.plans(False, False)[0]
     chunks = cdiv(max(kind.value_ranks), CHUNK)
-    whole = whole_slots(heads, bits, chunks)
+    whole = whole_slots(heads, kind.value_bits, chunks)
     scorers = scorers_of(heads.mode, weighers, whole)
     rank = padded_rank(kind.key_ranks, bits, heads.mode)
     if kind.sections > 1 and rank == WIDE_RANK and chunks <= FEW_CHUNKS:
@@ -283,7 +285,7 @@ def constants_of(kind: Kind, plan: Plan, span: int, scaled: bool, order: str) ->
         SLOTS=heads.slots, QUERY_ROWS=kind.rows_per_latent, WIDTH=kind.width, WIDE=next_power_of_2(kind.width),
         RANK=rank, KEY_DIVISOR=divisor(kind.key_ranks), CHUNKS=chunks,
         VALUE_DIVISOR=divisor(kind.value_ranks), RANK_STRIDE=max(kind.value_ranks), MASK=kind.mask,
-        DTYPE=DTYPES[kind.dtype], TOGETHER=heads.together, COLUMNS=heads.columns, BITS=bits,
+        DTYPE=DTYPES[kind.dtype], TOGETHER=heads.together, COLUMNS=heads.columns, BITS=bits, VALUE_BITS=kind.value_bits,
         ASYMMETRIC=kind.asymmetric, SCORERS=scorers, WEIGHERS=weighers,
         SCORE_REGISTERS=score_registers, VALUE_REGISTERS=value_registers,
         WHOLE=whole, SCALED=scaled, SECTIONS=kind.sections,

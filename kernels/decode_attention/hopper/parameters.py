@@ -99,7 +99,7 @@ def hand_on_parameters(
 ):  # fmt: skip
     """Store what weights need of a tile's values: 1 / scale, and what their numbers have more than latents / scale.
 
-    place: `place_of_scales`; WHOLE: numbers are those of `bytes_operand`, else of `value_operand`.
+    place: `place_of_scales`; BITS: of the values; WHOLE: numbers are those of `bytes_operand`, else of `value_operand`.
     """
     if BITS < 16:
         scales[0].index(place).store(reciprocal(_visible_scale(parameters, seen, ASYMMETRIC)))

@@ -166,7 +166,7 @@ def plans_for(
     head_dim: int,
     key_ranks: tuple[int, ...],
     value_ranks: tuple[int, ...],
-    bits: int,
+    bits: tuple[int, int],
     memory: int,
     windows: bool,
     all_of_them: bool,
@@ -175,31 +175,36 @@ def plans_for(
 ) -> tuple[Plan, ...]:
     """How much may be under way at a time in a block of so much shared memory: the best, or all plans that fit.
 
-    windows: keys are interpolated in windows of positions, which those with biases or a norm are not.
+    bits: of keys and of values. windows: keys are interpolated in windows of positions, which those with biases or a
+    norm are not.
     """
+    key_bits, value_bits = bits
     mode, chunks = mode_of(heads, windows), cdiv(max(value_ranks), CHUNK)
-    if not _are_taken(heads, head_dim, key_ranks, value_ranks, bits, windows) or chunks * heads.slots > MOST_SUMS:
+    if not _are_taken(heads, head_dim, key_ranks, value_ranks, key_bits, windows) or chunks * heads.slots > MOST_SUMS:
         return ()
     if (has_bias or has_norm) and mode != "rotated":
         return ()
-    weighers, whole = weighers_of(heads.mode, bits), whole_slots(heads, bits, chunks)
-    rank, sections = padded_rank(key_ranks, bits, heads.mode), sections_of(key_ranks, bits, heads.mode)
+    weighers, whole = weighers_of(heads.mode, value_bits), whole_slots(heads, value_bits, chunks)
+    rank, sections = padded_rank(key_ranks, key_bits, heads.mode), sections_of(key_ranks, key_bits, heads.mode)
     # Weights of fp16, or both bytes of those of two tiles by turns.
-    weights = 4 * whole * 2 * TILE if whole else (1 if bits == 16 else 2) * heads.slots * TILE * 2
+    weights = 4 * whole * 2 * TILE if whole else (1 if value_bits == 16 else 2) * heads.slots * TILE * 2
     # Bytes: numbers of 16 bits are kept, those of tiles are codes, which have scales and shifts.
-    parameters = 4 if bits < 16 else 0
+    parameters = 4 if value_bits < 16 else 0
     kept = 2 * _kept(heads, mode, head_dim, rank, has_bias, has_norm)
     kept += weights + 8 * TILE * (heads.slots + parameters) + RESERVED
     fitting = []
-    for plan in _preferred(heads, mode, bits, whole, sections, all_of_them):
+    for plan in _preferred(heads, mode, value_bits, whole, sections, all_of_them):
         held = held_of(mode, sections, plan.stays) * _slow(heads, mode, rank, sections)
-        tiles = scorers_of(mode, weighers, whole) * plan.key_stages * TILE * heads.key_groups * rank
-        tiles += weighers * plan.value_stages * plan.step * chunks * CHUNK
-        fits = _registers(plan, heads, chunks, bits, whole) <= MOST_OPERANDS and (not whole or plan.step >= LEAST_STEP)
-        if fits and kept + 2 * held + tiles * bits // 8 <= memory:
+        keys = scorers_of(mode, weighers, whole) * plan.key_stages * TILE * heads.key_groups * rank
+        values = weighers * plan.value_stages * plan.step * chunks * CHUNK
+        tiles = keys * key_bits // 8 + values * value_bits // 8
+        fits = _registers(plan, heads, chunks, value_bits, whole) <= MOST_OPERANDS and (
+            not whole or plan.step >= LEAST_STEP
+        )
+        if fits and kept + 2 * held + tiles <= memory:
             fitting.append(plan)
-    least = _least_under_way(fitting, heads, chunks, bits)
-    fitting = [plan for plan in fitting if not plan.stays or plan.under_way(chunks, bits) >= least]
+    least = _least_under_way(fitting, heads, chunks, value_bits)
+    fitting = [plan for plan in fitting if not plan.stays or plan.under_way(chunks, value_bits) >= least]
     return tuple(fitting if all_of_them else fitting[:1])
 
 

@@ -40,10 +40,11 @@ def _score_absorbed(
     found, scales, full, empty = buffers
     if WHOLE > 0:
         score_absorbed_codes(
-            found, scales, full, empty, ring, queries, units, arguments, WHICH, SHARED_BY, KIND[0], KIND[1], KIND[2]
+            found, scales, full, empty, ring, queries, units, arguments, WHICH, SHARED_BY, KIND[0], KIND[1], KIND[2],
+            KIND[3],
         )  # fmt: skip
     else:
-        score_absorbed(found, scales, full, empty, ring, queries, arguments, KIND[0], KIND[1], KIND[2])
+        score_absorbed(found, scales, full, empty, ring, queries, arguments, KIND[0], KIND[1], KIND[2], KIND[3])
 
 
 @gluon.jit
@@ -85,6 +86,7 @@ def attend(
     HELD: gl.constexpr, KV: gl.constexpr, QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr, SLOTS: gl.constexpr,
     WIDTH: gl.constexpr, WIDE: gl.constexpr, RANK: gl.constexpr, CHUNKS: gl.constexpr, RANK_STRIDE: gl.constexpr,
     MASK: gl.constexpr, DTYPE: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr, BITS: gl.constexpr,
+    VALUE_BITS: gl.constexpr,
     ASYMMETRIC: gl.constexpr, SCORERS: gl.constexpr, WEIGHERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr,
     VALUE_REGISTERS: gl.constexpr, WHOLE: gl.constexpr, SCALED: gl.constexpr, SECTIONS: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_NORM: gl.constexpr,
@@ -100,10 +102,9 @@ def attend(
         up_stride, query_stride, rows_heads, scaling, epsilon,
     ) = given  # fmt: skip
     part, parts = gl.program_id(0), gl.num_programs(0)
-    PLANES: gl.constexpr = planes_of(BITS)
     stored: gl.constexpr = DTYPE if BITS == 16 else gl.int16
     key_units: gl.constexpr = RANK // SECTIONS // fields_of(BITS)
-    value_units: gl.constexpr = CHUNK // fields_of(BITS)
+    value_units: gl.constexpr = CHUNK // fields_of(VALUE_BITS)
     # Of codes, of two tiles.
     STEPS: gl.constexpr = (2 // WEIGHERS if BITS < 16 else 1) * TILE // STEP
     # Buffers of their own for chunks, steps and groups that score, so that the compiler sees that they do not overlap:
@@ -111,7 +112,7 @@ def attend(
     memories = ()
     for _weigher in gl.static_range(WEIGHERS):
         value_rings = ()
-        for plane in gl.static_range(PLANES):
+        for plane in gl.static_range(planes_of(VALUE_BITS)):
             for _chunk in gl.static_range(CHUNKS):
                 value_rings = value_rings + (_ring(stored, VALUE_STAGES, STEP, value_units, plane),)
         weights = ()
@@ -169,14 +170,14 @@ def attend(
         found, scales, full, empty, tiles, at_values, means, logarithms, value_rank, values_t, value_units_there,
     )  # fmt: skip
     KEY_GROUPS: gl.constexpr = len(at_keys)
-    OF_VALUES: gl.constexpr = (KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, BITS)
+    OF_VALUES: gl.constexpr = (KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, VALUE_BITS)
     if MODE == "absorbed":
-        OF_KEYS: gl.constexpr = (BITS, ASYMMETRIC, MASK)
+        OF_KEYS: gl.constexpr = (BITS, VALUE_BITS, ASYMMETRIC, MASK)
         buffers = (found, scales, full, empty)
         rings = ()
         for _scorer in gl.static_range(SCORERS):
             ring = ()
-            for plane in gl.static_range(PLANES):
+            for plane in gl.static_range(planes_of(BITS)):
                 ring = ring + (_ring(stored, KEY_STAGES, TILE, key_units, plane),)
             rings = rings + (ring,)
         to_scores = (tiles, at_keys[0], parameters, mask, key_units_there[0], keys_t, row_mask, mask_t)
@@ -255,7 +256,7 @@ def attend(
             own = ()
             for _group in gl.static_range(KEY_GROUPS):
                 ring = ()
-                for plane in gl.static_range(PLANES):
+                for plane in gl.static_range(planes_of(BITS)):
                     for _section in gl.static_range(SECTIONS):
                         ring = ring + (_ring(stored, KEY_STAGES, TILE, key_units, plane),)
                 own = own + (ring,)
@@ -287,11 +288,13 @@ def attend(
         gl.warp_specialize([
             (score_rebuilt, (
                 places, scales, full, empty, ready, rings[0], factors, besides[0], to_scores, 0,
-                MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK, WHOLE > 0, SCALED,
+                MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, VALUE_BITS, ASYMMETRIC, MASK,
+                WHOLE > 0, SCALED,
             )),
             (score_rebuilt, (
                 places, scales, full, empty, ready, rings[1], factors, besides[1], to_scores, 1,
-                MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, ASYMMETRIC, MASK, WHOLE > 0, SCALED,
+                MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, VALUE_BITS, ASYMMETRIC, MASK,
+                WHOLE > 0, SCALED,
             )),
             (_weigh, (
                 window, (ready,) if MODE == "rotated" or MODE == "folded" else (), memories[0], out, to_values, 0,

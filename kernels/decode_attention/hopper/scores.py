@@ -155,7 +155,7 @@ def score_rebuilt(
     found, scales, full, empty, ready, ring, factors, beside, arguments,
     WHICH: gl.constexpr, MODE: gl.constexpr, KV: gl.constexpr, TOGETHER: gl.constexpr, QUERIES: gl.constexpr,
     QUERY_SLOTS: gl.constexpr, WIDTH: gl.constexpr, SPAN: gl.constexpr, DTYPE: gl.constexpr, BITS: gl.constexpr,
-    ASYMMETRIC: gl.constexpr, MASK: gl.constexpr, WHOLE: gl.constexpr, SCALED: gl.constexpr,
+    VALUE_BITS: gl.constexpr, ASYMMETRIC: gl.constexpr, MASK: gl.constexpr, WHOLE: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     """Scores of every other tile of keys that are rebuilt head after head, from tile WHICH (0 or 1) on.
 
@@ -307,7 +307,7 @@ def score_rebuilt(
                 hand_on_slow(places, free, scores, seen, of_scores, logarithm)
                 shares = next_shares
             place = place_of_scales(WHICH, done, False)
-            hand_on_parameters(scales, place, parameters, seen, rows, BITS, ASYMMETRIC, WHOLE)
+            hand_on_parameters(scales, place, parameters, seen, rows, VALUE_BITS, ASYMMETRIC, WHOLE)
             turns, parameters = next_turns, next_parameters
             synchronize()
             mbarrier.arrive(buffer_in(full, WHICH, done, False), count=1)
