@@ -45,7 +45,7 @@ DEFAULTS = {
     "attention": {
         "rank_k": 1024, "rank_v": 3072, "value_group_size": None, "num_heads": 32, "num_kv_heads": None,
         "head_dim": 128, "rope_base": 10000.0, "no_rope": False, "key_biases": False, "key_norm": False,
-        "check": False, "rest": REST,
+        "value_bits": None, "sinks": 0, "window": 0, "check": False, "rest": REST,
     },
     "model": {"model_shape": "llama-2-7b", "kept_ratio": 0.5, "value_share": 0.75, "compile": False},
 }  # fmt: skip
@@ -75,6 +75,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     part("--rank_k", type=int, help="sum of the key ranks over all groups (default: 1024)")
     part("--rank_v", type=int, help="sum of the value ranks (default: 3072)")
     part("--value_group_size", type=group_size, help="kv heads per group of values (default: as --group_size)")
+    part("--value_bits", type=int, help="bits of the value latents (default: as --bits)")
+    part("--sinks", type=int, help="first tokens that are exact beside codes (default: 0)")
+    part("--window", type=int, help="newest tokens that are exact beside codes (default: 0)")
     part("--num_heads", type=int, help="query heads (default: 32)")
     part("--num_kv_heads", type=int, help="key and value heads (default: as many as query heads)")
     part("--head_dim", type=int, help="numbers per head: 64, 96 or 128 (default: 128)")
@@ -143,12 +146,29 @@ def check_flags(args: argparse.Namespace) -> Heads | None:
     check_rest(args.rest)
     check_rope_base(args.rope_base)
     require(args.palu or not args.check, "--check compares the latents with float64; it needs --palu")
-    for name in ("no_rope", "key_biases", "key_norm", "value_group_size"):
+    for name in ("no_rope", "key_biases", "key_norm", "value_group_size", "value_bits", "sinks", "window"):
         require(args.palu or not getattr(args, name), f"--{name} changes the latents only; it needs --palu")
+    check_codes(args)
     for name in ("key_biases", "key_norm"):
         needless = args.no_rope and getattr(args, name)
         require(not needless, f"--{name} is for keys that are rotated, which --no_rope says no to")
     return heads
+
+
+def check_codes(args: argparse.Namespace) -> None:
+    """Refuse values' bits that there are not, and exact tokens where all are."""
+    from palu.core.validate import require
+
+    if args.value_bits is not None:
+        check_bits([args.value_bits], "--value_bits")
+    shortest = min(args.prompt_len)
+    for name in ("sinks", "window"):
+        count = getattr(args, name)
+        require(count >= 0, f"--{name} {count} must be at least 0")
+        codes = max(args.bits) < 16 and (args.value_bits or 0) < 16
+        require(codes or not count, f"--{name} is for tokens beside codes; with it --bits must be below 16")
+    exact = args.sinks + args.window
+    require(exact < shortest, f"--sinks and --window, {exact} tokens, must be fewer than --prompt_len {shortest}")
 
 
 def baselines(args: argparse.Namespace) -> tuple[str, ...]:

@@ -49,11 +49,14 @@ def test_cost_of_attention():
     ranks = (RANKS, (64, 64))
     # Values: each of the 4 query heads of a group weighs its 64 latents.
     rebuilt = Cost(20 * (128 + 256), 2 * 20 * (64 * 128 + 512 + 128 * 4))
-    assert latent_attention_cost(HEADS, ranks, 16, 2, 10, absorbed=False) == rebuilt
-    assert latent_attention_cost(HEADS, ranks, 16, 2, 10, absorbed=True).flops == 2 * 20 * (64 * 4 + 128 * 4)
-    assert latent_attention_cost(HEADS, ranks, 8, 2, 10, absorbed=True).bytes == 20 * (64 + 8 + 128 + 8)
+    assert latent_attention_cost(HEADS, ranks, (16, 16), 2, 10, absorbed=False) == rebuilt
+    assert latent_attention_cost(HEADS, ranks, (16, 16), 2, 10, absorbed=True).flops == 2 * 20 * (64 * 4 + 128 * 4)
+    assert latent_attention_cost(HEADS, ranks, (8, 8), 2, 10, absorbed=True).bytes == 20 * (64 + 8 + 128 + 8)
+    # Keys of 4 bits and values of 8; 3 of the tokens are exact.
+    mixed = latent_attention_cost(HEADS, ranks, (4, 8), 2, 10, absorbed=True, exact=3)
+    assert mixed.bytes == 2 * (7 * (32 + 8 + 128 + 8) + 3 * (128 + 256))
     # All 8 query heads weigh the latents of all values.
-    joint = latent_attention_cost(HEADS, (RANKS, (128,)), 16, 2, 10, absorbed=False)
+    joint = latent_attention_cost(HEADS, (RANKS, (128,)), (16, 16), 2, 10, absorbed=False)
     assert joint == Cost(20 * (128 + 256), 2 * 20 * (64 * 128 + 512 + 128 * 8))
     assert full_attention_cost(HEADS, 2, 10) == Cost(20 * 2 * 4 * 64 * 2, 4 * 20 * 512)
 

@@ -119,6 +119,19 @@ def test_the_attention_script_measures_latents_beside_baselines(flags, fake_gpu,
     assert fake_gpu[0][2] == ("--no-cuda_graph" not in flags)
 
 
+def test_values_may_have_other_bits_and_some_tokens_be_exact(fake_gpu, capsys):
+    flags = ["--bits", 4, "--value_bits", 8, "--sinks", 3, "--window", 5, "--check"]
+    assert invoke(run_latency_attention, *ATTENTION, *flags) == 0
+    rows = [row for row in read_results(Path("r.json"))["rows"] if row["provider"] == "latents"]
+    assert {(row["bits"], row["value_bits"], row["sinks"], row["window"]) for row in rows} == {(4, 8, 3, 5)}
+    assert all(row["relative_error"] < 5e-3 for row in rows)
+    # Two groups of 32 latents of keys and of values, whose codes have 4 bytes of scales and zero points.
+    for row in rows:
+        codes = row["rank_k"] // 2 + row["rank_v"] + 2 * 2 * 4
+        assert row["bytes"] == (row["prompt_len"] - 8) * codes + 8 * 2 * (row["rank_k"] + row["rank_v"])
+    assert "latents 4/8" in capsys.readouterr().out
+
+
 def test_without_palu_only_the_chosen_baseline_is_measured(fake_gpu):
     flags = [flag for flag in ATTENTION if flag != "--palu"]
     assert invoke(run_latency_attention, *flags, "--baseline", "eager") == 0
@@ -223,6 +236,14 @@ BAD_ATTENTION = [
     (["--baseline", "fa4"], "invalid choice: 'fa4'"),
     (["--check"], "--check compares the latents with float64; it needs --palu"),
     (["--no_rope"], "--no_rope changes the latents only; it needs --palu"),
+    (["--window", "4"], "--window changes the latents only; it needs --palu"),
+    (["--palu", "--value_bits", "5"], "--value_bits 5 must be one of 16, 8, 4, 3, 2"),
+    (["--palu", "--window", "4"], "--window is for tokens beside codes; with it --bits must be below 16"),
+    (["--palu", "--bits", "4", "--sinks", "-1"], "--sinks -1 must be at least 0"),
+    (
+        ["--palu", "--bits", "4", "--sinks", "65536"],
+        "--sinks and --window, 65536 tokens, must be fewer than --prompt_len",
+    ),
     (["--key_norm"], "--key_norm changes the latents only; it needs --palu"),
     (["--palu", "--no_rope", "--key_biases"], "--key_biases is for keys that are rotated, which --no_rope says no to"),
     (["--compile"], "--compile is for --scope model; the scope here is attention"),

@@ -56,11 +56,23 @@ class Attention:
         return self.heads.ranks(self.args.rank_k, "--rank_k"), self.heads.values.ranks(self.args.rank_v, "--rank_v")
 
     @property
+    def both_bits(self) -> tuple[int, int]:
+        """Of keys and of values."""
+        return self.bits, self.args.value_bits or self.bits
+
+    @property
+    def exact(self) -> tuple[int, int]:
+        """First and newest tokens that are exact beside codes."""
+        return self.args.sinks, self.args.window
+
+    @property
     def cost(self) -> Cost:
         """What a call cannot do without."""
         if self.is_baseline:
             return full_attention_cost(self.heads, self.batch, self.length)
-        return latent_attention_cost(self.heads, self.ranks, self.bits, self.batch, self.length, self.args.no_rope)
+        exact = min(self.length, sum(self.exact))
+        size = self.batch, self.length, self.args.no_rope, exact
+        return latent_attention_cost(self.heads, self.ranks, self.both_bits, *size)
 
     def rotation(self) -> "Rotation | None":
         """Shared by all calls, as by the layers of a model; None where keys are absorbed."""
@@ -80,7 +92,10 @@ class Attention:
         # An absorbed query has the variance that the product with an up factor would give it.
         query = torch.randn(self.batch, self.heads.num_heads, 1, width, **options)
         query *= math.sqrt(self.heads.head_dim / width)
-        keys, values = (random_latents(self.batch, self.length, ranks, self.bits, self.device) for ranks in self.ranks)
+        keys, values = (
+            random_latents(self.batch, self.length, ranks, bits, self.device, self.exact)
+            for ranks, bits in zip(self.ranks, self.both_bits, strict=True)
+        )
         key_up = None if self.args.no_rope else random_up(self.heads, key_ranks, self.device)
         value_up = random_up(self.heads.values, value_ranks, self.device)
         features = self.heads.num_kv_heads * self.heads.head_dim
@@ -163,6 +178,9 @@ def measure(task: Attention, peaks: Peaks) -> dict[str, Any]:
         "value_group_size": heads.values.group_size,
         "rank_k": None if task.is_baseline else task.args.rank_k,
         "rank_v": None if task.is_baseline else task.args.rank_v,
+        "value_bits": None if task.is_baseline else task.both_bits[1],
+        "sinks": None if task.is_baseline else task.args.sinks,
+        "window": None if task.is_baseline else task.args.window,
         "rope": not task.args.no_rope,
         "key_biases": None if task.is_baseline else task.args.key_biases,
         "key_norm": None if task.is_baseline else task.args.key_norm,

@@ -154,9 +154,12 @@ def _peaks(results: dict[str, Any]) -> str:
 
 
 def _name(row: dict[str, Any]) -> str:
-    """The provider, with the bits of latents."""
-    with_bits = row["provider"] in ("latents", "kernel", "rebuild")
-    return f"{row['provider']} {row['bits']}" if with_bits else row["provider"].replace("stock sdpa_", "stock ")
+    """The provider, with the bits of latents, those of values behind them where they are others."""
+    if row["provider"] not in ("latents", "kernel", "rebuild"):
+        return row["provider"].replace("stock sdpa_", "stock ")
+    value_bits = row.get("value_bits")
+    bits = f"{row['bits']}" if value_bits in (None, row["bits"]) else f"{row['bits']}/{value_bits}"
+    return f"{row['provider']} {bits}"
 
 
 def _length(row: dict[str, Any]) -> str:

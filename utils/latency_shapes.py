@@ -40,14 +40,14 @@ def check_counts(counts: dict[str, int | Sequence[int]]) -> None:
             require(number >= 1, f"{flag} {number} must be at least 1")
 
 
-def check_bits(bits: Sequence[int]) -> None:
+def check_bits(bits: Sequence[int], flag: str = "--bits") -> None:
     """Refuse bits that latents cannot have."""
     from palu.core.validate import require
     from palu.quantization import ALLOWED_BITS
 
     allowed = ", ".join(map(str, sorted(ALLOWED_BITS, reverse=True)))
     for number in bits:
-        require(number in ALLOWED_BITS, f"--bits {number} must be one of {allowed}")
+        require(number in ALLOWED_BITS, f"{flag} {number} must be one of {allowed}")
 
 
 def add_rest_flag(flag: Callable[..., Any], default: float | None = REST) -> None:
@@ -177,9 +177,15 @@ def full_score_cost(heads: Heads, batch: int, length: int) -> Cost:
 
 
 def latent_attention_cost(
-    heads: Heads, ranks: tuple[Sequence[int], Sequence[int]], bits: int, batch: int, length: int, absorbed: bool
+    heads: Heads,
+    ranks: tuple[Sequence[int], Sequence[int]],
+    bits: tuple[int, int],
+    batch: int,
+    length: int,
+    absorbed: bool,
+    exact: int = 0,
 ) -> Cost:
-    """Attention over key and value latents, each read once.
+    """Attention over key and value latents of such bits, but for some exact tokens' of 16, each read once.
 
     FLOPs: keys rebuilt and multiplied with queries (with absorbed queries latents are), weighted sums of value latents;
     of interpolated keys there are fewer.
@@ -188,8 +194,9 @@ def latent_attention_cost(
     key, value = (sum(side) * (heads.num_heads // len(side)) for side in ranks)
     if not absorbed:
         key = sum(ranks[0]) * heads.group_dim + heads.num_heads * heads.head_dim
-    read = sum(latent_bytes(side, bits) for side in ranks)
-    return Cost(batch * length * read, 2 * batch * length * (key + value))
+    codes = sum(latent_bytes(side, each) for side, each in zip(ranks, bits, strict=True))
+    read = (length - exact) * codes + exact * sum(latent_bytes(side, 16) for side in ranks)
+    return Cost(batch * read, 2 * batch * length * (key + value))
 
 
 def full_attention_cost(heads: Heads, batch: int, length: int) -> Cost:
@@ -198,15 +205,25 @@ def full_attention_cost(heads: Heads, batch: int, length: int) -> Cost:
     return Cost(batch * length * read, 2 * 2 * batch * length * heads.num_heads * heads.head_dim)
 
 
-def random_latents(batch: int, length: int, ranks: tuple[int, ...], bits: int, device: str) -> "Latents":
-    """Random fp16 latents as a cache holds them: drawn, and quantised where asked, a piece at a time."""
+def random_latents(
+    batch: int, length: int, ranks: tuple[int, ...], bits: int, device: str, exact: tuple[int, int] = (0, 0)
+) -> "Latents":
+    """Random fp16 latents as a cache holds them: drawn, and quantised where asked, a piece at a time.
+
+    exact: how many of the first and of the newest tokens stay as they are beside codes.
+    """
     import torch
 
     from palu.kernels.quantize import Quantization
-    from palu.nn.packed_buffer import PackedBuffer
+    from palu.nn.packed_buffer import MixedBuffer, PackedBuffer
     from palu.nn.token_buffer import TokenBuffer
 
-    buffer = TokenBuffer() if bits == 16 else PackedBuffer(Quantization(bits, ranks))
+    if bits == 16:
+        buffer = TokenBuffer()
+    elif any(exact):
+        buffer = MixedBuffer(Quantization(bits, ranks), *exact)
+    else:
+        buffer = PackedBuffer(Quantization(bits, ranks))
     step = max(1, PIECE // (batch * sum(ranks)))
     for start in range(0, length, step):
         shape = (batch, min(step, length - start), sum(ranks))
