@@ -23,6 +23,8 @@ MOST_SPILLED_WINDOWS = 208
 MOST_SPILLED_SEVERAL = 504
 # Of windows of 256 latents of 8 bits, by the mode; Triton 3.6 leaves 264 and 408.
 MOST_SPILLED_SECTIONS = {"folded": 544, "rotated": 792}
+# Of 3 bits where keys have a norm or are interpolated and have two sections; Triton 3.6 leaves 208.
+MOST_SPILLED_PLANES = 512
 # Of numbers of 16 bits, for whose factors and the copies of them there is least room; Triton 3.6 leaves 104 (fp16).
 MOST_SPILLED_NUMBERS = 352
 # Of several queries and codes, two tiles of which are weighed at a time; Triton 3.6 leaves 128 (8 bits, biases).
@@ -88,6 +90,9 @@ def is_folded(row):
 
 def most_spilled(row):
     """Bytes of local memory that a launch may take."""
+    planes = row["kernel"] == "hopper_kernel" and row["bits"] == "3"
+    if planes and (row["has_norm"] == "True" or (row["span"], row["sections"]) == ("4096", "2")):
+        return MOST_SPILLED_PLANES
     if row["kernel"] == "hopper_kernel" and row["span"] != "0":
         if (row["bits"], row["sections"]) == ("8", "4"):
             return MOST_SPILLED_SECTIONS[row["mode"]]

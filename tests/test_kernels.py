@@ -130,8 +130,6 @@ def test_kernels_leave_to_the_reference_what_they_cannot_take():
     assert not launch.can_take(query, keys.half(), *call[2:], rotation, mask, None)
     uneven = LatentProjection(key.up, (100, 28), None)
     assert not launch.can_take(query, keys, values, uneven, value, rotation, mask, None)
-    fine = quantize(keys, Quantization(4, quantization_widths(key.ranks, 16)))
-    assert not launch.can_take(query, fine, values, key, value, rotation, mask, None)
     assert not launch.can_take(query.requires_grad_(), *call[1:], rotation, mask, None)
 
 

@@ -11,7 +11,7 @@ from palu.kernels.latent_scores.reference import latent_scores
 from palu.kernels.latent_scores.spec import ABSORBED_SHAPES
 from palu.kernels.latent_scores.spec import SHAPES as SCORE_SHAPES
 from palu.kernels.latents import LatentProjection, MixedLatents, dense
-from palu.kernels.quantize import Quantization, quantize
+from palu.kernels.quantize import Quantization, quantization_widths, quantize
 from palu.kernels.rotation import Rotation
 from tests.kernel_calls import KERNEL_SHAPES, RandomNorm, close, defined, name_of, on_device, quantized, random_call
 
@@ -37,6 +37,23 @@ def test_kernels_read_packed_latents_beside_exact_ones(shape, bits, symmetric, g
         held.append(dense(mixed[-1], torch.float32))
     expected = defined(query, *held, key, value, rotation, mask, 0.1, shape, None)
     call = on_device(query, *mixed, key, value, rotation, mask)
+    assert launch.can_take(*call, None)
+    assert close(launch.decode_attention(*call, 0.1), expected, "float32")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("exact", [0, 3])
+def test_kernels_read_codes_with_several_scales_per_head_group(exact):
+    shape = Shape(2, 4, 2, 64, 1, 130, (48,), (64,))
+    query, *latents, key, value, rotation, mask = random_call(shape, torch.float32, True)
+    given, held = [], []
+    for latent, ranks in zip(latents, (shape.key_ranks, shape.value_ranks), strict=True):
+        packed = quantize(latent * 3 + 0.2, Quantization(3, quantization_widths(ranks, 16)))
+        some = MixedLatents((latent[:, :exact], packed.narrow(1, exact, shape.length - exact)))
+        given.append(some if exact else packed)
+        held.append(dense(given[-1], torch.float32))
+    expected = defined(query, *held, key, value, rotation, mask, 0.1, shape, None)
+    call = on_device(query, *given, key, value, rotation, mask)
     assert launch.can_take(*call, None)
     assert close(launch.decode_attention(*call, 0.1), expected, "float32")
 

@@ -16,7 +16,7 @@ from palu.kernels.integers import cdiv, next_power_of_2
 from palu.kernels.latent_scores.launch import Scores, compute_dtype, launch_scores
 from palu.kernels.latent_scores.layout import DTYPES, block_memory, divisor, layout, processors, side_of
 from palu.kernels.latent_scores.op import absorbed
-from palu.kernels.latents import LatentProjection, Latents, Stretch, stretches
+from palu.kernels.latents import LatentProjection, Latents, MixedLatents, Stretch, stretches
 from palu.kernels.quantize import PackedLatents
 from palu.kernels.relaunch import relaunch
 from palu.kernels.rotation import Rotation
@@ -74,15 +74,18 @@ def _are_aligned(ranks: tuple[int, ...]) -> bool:
 
 
 def _is_plain(latents: Stretch, ranks: Sequence[int], dtype: torch.dtype) -> bool:
-    """Codes with one scale per head group in whole words, or latents of the query's dtype, side by side."""
-    if isinstance(latents, PackedLatents):
+    """Codes with one scale per head group in whole words or with more scales, or latents of the query's dtype."""
+    if isinstance(latents, PackedLatents) and latents.quantization.widths == tuple(ranks):
         # Scales of neighbouring groups side by side, with their zero points between them if there are any.
         step = 1 if latents.zeros is None else 2
         aligned = latents.scales.shape[-1] == 1 or latents.scales.stride(-1) == step
         aligned = aligned and (latents.zeros is None or side_by_side(latents.scales, latents.zeros))
         unit = 2 if latents.quantization.bits == 3 else 4
         words = latents.codes.stride(-1) == 1 and all(stride % unit == 0 for stride in latents.codes.stride()[:2])
-        return aligned and words and latents.quantization.widths == tuple(ranks)
+        return aligned and words
+    if isinstance(latents, PackedLatents):
+        # Those with more scales become numbers first.
+        return True
     return latents.dtype == dtype and latents.stride(-1) == 1
 
 
@@ -114,6 +117,7 @@ def decode_attention(
     head_dim: int | None = None,
 ) -> Tensor:
     """As the reference, without the probabilities: [batch, queries, features]."""
+    key_latents, value_latents = _readable(key_latents, key, query), _readable(value_latents, value, query)
     if rotation is None and key.up is not None:
         query, key, head_dim = *absorbed(query, key), query.shape[-1]
     batch, num_heads, queries, width = query.shape
@@ -130,6 +134,17 @@ def decode_attention(
         parts = launch_values(scores, value_latents, value, rows, queries, len(key.ranks))
         output = combine(parts, value, rows, head_dim or width)
     return output.view(batch, queries, -1)
+
+
+def _readable(latents: Latents, side: LatentProjection, query: Tensor) -> Latents:
+    """The same, but that codes with more than one scale per head group are numbers, made for this call."""
+    parts = [
+        part.dequantized(query.dtype)
+        if isinstance(part, PackedLatents) and part.quantization.widths != tuple(side.ranks)
+        else part
+        for part in stretches(latents)
+    ]
+    return MixedLatents(tuple(parts)) if isinstance(latents, MixedLatents) else parts[0]
 
 
 def _launch_hopper(
