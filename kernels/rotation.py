@@ -1,5 +1,6 @@
 """Rotary position embedding of cached keys: where the tokens stand, and how slow pairs can be interpolated."""
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -194,8 +195,10 @@ class Rotation:
         return Rotation(positions, self.frequencies, self.attention_scaling, self.tolerance, tables)
 
     def stretch(self, start: int, length: int) -> "Rotation":
-        """As `narrow`, the same for all layers."""
-        return self.seen(("stretch", start, length), None, lambda: (self.narrow(start, length),))[0]
+        """As `narrow`, with tables that all layers share."""
+        # Not the object itself, whose positions would keep these ones, and so what is kept as long as they are.
+        kept = self.seen(("stretch", start, length), None, lambda: (self.narrow(start, length)._tables,))[0]
+        return dataclasses.replace(self.narrow(start, length), _tables=kept)
 
     def tables(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin of every pair, scaled: [batch or 1, length, head_dim], or [.., length, groups, head_dim]."""

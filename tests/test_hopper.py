@@ -1,5 +1,6 @@
 """The decode kernel for GPUs of compute capability 9: what it computes there."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -15,7 +16,7 @@ from palu.kernels.latents import MixedLatents, dense
 from palu.kernels.quantize import PackedLatents
 from palu.kernels.rotation import Rotation
 from tests.hopper_calls import MEMORY, are_copied, checked, needs_hopper
-from tests.kernel_calls import name_of, on_device, quantized, random_call
+from tests.kernel_calls import close, defined, name_of, on_device, quantized, random_call
 
 MORE_PLANS = ((2, 32, 4), (1, 64, 3), (3, 16, 3), (2, 64, 2), (4, 16, 6))
 
@@ -151,9 +152,69 @@ def test_some_tokens_are_exact_beside_codes(exact, rope, heads, dtype, bits, mas
         held.append(dense(mixed[-1], torch.float32))
     if rope == "windows":
         rotation = Rotation(rotation.positions, 1e6 ** (-torch.arange(64) / 64))
-        monkeypatch.setattr(hopper, "parts_of", lambda tiles, *args: min(3, tiles))
+        few = lambda tiles, *args: tuple(min(3, each) for each in tiles)  # noqa: E731
+        monkeypatch.setattr(hopper, "parts_side_by_side", few)
+    windows, launched = [], hopper._launch
+    monkeypatch.setattr(
+        hopper, "_launch", lambda *args: windows.append(args[1].tables.window is not None) or launched(*args)
+    )
     call = (query, *mixed, key, value, None if rope == "absorbed" else rotation)
     checked(call, shape, mask if masked else None, mask if masked else None, dtype, monkeypatch, held)
+    assert len(windows) == len(mixed[0].stretches)
+    assert any(windows) == (rope == "windows")
+
+
+@needs_hopper
+@torch.no_grad()
+@pytest.mark.usefixtures("empty_memory_is_nan")
+@pytest.mark.parametrize("bits", [3, 2])
+@pytest.mark.parametrize("start", [1, 2, 3, 8])
+def test_codes_may_begin_anywhere_in_memory(start, bits, monkeypatch):
+    shape = Shape(2, 16, 4, 128, 1, 700, (96,), (352,))
+    query, *latents, key, value, rotation, _ = random_call(shape, torch.float16, False)
+    packed, held = quantized(latents, bits, key, value)
+    left, scaling = dataclasses.replace(shape, length=shape.length - start), shape.head_dim**-0.5
+    seen, held = torch.ones(2, 1, 1, left.length, dtype=torch.bool), [each[:, start:] for each in held]
+    expected = defined(query, *held, key, value, rotation.narrow(start, left.length), seen, scaling, left, None)
+    launches, launched = [], hopper.launch
+    monkeypatch.setattr(hopper, "launch", lambda *args: launches.append(1) or launched(*args))
+    query, *packed, key, value, rotation = on_device(query, *packed, key, value, rotation)
+    codes = [each.narrow(1, start, left.length) for each in packed]
+    call = (query, *codes, key, value, rotation.narrow(start, left.length), None)
+    assert close(launch.decode_attention(*call, scaling), expected, "float16")
+    assert launches
+
+
+@needs_hopper
+@torch.no_grad()
+@pytest.mark.parametrize("heads", [(32, 32), (32, 8)], ids=["folded", "rotated"])
+def test_launches_side_by_side_read_what_was_written_just_before(heads):
+    groups = heads[1] // 4
+    shape = Shape(2, *heads, 128, 1, 3000, (128,) * groups, (384,) * groups)
+    query, *latents, key, value, rotation, _ = random_call(shape, torch.float16, False, True)
+    packed, _ = quantized(latents, 4, key, value)
+    mixed = [
+        MixedLatents((given[:, :4].clone(), codes.narrow(1, 4, 2896), given[:, 2900:].clone()))
+        for given, codes in zip(latents, packed, strict=True)
+    ]
+    call = on_device(query, *mixed, key, value, rotation, None)
+    query, keys, values = call[:3]
+    attend = functools.partial(launch.decode_attention, *call, shape.head_dim**-0.5)
+    attend()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attend()
+    for _ in range(30):
+        written = [query, *keys.stretches[::2], *values.stretches[::2], keys.stretches[1].scales]
+        for each in written:
+            each.copy_(torch.rand_like(each) + 0.01)
+        at_once = attend()
+        torch.cuda.synchronize()
+        assert torch.equal(at_once, attend())
+        for each in written:
+            each.copy_(torch.rand_like(each) + 0.01)
+        graph.replay()
+        assert torch.equal(captured, attend())
 
 
 @needs_hopper

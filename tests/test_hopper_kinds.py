@@ -142,6 +142,27 @@ def test_no_other_number_of_parts_would_end_sooner(tiles, others):
     assert all(cost(parts) <= cost(other) for other in range(1, min(tiles, plans.MOST_PARTS, 528 // others + 1) + 1))
 
 
+@pytest.mark.parametrize(
+    ("tiles", "others", "expected"),
+    [
+        # All programs run at once.
+        ((1, 1022, 2), (2, 2, 2), (1, 61, 1)),
+        ((1, 1022, 2), (8, 8, 8), (1, 14, 1)),
+        ((64, 64), (2, 2), (32, 32)),
+        # Or a short launch first, however many programs it has.
+        ((256, 2), (64, 64), (2, 1)),
+        ((1, 1024), (64, 64), (1, 2)),
+    ],
+)
+def test_stretches_of_tokens_are_shared_out_so_that_all_end_soon(tiles, others, expected):
+    found = plans.parts_side_by_side(tiles, others, (1,) * len(tiles), 132)
+    assert found == expected
+    assert all(1 <= parts <= own for parts, own in zip(found, tiles, strict=True))
+    # Programs that leave two parts each: no more of these than are added up at once.
+    twice = plans.parts_side_by_side(tiles, (1,) * len(tiles), (2,) * len(tiles), 132)
+    assert 2 * sum(twice) <= plans.MOST_PARTS
+
+
 def test_what_the_kernel_cannot_take_is_left_to_the_others():
     query, keys, values, key, value, _, _ = random_call(HOPPER_SHAPES[0], torch.float16, False)
     assert takes(query, keys, values, key, value)
@@ -190,6 +211,20 @@ def test_codes_that_the_kernel_cannot_take_are_left_to_the_others(dtype):
     query, *latents, key, value, _, _ = random_call(HOPPER_SHAPES[1], dtype, False)
     for bits, taken in ((8, True), (4, False), (3, False), (2, True)):
         assert takes(query, *quantized(latents, bits, key, value)[0], key, value) == taken
+
+
+@pytest.mark.parametrize("bits", [3, 2])
+def test_codes_whose_first_token_moves_are_copied_in_two_sizes_at_most(bits):
+    shape = Shape(1, 8, 4, 128, 1, 40, (96,), (352,))
+    query, *latents, key, value, _, _ = random_call(shape, torch.float16, False)
+    packed, _ = quantized(latents, bits, key, value)
+    # As a sliding window drops tokens at the front.
+    found = [
+        kind.kind_of(query, *(each.narrow(1, start, 30) for each in packed), key, value, None, None).copies
+        for start in range(9)
+    ]
+    assert found[0] == found[8]
+    assert all(len(set(copies)) <= 2 and min(copies) >= 4 for copies in zip(*found, strict=True))
 
 
 def test_calls_whose_places_need_more_than_32_bits_are_left_to_the_others():

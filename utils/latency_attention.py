@@ -70,8 +70,7 @@ class Attention:
         """What a call cannot do without."""
         if self.is_baseline:
             return full_attention_cost(self.heads, self.batch, self.length)
-        exact = min(self.length, sum(self.exact))
-        size = self.batch, self.length, self.args.no_rope, exact
+        size = self.batch, self.length, self.args.no_rope, sum(self.exact)
         return latent_attention_cost(self.heads, self.ranks, self.both_bits, *size)
 
     def rotation(self) -> "Rotation | None":

@@ -62,7 +62,8 @@ class GlobalBits(RankSearch):
         share, codes = budget.kept_ratio * FULL_BYTES * len(energy), budget.codes
         ranks = range(1, budget.cap(group) * len(energy) // group.group_dim + 1)
         most = {bits: bisect_right(ranks, share, key=lambda rank: codes.nbytes([rank], bits)) for bits in codes.choices}
-        losses = [_lost_at(energy.tolist(), rank, bits, budget) for bits, rank in most.items() if rank]
+        energies = energy.tolist()
+        losses = [_lost_at(energies, rank, bits, budget) for bits, rank in most.items() if rank]
         return min(losses, default=energy.sum().item())
 
     def __call__(self, shapes: Sequence[SiteShape], evidence: Evidence, budget: RankBudget) -> RankPlan:

@@ -7,7 +7,12 @@ become numbers. Keys are rebuilt whole, or partly interpolated in windows of pos
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from palu.kernels.decode_attention.hopper.common import allow_launch_after, place_of, wait_for_launch_before
+from palu.kernels.decode_attention.hopper.common import (
+    allow_launch_after,
+    place_of,
+    read_what_is_written,
+    wait_for_launch_before,
+)
 from palu.kernels.decode_attention.hopper.planes import planes_at, row_at, steps_of, units_of
 from palu.kernels.decode_attention.hopper.program import attend
 from palu.kernels.latent_scores.tiles import GAPS
@@ -41,20 +46,22 @@ def hopper_kernel(
     whose values are in the same latents.
 
     query: [rows, GROUPS * KV * QUERIES, query_stride]; absorbed, KV is one. keys, values: of codes, bytes. BITS: of
-    keys; values have codes if they do. up: of codes
-    in the order of `unit_order`, or section by section where keys have several (SECTIONS, of `section_of` latents).
-    SCALED: codes of keys meet it times their scales, else scores are. keys_plane, values_plane: bytes of a token's
-    codes before the high plane; KEY_COPY, VALUE_COPY: as KIND in `planes`. bias: of all keys; norm: a key norm's
-    weights, epsilon what it adds to mean squares. table: `lane_table`, fast_table: that of the fast pairs. parameters:
-    of codes, scales of every group, with their zero points behind them if ASYMMETRIC. SPAN: tokens of a window, or 0;
-    where there are windows, rows without gaps, by `spans_of`, are computed in them, with a mode and a plan of their own
-    (SPAN_*), the others as without; bases, basis: of `palu.kernels.rotation.Window`, of folded queries by lane. means:
-    [parts, rows, heads, RANK_STRIDE]; logarithms: of base 2, float32 [parts, rows, heads]: WEIGHERS parts of every
-    program. BEGINS, ENDS: of launches that run side by side the first one begins, and waits for what came before all
-    of them; the others begin when it has, and are not over before those that were launched earlier.
+    keys, VALUE_BITS: of values, which have codes if keys do. keys_plane, values_plane: bytes of a token's codes before
+    the high plane; KEY_COPY, VALUE_COPY: as KIND in `planes`. up: of codes in the order of `unit_order`, or section by
+    section where keys have several (SECTIONS, of `section_of` latents). SCALED: codes of keys meet it times their
+    scales, else scores are. bias: of all keys; norm: a key norm's weights, epsilon what it adds to mean squares. table:
+    `lane_table`, fast_table: that of the fast pairs. parameters: of codes, scales of every group, with their zero
+    points behind them if ASYMMETRIC. SPAN: tokens of a window, or 0; where there are windows, rows without gaps, by
+    `spans_of`, are computed in them, with a mode and a plan of their own (SPAN_*), the others as without; bases, basis:
+    of `palu.kernels.rotation.Window`, of folded queries by lane. means: [parts, rows, heads, RANK_STRIDE]; logarithms:
+    of base 2, float32 [parts, rows, heads]: WEIGHERS parts of every program. BEGINS, ENDS: of launches that run side by
+    side the first one begins, and waits for what came before all of them; the others begin when it has, and are not
+    over before those that were launched earlier.
     """
     if BEGINS:
         wait_for_launch_before()
+    else:
+        read_what_is_written()
     if not ENDS:
         allow_launch_after()
     # First of all: everything waits for them.

@@ -26,7 +26,7 @@ from palu.kernels.integers import cdiv, next_power_of_2
 from palu.kernels.latent_scores.layout import DTYPES, block_memory, divisor, even_rank, mask_kind
 from palu.kernels.latents import LatentProjection, Latents, Stretch, stretches
 from palu.kernels.packing import PLANES
-from palu.kernels.quantize import PackedLatents
+from palu.kernels.quantize import WHOLE_ZEROS, PackedLatents
 from palu.kernels.relaunch import Constants
 
 # Programs at most that share a group's heads: each reads all of the group's latents.
@@ -162,11 +162,11 @@ def kinds_of(
     mask: Tensor | None, key_norm: object,
 ) -> list[Kind] | None:  # fmt: skip
     """`kind_of` for every stretch of tokens; None if the kernel does not take all of them, or sides differ in these."""
-    pairs = list(zip(stretches(key_latents), stretches(value_latents), strict=False))
-    if key_latents.shape[1] != sum(keys.shape[1] for keys, _ in pairs):
+    sides = stretches(key_latents), stretches(value_latents)
+    if len(sides[0]) != len(sides[1]):
         return None
     kinds = []
-    for keys, values in pairs:
+    for keys, values in zip(*sides, strict=True):
         kind = kind_of(query, keys, values, key, value, mask, key_norm) if keys.shape[1] == values.shape[1] else None
         if kind is None:
             return None
@@ -220,7 +220,7 @@ def _bits(latents: Stretch, dtype: torch.dtype) -> int | None:
         kind = latents.quantization
         # Symmetric codes' zero points are whole at any number of bits, and those of few bits may have fractions.
         whole = kind.symmetric or kind.whole_zeros
-        return kind.bits if kind.bits in CODES and (whole or kind.bits < FEW_BITS) else None
+        return kind.bits if kind.bits in CODES and (whole or kind.bits < WHOLE_ZEROS) else None
     return 16 if latents.dtype == dtype else None
 
 
@@ -229,11 +229,13 @@ def _copied(latents: Stretch, ranks: tuple[int, ...]) -> int:
     packed = isinstance(latents, PackedLatents)
     numbers, bits = (latents.codes, latents.quantization.bits) if packed else (latents, 16)
     *others, last = numbers.stride()
-    if last != 1 or numbers.data_ptr() % COPY:
-        return 0
     # Triton asks of what strides, in numbers, are multiples of 16.
-    found = math.gcd(_grouped(ranks, bits), *others)
-    return found if found >= (COPY if bits >= FEW_BITS else LEAST_COPY) else 0
+    found, place = math.gcd(_grouped(ranks, bits), *others), numbers.data_ptr()
+    if place % found and bits < FEW_BITS:
+        # Whatever the first of the tokens that a cache still has, one more size is enough.
+        found = math.gcd(found, place, LEAST_COPY)
+    least = COPY if bits >= FEW_BITS else LEAST_COPY
+    return found if last == 1 and place % found == 0 and found >= least else 0
 
 
 @functools.lru_cache(maxsize=4096)

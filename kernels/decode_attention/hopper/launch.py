@@ -14,7 +14,16 @@ from palu.kernels.decode_attention.hopper.combine import hopper_combine_kernel
 from palu.kernels.decode_attention.hopper.factor import factor_of_codes
 from palu.kernels.decode_attention.hopper.kernel import hopper_kernel
 from palu.kernels.decode_attention.hopper.kind import Kind, constants_of
-from palu.kernels.decode_attention.hopper.plans import COLUMNS, MOST_PARTS, SLOW, TILE, Plan, padded_rank, parts_of
+from palu.kernels.decode_attention.hopper.plans import (
+    COLUMNS,
+    MOST_PARTS,
+    SLOW,
+    TILE,
+    Plan,
+    padded_rank,
+    parts_of,
+    parts_side_by_side,
+)
 from palu.kernels.decode_attention.hopper.spans import spans_of
 from palu.kernels.decode_attention.hopper.windows import COLUMNS as KERNEL_COLUMNS
 from palu.kernels.decode_attention.hopper.windows import FAST as KERNEL_FAST
@@ -34,8 +43,6 @@ COMBINE_WARPS, COMBINE_CHUNK, MOST_CHUNKS = KERNEL_WARPS.value, KERNEL_CHUNK.val
 # Parts at least that a program adds up, and numbers of a head that it computes: all programs of a head read all parts.
 # Of so many chunks of latents there are registers for fewer numbers.
 LEAST_PARTS, OUTPUTS, FEWER_OUTPUTS, MANY_CHUNKS = 16, (32, 64, 128), (32, 64), 4
-# Parts at most of a stretch beside the longest one.
-OTHER_PARTS = 4
 # Tiles of a program from which on windows are worth their making.
 LEAST_TILES = 8
 # Pairs of keys with several queries that are rebuilt where the others are interpolated.
@@ -124,9 +131,9 @@ def launch(
     counts = [each.count for each in launches]
     means = query.new_empty(sum(counts), rows, num_heads, max(value.ranks))
     found = Means(means, query.new_empty(sum(counts), rows, num_heads, dtype=torch.float32))
-    # The longest stretch last: those that end early leave it their multiprocessors.
+    # Codes last, of which there are most: exact tokens leave them their multiprocessors.
     split = zip(launches, *[numbers.split(counts) for numbers in found], strict=True)
-    ordered = sorted(split, key=lambda each: each[0].call.key_latents.shape[1])
+    ordered = sorted(split, key=lambda each: each[0].call.kind.bits < 16)
     for order, (each, *own) in zip(_orders(len(ordered)), ordered, strict=True):
         _launch_best(each._replace(order=order), Means(*own))
     return _combine_early(found, value, query, head_dim)
@@ -150,16 +157,12 @@ def _planned(call: Call) -> Launch:
 
 
 def _side_by_side(calls: Sequence[Call]) -> list[Launch]:
-    """How the tokens of several stretches are shared out: all programs have about as many tiles, and run at once."""
-    rows, programs = calls[0].query.shape[0], processors(calls[0].query.device)
-    index = max(range(len(calls)), key=lambda index: calls[index].tiles)
-    longest = calls[index]
-    parts = parts_of(longest.tiles, longest.kind.groups * rows, programs)
-    counts = [min(OTHER_PARTS, cdiv(call.tiles * parts, longest.tiles)) for call in calls]
-    counts[index] = 0
-    taken = sum(count * call.kind.groups * rows for count, call in zip(counts, calls, strict=True))
-    left = programs - taken if 2 * taken < programs else programs
-    counts[index] = parts_of(longest.tiles, longest.kind.groups * rows, left, MOST_PARTS - sum(counts))
+    """How the tokens of several stretches are shared out."""
+    rows, kinds = calls[0].query.shape[0], [call.kind for call in calls]
+    counts = parts_side_by_side(
+        tuple(call.tiles for call in calls), tuple(kind.groups * rows for kind in kinds),
+        tuple(kind.weighers for kind in kinds), processors(calls[0].query.device),
+    )  # fmt: skip
     return [_with_tables(call, count) for call, count in zip(calls, counts, strict=True)]
 
 

@@ -30,9 +30,14 @@ def planes_at(row, plane, offset, KIND: gl.constexpr):
     COPY: gl.constexpr = KIND[1]
     UNITS: gl.constexpr = COPY // 2
     units = row.to(gl.pointer_type(gl.int16), bitcast=True) if BITS < 16 else row
-    result = (units + gl.multiple_of(offset // fields_of(BITS), UNITS),)
+    first = units + gl.multiple_of(offset // fields_of(BITS), UNITS)
+    if COPY < 16:
+        # Triton knows of a tensor's address only whether it is a multiple of 16.
+        first = gl.multiple_of(first, COPY)
+    result = (first,)
     if planes_of(BITS) == 2:
-        result = result + (row + gl.multiple_of(plane + offset // fields_of(BITS), COPY),)
+        high = row + gl.multiple_of(plane + offset // fields_of(BITS), COPY)
+        result = result + (gl.multiple_of(high, COPY),)
     return result
 
 

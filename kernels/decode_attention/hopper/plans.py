@@ -300,8 +300,29 @@ def _registers(plan: Plan, heads: Heads, chunks: int, bits: int, whole: int) -> 
 
 
 @functools.lru_cache(maxsize=4096)
-def parts_of(tiles: int, others: int, processors: int, most: int = MOST_PARTS) -> int:
+def parts_of(tiles: int, others: int, processors: int) -> int:
     """Programs that share the tiles, where there are so many others at a time: those that end first, if in waves."""
-    most = max(1, min(tiles, most, cdiv(4 * processors, others)))
+    most = max(1, min(tiles, MOST_PARTS, cdiv(4 * processors, others)))
     times = {n: cdiv(n * others, processors) * (cdiv(tiles, n) + START) for n in range(1, most + 1)}
     return min(times, key=lambda parts: (times[parts], parts))
+
+
+@functools.lru_cache(maxsize=4096)
+def parts_side_by_side(
+    tiles: tuple[int, ...], others: tuple[int, ...], stored: tuple[int, ...], processors: int
+) -> tuple[int, ...]:
+    """As `parts_of`, of stretches of tokens whose launches run side by side, with as many tiles per program at most.
+
+    stored: parts that each program leaves. Where there are more programs than run at once, one launch begins behind the
+    other.
+    """
+    times = {}
+    for most in {cdiv(max(tiles), parts) for parts in range(1, MOST_PARTS + 1)}:
+        counts = tuple(cdiv(own, most) for own in tiles)
+        programs = [count * other for count, other in zip(counts, others, strict=True)]
+        each = [min(own, most) + START for own in tiles]
+        behind = sum(cdiv(count, processors) * lasts for count, lasts in zip(programs, each, strict=True))
+        left = sum(count * more for count, more in zip(counts, stored, strict=True))
+        if left <= MOST_PARTS or most == max(tiles):
+            times[counts] = max(each) if sum(programs) <= processors else behind
+    return min(times, key=lambda counts: (times[counts], counts))

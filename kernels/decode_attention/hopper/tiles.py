@@ -12,7 +12,7 @@ from palu.kernels.decode_attention.hopper.parameters import scale_of, zero_of
 
 @gluon.jit
 def copy_tile(ring, stage, latents, tiles, index, latents_t, units):
-    """Start copying a tile's latents, `units` numbers of 16 bits each; nothing is read behind the last tile.
+    """Start copying a tile's latents, `units` numbers, or units or bytes of a plane, each; none behind the last tile.
 
     ring: shared memory [stages, tile, units] of every section of the latents, plane after plane, a tuple: else the
     compiler would let all warps wait for each other between their copies. latents, latents_t: of every plane.
@@ -46,8 +46,8 @@ def loaded_of(
 ):  # fmt: skip
     """A tile's latents of a key group in registers, once they are there, and what their scores are multiplied with.
 
-    As they are stored, a tuple of sections, with TURNED the last one first, each a tuple of planes, their zero points
-    and scales; and [tile].
+    As they are stored, a tuple of sections, with TURNED the last one first, each with its high plane, a
+    tuple of one or none, their zero points and scales; and [tile].
     ring: as in `copy_tile`. PENDING: copies of latents that are under way, of which these are the first; SCALED: as in
     `key_operand`.
     """

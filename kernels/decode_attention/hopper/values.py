@@ -50,7 +50,8 @@ def _there(sums):
 
 @gluon.jit
 def copy_step(rings, stage, latents, tiles, begin, number, latents_t, units, EVERY: gl.constexpr):
-    """Start copying step `number` of every EVERY-th tile from `begin` on, `units` numbers of 16 bits each.
+    """Start copying step `number` of every EVERY-th tile from `begin` on, `units` numbers, or units or bytes of a
+    plane, each.
 
     Nothing is read behind the last tile. latents, latents_t: of every plane; rings: of every chunk, plane after plane.
     """
