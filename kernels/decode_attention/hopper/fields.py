@@ -1,7 +1,7 @@
 """Assembly that makes numbers of packed codes: of a unit's fields, codes at its bits 0, bits, 2 bits, ..
 
-Of 2 bits a unit's fields 2^2f hold their codes four, sixteen and sixty-four times as large; so do 3 bits' low planes,
-whose high bits come as a byte for each unit.
+Of 2 bits a byte's four fields hold their codes one, four, sixteen and sixty-four times as large; so do those of 3 bits'
+low plane, whose high bits come as a byte for each unit.
 """
 
 from triton.experimental import gluon

@@ -31,7 +31,7 @@ def section_of(bits: int) -> int:
 
     A field of a section's units is a product's whole step.
     """
-    return max(64, 16 * fields_of(bits)) if bits < 16 else 64
+    return max(64, 16 * fields_of(bits))
 
 
 @gluon.constexpr_function
