@@ -18,6 +18,7 @@ from palu.calibrate.text import DEMO_ASSETS
 from palu.decompose import DECOMPOSITIONS
 from palu.search import SEARCHES
 from tests.helpers import in_an_empty_folder, invoke  # noqa: F401 (the first is a fixture)
+from utils.report import rank_table
 from utils.results import read_results
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -226,6 +227,24 @@ def test_no_group_of_keys_has_more_ranks_than_asked_for():
     assert results["config"]["max_key_rank"] == 64
     asked = CompressionConfig(max_key_rank=64, key_cost=2)
     assert compress.checkpoint_name("m", asked).endswith("sequential-key_cost-2-max_key_rank-64")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "told"), [((256, 256), None), ((288, 32), "one layer keeps more"), ((288, 384), "2 layers keep more")]
+)
+def test_layers_that_the_fastest_kernel_does_not_take_are_named(ranks, told, capsys):
+    common = {"model": "m", "group": 0, "group_dim": 512, "bits": 16}
+    rows = [
+        {"kind": "rank", "layer": layer, "side": side, "rank": rank if side == "key" else 400} | common
+        for layer, rank in enumerate(ranks)
+        for side in ("key", "value")
+    ]
+    summary = {"kind": "summary", "model": "m", "target": 0.5, "target_of": "numbers", "kept_ratio": 0.5}
+    summary |= {"latent_bytes_per_token": 1, "full_numbers": 1, "full_bytes_per_token": 2}
+    fusion = {"kind": "fusion", "fused": True, "weights_apart": 2, "weights_folded": 1, "latents_fit_a_head": True}
+    rank_table({"rows": [summary, *rows, fusion]})
+    shown = " ".join(capsys.readouterr().out.split())
+    assert (f"{told} than 256 latents of a group's keys" in shown) if told else ("latents of a group's" not in shown)
 
 
 def test_verbose_logs_what_every_site_loses(capsys):

@@ -23,12 +23,27 @@ def rank_table(results: dict[str, Any]) -> None:
     summary = next(row for row in results["rows"] if row["kind"] == "summary")
     caption = [_kept_line(summary), _fusion_line([row for row in results["rows"] if row["kind"] == "fusion"])]
     caption += [_adaptation_line(row) for row in results["rows"] if row["kind"] == "adaptation"]
+    caption += _wide_lines(ranks)
     print_table(
         f"Ranks per group: {summary['model']}",
         ["layer", *(name for side in ("key", "value") for name in (f"{side} ranks", "kept", *(["bits"] * coded)))],
         lines,
         caption="\n".join(caption),
     )
+
+
+def _wide_lines(ranks: list[dict[str, Any]]) -> list[str]:
+    """That layers keep more of their keys than the fastest decode kernel takes, a list of one line or none."""
+    from palu.kernels.decode_attention.spec import MOST_KEY_RANK
+
+    wide = {row["layer"] for row in ranks if row["side"] == "key" and row["rank"] > MOST_KEY_RANK}
+    if not wide:
+        return []
+    layers = "one layer keeps" if len(wide) == 1 else f"{len(wide)} layers keep"
+    return [
+        f"{layers} more than {MOST_KEY_RANK} latents of a group's keys, which the decode kernel for H100 and H200 does "
+        f"not take: they decode slower there; --max_key_rank {MOST_KEY_RANK} bounds them"
+    ]
 
 
 def _kept_line(summary: dict[str, Any]) -> str:

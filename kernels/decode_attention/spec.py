@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+# Latents of a group's keys at most that the fastest decode kernel, of compute capability 9, takes.
+MOST_KEY_RANK = 256
+
 
 @dataclass(frozen=True)
 class Shape:

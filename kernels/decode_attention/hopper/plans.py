@@ -15,6 +15,7 @@ from palu.kernels.decode_attention.hopper.turns import UNIT as KERNEL_UNIT
 from palu.kernels.decode_attention.hopper.windows import SLOW as KERNEL_SLOW
 from palu.kernels.decode_attention.hopper.windows import own_parts, parts_of_latents
 from palu.kernels.decode_attention.parts import COMBINE_PARTS
+from palu.kernels.decode_attention.spec import MOST_KEY_RANK
 from palu.kernels.integers import cdiv, next_power_of_2
 
 TILE, CHUNK, LEAST, COLUMNS = KERNEL_TILE.value, KERNEL_CHUNK.value, KERNEL_LEAST.value, KERNEL_UNIT.value
@@ -33,8 +34,8 @@ MOST_STAYING, STAYING_UNDER_WAY = 4, 24 << 10
 LEAST_STEP, MOST_WHOLE_SLOTS = 32, 8
 # kv heads of a group at most: what tells heads apart in the kernel counts on few.
 MOST_KV = 8
-# Latents of a group's keys at most; registers of a thread for the sums of values.
-MOST_RANK, MOST_SUMS = 256, 96
+# Registers of a thread for the sums of values.
+MOST_SUMS = 96
 # Registers of a thread for sums of values and for what codes became, which stay until their products are done.
 MOST_OPERANDS = 112
 # Latents of a group, keys' and values' together, at least: of less a program reads too little per tile.
@@ -224,7 +225,7 @@ def _are_taken(
     rank = padded_rank(key_ranks, bits, heads.mode)
     if heads.slots > MOST_SLOTS or (heads.mode == "rotated" and heads.query_slots > LEAST):
         return False
-    if rank > MOST_RANK or (heads.mode != "absorbed" and heads.kv > MOST_KV):
+    if rank > MOST_KEY_RANK or (heads.mode != "absorbed" and heads.kv > MOST_KV):
         return False
     if heads.key_groups * max(key_ranks) + max(value_ranks) < LEAST_WIDTH:
         return False
