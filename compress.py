@@ -92,7 +92,7 @@ def add_rank_flags(flag: Callable[..., Any]) -> None:
     flag(
         "--regroup",
         action="store_true",
-        help="put the kv heads side by side whose keys lose least together, layer by layer; runs as without",
+        help="put the kv heads side by side whose keys lose least together, layer by layer; decoding does not change",
     )
     flag(
         "--sequential",
@@ -215,6 +215,8 @@ def checkpoint_name(model: str, config: Any) -> str:
     if not config.quantization.is_full:
         key_bits, value_bits = config.quantization.key_bits, config.quantization.value_bits
         latents += f"-{key_bits}bit" if key_bits == value_bits else f"-k{key_bits}v{value_bits}bit"
+    if config.quantization.group_size is not None:
+        latents += f"-lgs-{config.quantization.group_size}"
     methods = f"{config.search_method}-{config.decompose_method}"
     methods += "".join(f"-{name}" for name in ("regroup", "sequential") if getattr(config, name))
     methods += f"-adapt-{config.adapt:g}" if config.adapt else ""

@@ -147,7 +147,8 @@ def check_flags(args: argparse.Namespace) -> Heads | None:
     check_rope_base(args.rope_base)
     require(args.palu or not args.check, "--check compares the latents with float64; it needs --palu")
     for name in ("no_rope", "key_biases", "key_norm", "value_group_size", "value_bits", "sinks", "window"):
-        require(args.palu or not getattr(args, name), f"--{name} changes the latents only; it needs --palu")
+        given = getattr(args, name) != DEFAULTS["attention"][name]
+        require(args.palu or not given, f"--{name} changes the latents only; it needs --palu")
     check_codes(args)
     for name in ("key_biases", "key_norm"):
         needless = args.no_rope and getattr(args, name)
@@ -165,8 +166,8 @@ def check_codes(args: argparse.Namespace) -> None:
     for name in ("sinks", "window"):
         count = getattr(args, name)
         require(count >= 0, f"--{name} {count} must be at least 0")
-        codes = max(args.bits) < 16 and (args.value_bits or 0) < 16
-        require(codes or not count, f"--{name} is for tokens beside codes; with it --bits must be below 16")
+        for flag, bits in (("--bits", max(args.bits)), ("--value_bits", args.value_bits or 0)):
+            require(bits < 16 or not count, f"--{name} is for tokens beside codes; with it {flag} must be below 16")
     exact = args.sinks + args.window
     require(exact < shortest, f"--sinks and --window, {exact} tokens, must be fewer than --prompt_len {shortest}")
 

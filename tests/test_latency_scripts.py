@@ -239,6 +239,8 @@ BAD_ATTENTION = [
     (["--window", "4"], "--window changes the latents only; it needs --palu"),
     (["--palu", "--value_bits", "5"], "--value_bits 5 must be one of 16, 8, 4, 3, 2"),
     (["--palu", "--window", "4"], "--window is for tokens beside codes; with it --bits must be below 16"),
+    (["--value_bits", "0"], "--value_bits changes the latents only; it needs --palu"),
+    (["--palu", "--bits", "4", "--value_bits", "16", "--sinks", "4"], "with it --value_bits must be below 16"),
     (["--palu", "--bits", "4", "--sinks", "-1"], "--sinks -1 must be at least 0"),
     (
         ["--palu", "--bits", "4", "--sinks", "65536"],

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 import compress
 import run_ppl_eval
-from palu import CompressionConfig
+from palu import CompressionConfig, QuantizationConfig
 from palu.calibrate.text import DEMO_ASSETS
 from palu.decompose import DECOMPOSITIONS
 from palu.search import SEARCHES
@@ -227,6 +227,8 @@ def test_no_group_of_keys_has_more_ranks_than_asked_for():
     assert results["config"]["max_key_rank"] == 64
     asked = CompressionConfig(max_key_rank=64, key_cost=2)
     assert compress.checkpoint_name("m", asked).endswith("sequential-key_cost-2-max_key_rank-64")
+    pieces = CompressionConfig(quantization=QuantizationConfig(2, 2, group_size=32))
+    assert compress.checkpoint_name("m", pieces).endswith("sequential-2bit-lgs-32")
 
 
 @pytest.mark.parametrize(
