@@ -16,6 +16,11 @@ def packed_width(width: int, bits: int) -> int:
     return sum(-(-width * plane // 8) for plane in PLANES[bits])
 
 
+def last_plane(width: int, bits: int) -> int:
+    """Bytes of a row of `width` codes before its last plane."""
+    return sum(-(-width * plane // 8) for plane in PLANES[bits][:-1])
+
+
 def pack(codes: Tensor, bits: int) -> Tensor:
     """uint8 codes [..., width], each below `2 ** bits`, to uint8 bytes [..., packed_width(width, bits)]."""
     parts, shift = [], 0

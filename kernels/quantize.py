@@ -10,7 +10,7 @@ from torch import Tensor
 
 from palu.kernels.apart import made_apart
 from palu.kernels.availability import uses_kernels
-from palu.kernels.packing import PLANES, pack, packed_width, unpack
+from palu.kernels.packing import pack, packed_width, unpack
 
 # Scales below this would be subnormal in fp16 and lose their precision.
 SMALLEST_SCALE = 2.0**-14
@@ -64,11 +64,6 @@ class Quantization:
         return packed_width(self.width, self.bits)
 
     @property
-    def first_planes(self) -> int:
-        """Bytes of a token's codes before their last plane."""
-        return self.packed_width - -(-self.width * PLANES[self.bits][-1] // 8)
-
-    @property
     def parameter_count(self) -> int:
         """Scales and, if asymmetric, zero points of a token."""
         return len(self.widths) * (1 if self.symmetric else 2)
@@ -77,6 +72,10 @@ class Quantization:
     def bytes_per_token(self) -> int:
         """Codes, scales and zero points."""
         return self.packed_width + 2 * self.parameter_count
+
+    def scales_whole(self, ranks: Sequence[int]) -> bool:
+        """Whether every head group of such ranks has one scale."""
+        return self.widths == tuple(ranks)
 
     def split(self, sizes: Sequence[int]) -> list["Quantization"]:
         """The same of consecutive parts of the latents, `sizes` wide.

@@ -195,10 +195,10 @@ class Rotation:
         return Rotation(positions, self.frequencies, self.attention_scaling, self.tolerance, tables)
 
     def stretch(self, start: int, length: int) -> "Rotation":
-        """As `narrow`, with tables that all layers share."""
+        """As `narrow`, with tables of its own that all layers share."""
         # Not the object itself, whose positions would keep these ones, and so what is kept as long as they are.
-        kept = self.seen(("stretch", start, length), None, lambda: (self.narrow(start, length)._tables,))[0]
-        return dataclasses.replace(self.narrow(start, length), _tables=kept)
+        kept = self.seen(("stretch", start, length), None, lambda: ({},))[0]
+        return dataclasses.replace(self, positions=self.positions.narrow(1, start, length), _tables=kept)
 
     def tables(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin of every pair, scaled: [batch or 1, length, head_dim], or [.., length, groups, head_dim]."""

@@ -40,7 +40,7 @@ def travels(
 ) -> bool:
     """Whether a call can be written as tensors and numbers: codes have one scale per head group, and no fine zeros."""
     plain = all(
-        part.quantization.widths == tuple(side.ranks) and not part.quantization.fine_zeros
+        part.quantization.scales_whole(side.ranks) and not part.quantization.fine_zeros
         for latents, side in ((key_latents, key), (value_latents, value))
         for part in stretches(latents)
         if isinstance(part, PackedLatents)

@@ -75,7 +75,7 @@ def _are_aligned(ranks: tuple[int, ...]) -> bool:
 
 def _is_plain(latents: Stretch, ranks: Sequence[int], dtype: torch.dtype) -> bool:
     """Codes with one scale per head group in whole words or with more scales, or latents of the query's dtype."""
-    if isinstance(latents, PackedLatents) and latents.quantization.widths == tuple(ranks):
+    if isinstance(latents, PackedLatents) and latents.quantization.scales_whole(ranks):
         # Scales of neighbouring groups side by side, with their zero points between them if there are any.
         step = 1 if latents.zeros is None else 2
         aligned = latents.scales.shape[-1] == 1 or latents.scales.stride(-1) == step
@@ -140,7 +140,7 @@ def _readable(latents: Latents, side: LatentProjection, query: Tensor) -> Latent
     """The same, but that codes with more than one scale per head group are numbers, made for this call."""
     parts = [
         part.dequantized(query.dtype)
-        if isinstance(part, PackedLatents) and part.quantization.widths != tuple(side.ranks)
+        if isinstance(part, PackedLatents) and not part.quantization.scales_whole(side.ranks)
         else part
         for part in stretches(latents)
     ]

@@ -11,6 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from palu.kernels.apart import made_apart
 from palu.kernels.latents import LatentProjection, version_of
+from palu.kernels.packing import PLANES
 
 # Latents that a program multiplies at a time.
 PART = 128
@@ -35,7 +36,7 @@ def unit_order(columns: int, bits: int) -> list[int]:
 
     Of 3 bits units of the low plane.
     """
-    fields = 8 if bits == 3 else 16 // bits
+    fields = 16 // PLANES[bits][0]
     return [unit * fields + field for field in range(fields) for unit in range(columns // fields)]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from palu.kernels.apart import made_apart
 from palu.kernels.integers import cdiv, next_power_of_2
 from palu.kernels.latents import Stretch
+from palu.kernels.packing import last_plane
 from palu.kernels.quantize import PackedLatents
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -60,7 +61,7 @@ def side_of(ranks: tuple[int, ...], bits: int, device: torch.device) -> Side:
     offsets = [sum(ranks[:group]) for group in range(len(ranks))]
     plane_bits = 2 if bits == 3 else bits
     bytes_ = [offset * plane_bits // 8 if bits < 16 else offset for offset in offsets]
-    planes = [-(-sum(ranks) * 2 // 8) + offset // 8 if bits == 3 else 0 for offset in offsets]
+    planes = [last_plane(sum(ranks), bits) + offset // 8 if bits == 3 else 0 for offset in offsets]
     numbers = (ranks, offsets, bytes_, planes)
     return made_apart(device, lambda: Side(*(torch.tensor(each, dtype=torch.int32, device=device) for each in numbers)))
 

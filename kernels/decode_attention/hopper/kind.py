@@ -25,7 +25,7 @@ from palu.kernels.decode_attention.hopper.plans import (
 from palu.kernels.integers import cdiv, next_power_of_2
 from palu.kernels.latent_scores.layout import DTYPES, block_memory, divisor, even_rank, mask_kind
 from palu.kernels.latents import LatentProjection, Latents, Stretch, stretches
-from palu.kernels.packing import PLANES
+from palu.kernels.packing import PLANES, last_plane
 from palu.kernels.quantize import WHOLE_ZEROS, PackedLatents
 from palu.kernels.relaunch import Constants
 
@@ -107,6 +107,13 @@ class Kind:
     def sections(self) -> int:
         """As `sections_of`."""
         return sections_of(self.key_ranks, self.bits, self.heads.mode)
+
+    @functools.cached_property
+    def planes(self) -> tuple[int, int]:
+        """Bytes of a token's key and value codes before their last planes."""
+        if self.bits == 16:
+            return 0, 0
+        return last_plane(sum(self.key_ranks), self.bits), last_plane(sum(self.value_ranks), self.value_bits)
 
     @functools.cached_property
     def is_taken(self) -> bool:
@@ -241,9 +248,11 @@ def _copied(latents: Stretch, ranks: tuple[int, ...]) -> int:
 @functools.lru_cache(maxsize=4096)
 def _grouped(ranks: tuple[int, ...], bits: int) -> int:
     """As `_copied`, of the groups' latents and of planes behind a token's first latent."""
-    planes = PLANES.get(bits, (bits,))
-    behind = [-(-sum(ranks) * plane // 8) for plane in planes[:-1]]
-    return math.gcd(COPY, *behind, *[rank * plane // 8 for rank in ranks for plane in planes])
+    if bits == 16:
+        return math.gcd(COPY, *[2 * rank for rank in ranks])
+    return math.gcd(
+        COPY, last_plane(sum(ranks), bits), *[rank * plane // 8 for rank in ranks for plane in PLANES[bits]]
+    )
 
 
 def _stride(latents: Stretch) -> int:
@@ -257,14 +266,14 @@ def _aligned(numbers: Tensor) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def constants_of(kind: Kind, plan: Plan, span: int, scaled: bool, order: str) -> Constants:
+def constants_of(kind: Kind, plan: Plan, span: int, scaled: bool, begins: bool, ends: bool) -> Constants:
     """What the kernel is compiled with, and its options.
 
     Args:
         plan: of calls with windows for these.
         span: tokens of a window, 0 without windows.
         scaled: whether codes of keys meet the factor times their scales.
-        order: where the launch stands among those that run side by side.
+        begins, ends: whether the launch is the first and the last one of those that run side by side.
     """
     heads, bits, weighers = kind.heads, kind.bits, kind.weighers
     exact = plan if span == 0 else kind.plans(False, False)[0]
@@ -294,6 +303,6 @@ def constants_of(kind: Kind, plan: Plan, span: int, scaled: bool, order: str) ->
         HAS_BIAS=kind.has_bias, HAS_NORM=kind.has_norm,
         EVEN_KEYS=even_rank(kind.key_ranks), EVEN_VALUES=even_rank(kind.value_ranks),
         KEY_COPY=kind.copies[0], VALUE_COPY=kind.copies[1],
-        BEGINS=order in ("alone", "first"), ENDS=order in ("alone", "last"),
+        BEGINS=begins, ENDS=ends,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip

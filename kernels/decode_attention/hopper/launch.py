@@ -33,7 +33,6 @@ from palu.kernels.latent_scores.launch import LOG2_E
 from palu.kernels.latent_scores.layout import divisor, even_rank, layout, processors, row_strides, side_of
 from palu.kernels.latent_scores.tables import lane_table
 from palu.kernels.latents import LatentProjection, Latents, Stretch, stretches
-from palu.kernels.quantize import PackedLatents
 from palu.kernels.relaunch import Constants, relaunch
 from palu.kernels.rotation import Rotation, Window
 from palu.kernels.tuning import length_class, pick, searches
@@ -94,15 +93,16 @@ class Tables(NamedTuple):
 class Launch(NamedTuple):
     """A call, its tables, the up factor that keys meet, and the parts that its programs make of the tokens.
 
-    factor: as `factor_of_codes` returns it. order: where it stands among the launches of the call's stretches, all of
-    which run side by side: "alone", "first", "between" or "last".
+    factor: as `factor_of_codes` returns it. begins, ends: whether it is the first and the last one of the launches of
+    the call's stretches, all of which run side by side.
     """
 
     call: Call
     tables: Tables
     factor: tuple[Tensor, float, bool]
     parts: int
-    order: str = "alone"
+    begins: bool = True
+    ends: bool = True
 
     @property
     def count(self) -> int:
@@ -134,13 +134,9 @@ def launch(
     # Codes last, of which there are most: exact tokens leave them their multiprocessors.
     split = zip(launches, *[numbers.split(counts) for numbers in found], strict=True)
     ordered = sorted(split, key=lambda each: each[0].call.kind.bits < 16)
-    for order, (each, *own) in zip(_orders(len(ordered)), ordered, strict=True):
-        _launch_best(each._replace(order=order), Means(*own))
+    for index, (each, *own) in enumerate(ordered):
+        _launch_best(each._replace(begins=index == 0, ends=index == len(ordered) - 1), Means(*own))
     return _combine_early(found, value, query, head_dim)
-
-
-def _orders(count: int) -> list[str]:
-    return ["alone"] if count == 1 else ["first", *["between"] * (count - 2), "last"]
 
 
 def _planned(call: Call) -> Launch:
@@ -228,7 +224,7 @@ def _tables(call: Call, is_long: bool) -> Tables:
 
 def _launch(plan: Plan, planned: Launch, found: Means) -> None:
     """Launch with a plan, of calls with windows for these."""
-    call, tables, (up, power, scaled), parts, order = planned
+    call, tables, (up, power, scaled), parts, begins, ends = planned
     kind, query, key_latents, value_latents, key, rotation, mask, scaling, key_norm = call
     rows, absorbed, device = query.shape[0], key.up is None, query.device
     (keys, key_parameters), key_strides, _, _ = layout(key_latents)
@@ -243,19 +239,14 @@ def _launch(plan: Plan, planned: Launch, found: Means) -> None:
         key_parameters, value_parameters,
         spans, *((filler, filler) if window is None else (window.bases, window.basis)), tables.frequencies, *found,
         side.rank, side.offset, value_side.rank, value_side.offset,
-        key_latents.shape[1], *key_strides[:2], *value_strides[:2], _plane(key_latents), _plane(value_latents),
+        key_latents.shape[1], *key_strides[:2], *value_strides[:2], *kind.planes,
         *key_strides[2:], *value_strides[2:],
         0 if absorbed else up.stride(0), *((0, 0) if absorbed else row_strides(tables.table)),
         *((0, 0) if window is None else row_strides(tables.fast_table)),
         *((0, 0) if mask is None else row_strides(mask)), spans.stride(0) if spans.shape[0] > 1 else 0,
         query.stride(1), rows * kind.num_heads, scaling, key_norm.variance_epsilon if kind.has_norm else 0.0,
-        constants=constants_of(kind, plan, 0 if window is None else window.span, scaled, order),
+        constants=constants_of(kind, plan, 0 if window is None else window.span, scaled, begins, ends),
     )  # fmt: skip
-
-
-def _plane(latents: Stretch) -> int:
-    """Bytes of a token's codes before their last plane."""
-    return latents.quantization.first_planes if isinstance(latents, PackedLatents) else 0
 
 
 def _combine_early(found: Means, value: LatentProjection, query: Tensor, head_dim: int) -> Tensor:
