@@ -25,6 +25,15 @@ def are_copied(shape, bits):
     return not any(rank % least for rank in (*shape.key_ranks, *shape.value_ranks))
 
 
+def noted_launches(monkeypatch):
+    """A list of every `hopper.Launch` from now on."""
+    noted, launched = [], hopper._launch
+    monkeypatch.setattr(
+        hopper, "_launch", lambda plan, planned, found: noted.append(planned) or launched(plan, planned, found)
+    )
+    return noted
+
+
 def checked(call, shape, mask, given, dtype, monkeypatch, held=None, norm=None):
     """The kernel's output of a call is the definition's, and it was the kernel for Hopper that computed it.
 

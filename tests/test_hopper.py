@@ -15,7 +15,7 @@ from palu.kernels.latent_scores.tables import lane_table
 from palu.kernels.latents import MixedLatents, dense
 from palu.kernels.quantize import PackedLatents
 from palu.kernels.rotation import Rotation
-from tests.hopper_calls import MEMORY, are_copied, checked, needs_hopper
+from tests.hopper_calls import MEMORY, are_copied, checked, needs_hopper, noted_launches
 from tests.kernel_calls import close, defined, name_of, on_device, quantized, random_call
 
 MORE_PLANS = ((2, 32, 4), (1, 64, 3), (3, 16, 3), (2, 64, 2), (4, 16, 6))
@@ -154,14 +154,11 @@ def test_some_tokens_are_exact_beside_codes(exact, rope, heads, dtype, bits, mas
         rotation = Rotation(rotation.positions, 1e6 ** (-torch.arange(64) / 64))
         few = lambda tiles, *args: tuple(min(3, each) for each in tiles)  # noqa: E731
         monkeypatch.setattr(hopper, "parts_side_by_side", few)
-    windows, launched = [], hopper._launch
-    monkeypatch.setattr(
-        hopper, "_launch", lambda *args: windows.append(args[1].tables.window is not None) or launched(*args)
-    )
+    launches = noted_launches(monkeypatch)
     call = (query, *mixed, key, value, None if rope == "absorbed" else rotation)
     checked(call, shape, mask if masked else None, mask if masked else None, dtype, monkeypatch, held)
-    assert len(windows) == len(mixed[0].stretches)
-    assert any(windows) == (rope == "windows")
+    assert len(launches) == len(mixed[0].stretches)
+    assert any(each.tables.window is not None for each in launches) == (rope == "windows")
 
 
 @needs_hopper

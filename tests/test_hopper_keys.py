@@ -7,7 +7,7 @@ from palu.kernels.decode_attention.hopper import launch as hopper
 from palu.kernels.decode_attention.spec import HOPPER_SHAPES, Shape
 from palu.kernels.latents import LatentProjection
 from palu.kernels.rotation import Rotation
-from tests.hopper_calls import are_copied, checked, needs_hopper
+from tests.hopper_calls import are_copied, checked, needs_hopper, noted_launches
 from tests.kernel_calls import RandomNorm, name_of, quantized, random_call
 
 BIASED, NORMED = ("biases", "both", "both, symmetric"), ("norm", "both", "both, symmetric")
@@ -47,10 +47,9 @@ def test_two_programs_share_a_groups_heads_where_each_has_a_tile(heads, dtype, e
     query, *latents, key, value, rotation, mask = random_call(shape, getattr(torch, dtype), extra in BIASED, True)
     packed, held = quantized(latents, bits, key, value, symmetric="symmetric" in extra)
     norm = RandomNorm(shape.head_dim) if extra in NORMED else None
-    shares, launched = [], hopper._launch
-    monkeypatch.setattr(hopper, "_launch", lambda *args: shares.append(args[1].call.kind.shares) or launched(*args))
+    launches = noted_launches(monkeypatch)
     checked((query, *packed, key, value, rotation), shape, mask, mask, dtype, monkeypatch, held, norm)
-    assert shares == [2]
+    assert [each.call.kind.shares for each in launches] == [2]
 
 
 @needs_hopper
@@ -68,12 +67,9 @@ def test_large_and_small_up_factors_stay_in_range(size, length, bits, monkeypatc
     key, query = LatentProjection(key.up * size, key.ranks), query / size
     packed, held = quantized(latents, bits, key, value)
     monkeypatch.setattr(hopper, "parts_of", lambda *args: 3)
-    windows, launched = [], hopper._launch
-    monkeypatch.setattr(
-        hopper, "_launch", lambda *args: windows.append(args[1].tables.window is not None) or launched(*args)
-    )
+    launches = noted_launches(monkeypatch)
     checked((query, *packed, key, value, rotation), shape, mask, mask, "float16", monkeypatch, held)
-    assert windows == [length == 4000]
+    assert [each.tables.window is not None for each in launches] == [length == 4000]
 
 
 @needs_hopper

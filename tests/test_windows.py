@@ -13,7 +13,7 @@ from palu.kernels.latent_scores.factors import bounded_factor, ordered_factor, u
 from palu.kernels.latents import LatentProjection
 from palu.kernels.rotation import Rotation
 from tests.compile_launches import Call, arguments
-from tests.hopper_calls import LLAMA_2, LLAMA_3, MEMORY, checked, fitting, needs_hopper
+from tests.hopper_calls import LLAMA_2, LLAMA_3, MEMORY, checked, fitting, needs_hopper, noted_launches
 from tests.kernel_calls import quantized, random_call
 
 
@@ -189,15 +189,12 @@ def test_windows_of_positions_equal_the_definition(case, gaps, hidden, bits, mon
     elif hidden == "end":
         mask[..., 2100:] = False
     packed, held = quantized(latents, bits, key, value) if bits < 16 else (latents, None)
-    windows, launched = [], hopper._launch
-    monkeypatch.setattr(
-        hopper, "_launch", lambda *args: windows.append(args[1].tables.window is not None) or launched(*args)
-    )
+    launches = noted_launches(monkeypatch)
     given = None if hidden == "nothing" else mask
     checked((query, *packed, key, value, rotation), shape, mask, given, "float16", monkeypatch, held)
     # Several queries' numbers take longer to read than to multiply, but where keys have many latents.
     exact = case == NOT_WINDOWED or (bits == 16 and heads[0] > heads[1] and max(key_ranks) <= plans.MOST_AT_ONCE)
-    assert windows == [not exact]
+    assert [each.tables.window is not None for each in launches] == [not exact]
 
 
 @needs_hopper
@@ -212,12 +209,9 @@ def test_windows_of_positions_may_begin_below_zero(heads, monkeypatch):
     rotation = Rotation(positions, (base ** (-torch.arange(0, 128, 2).double() / 128)).float())
     mask = torch.ones(2, 1, 1, shape.length, dtype=torch.bool)
     packed, held = quantized(latents, 4, key, value)
-    windows, launched = [], hopper._launch
-    monkeypatch.setattr(
-        hopper, "_launch", lambda *args: windows.append(args[1].tables.window is not None) or launched(*args)
-    )
+    launches = noted_launches(monkeypatch)
     checked((query, *packed, key, value, rotation), shape, mask, None, "float16", monkeypatch, held)
-    assert windows == [True]
+    assert [each.tables.window is not None for each in launches] == [True]
 
 
 @needs_hopper
@@ -240,9 +234,6 @@ def test_windows_take_numbers_and_every_kind_of_codes_and_several_queries(heads,
     packed, held = latents, None
     if bits < 16:
         packed, held = quantized([latent * 3 + 0.2 for latent in latents], bits, key, value, symmetric=symmetric)
-    windows, launched = [], hopper._launch
-    monkeypatch.setattr(
-        hopper, "_launch", lambda *args: windows.append(args[1].tables.window is not None) or launched(*args)
-    )
+    launches = noted_launches(monkeypatch)
     checked((query, *packed, key, value, rotation), shape, mask, mask, dtype, monkeypatch, held)
-    assert windows == [True]
+    assert [each.tables.window is not None for each in launches] == [True]
