@@ -1,6 +1,6 @@
 """Rotary position embedding of cached keys: where the tokens stand, and how slow pairs can be interpolated."""
 
-import dataclasses
+import bisect
 import functools
 import itertools
 from collections.abc import Callable
@@ -21,7 +21,7 @@ FAST_PAIRS = (16, 32, 48)
 COLUMNS = (4, 8, 16)
 SPANS = (128, 256, 512, 1024)
 # Positions of a window.
-WINDOW_SPANS = (4096, 2048, 1024, 512)
+WINDOW_SPANS = range(512, 4096 + 1, 128)
 # Bytes of a block's matrix, written and read, cost as much as this many columns of a product.
 COST_OF_BYTES = 300
 TURNS = "turns"
@@ -122,12 +122,14 @@ def largest_window(
 
     None if those are too few. slow: room for so many pairs.
     """
-    for span in WINDOW_SPANS:
-        found = interpolate(np.asarray(frequencies), fast, span, columns)
-        if found.error <= tolerance:
-            bases = torch.stack([found.cos_basis, found.sin_basis])[..., fast:]
-            return Window(found.basis, torch.nn.functional.pad(bases, (0, slow - bases.shape[2])).half())
-    return None
+    found = functools.cache(lambda span: interpolate(np.asarray(frequencies), fast, span, columns))
+    # Errors grow with the window.
+    fitting = bisect.bisect_right(WINDOW_SPANS, tolerance, key=lambda span: found(span).error)
+    if fitting == 0:
+        return None
+    best = found(WINDOW_SPANS[fitting - 1])
+    bases = torch.stack([best.cos_basis, best.sin_basis])[..., fast:]
+    return Window(best.basis, torch.nn.functional.pad(bases, (0, slow - bases.shape[2])).half())
 
 
 def by_lane(basis: Tensor) -> Tensor:
@@ -193,12 +195,6 @@ class Rotation:
         }
         positions = self.positions.narrow(1, start, length)
         return Rotation(positions, self.frequencies, self.attention_scaling, self.tolerance, tables)
-
-    def stretch(self, start: int, length: int) -> "Rotation":
-        """As `narrow`, with tables of its own that all layers share."""
-        # Not the object itself, whose positions would keep these ones, and so what is kept as long as they are.
-        kept = self.seen(("stretch", start, length), None, lambda: ({},))[0]
-        return dataclasses.replace(self, positions=self.positions.narrow(1, start, length), _tables=kept)
 
     def tables(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin of every pair, scaled: [batch or 1, length, head_dim], or [.., length, groups, head_dim]."""

@@ -103,7 +103,7 @@ HOPPER_CALLS += [Call(kv, bits, key_rank=192, group_size=2, joined=4, mask=None)
 HOPPER_CALLS += [Call(8, 4, group_size=2, value_rank=256, joined=2, key_norm=True, bias=True)]
 HOPPER_CALLS += [Call(8, 4, group_size=1, key_rank=64, value_rank=256, joined=4, mask=None)]
 HOPPER_CALLS += [Call(32, 4, group_size=2, key_rank=64, joined=4, mask=None)]
-# Few bits: planes, copies of 16 and of 4 bytes, zero points with fractions. Stretches of tokens that run side by side.
+# Few bits: planes, copies of 16 and of 4 bytes, zero points with fractions. Exact tokens beside codes.
 HOPPER_CALLS += [Call(kv, bits, mask=None) for kv in (32, 8) for bits in (3, 2)] + [Call(absorbed=True, bits=3)]
 HOPPER_CALLS += [Call(8, 3, key_rank=96, value_rank=352, bias=True, key_norm=True), Call(8, 3, key_rank=160, mask=None)]
 HOPPER_CALLS += [Call(32, 2, key_rank=256, value_rank=256, mask=None), Call(8, 4, beside=130, mask=None)]
@@ -261,12 +261,22 @@ def latents_of(call, ranks, bits):
     return MixedLatents((latents, torch.empty(1, call.beside, sum(ranks), dtype=call.dtype)))
 
 
+def told_of(main, beside):
+    """What tells compilations of Hopper's kernel apart, by the names that others have for it."""
+    if main is None:
+        return {}
+    told = {name.upper(): value for name, value in main._asdict().items()}
+    told |= {"MODE": main.exact.mode, "SPAN": 0 if main.windows is None else main.windows.span}
+    return told | {"BESIDE": beside is not None}
+
+
 def compiled(function, launch, architecture, folder):
     """What one launch takes on a GPU of an architecture."""
     constants = dict(launch.constants)
+    told = constants | told_of(constants.get("MAIN"), constants.get("BESIDE"))
     names = ("MODE", "BITS", "QUERIES", "HAS_NORM", "HAS_BIAS", "STAGES", "PIECE", "FAST", "COLUMNS", "SPAN", "RANK")
-    names += ("DTYPE", "SLOTS", "SECTIONS", "KEY_GROUPS", "CHUNKS")
-    row = {"kernel": launch.name} | {name.lower(): str(constants[name]) for name in names if name in constants}
+    names += ("DTYPE", "SLOTS", "SECTIONS", "KEY_GROUPS", "CHUNKS", "BESIDE")
+    row = {"kernel": launch.name} | {name.lower(): str(told[name]) for name in names if name in told}
     attributes = {(index,): [["tt.divisibility", 16]] for index in launch.aligned}
     language = GluonASTSource if function.is_gluon() else ASTSource
     source = language(function, signature=dict(launch.signature), constexprs=constants, attrs=attributes)

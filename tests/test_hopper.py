@@ -103,7 +103,7 @@ def test_keys_and_values_may_have_different_bits(rank, symmetric, rope, heads, b
     of_keys, of_values = (quantized(latents, each, key, value, symmetric=symmetric) for each in bits)
     packed, held = zip(*[(each[0][side], each[1][side]) for side, each in enumerate((of_keys, of_values))], strict=True)
     if rope == "windows":
-        rotation = Rotation(rotation.positions, 1e6 ** (-torch.arange(64) / 64))
+        rotation = Rotation(rotation.positions, 2e5 ** (-torch.arange(64) / 64))
     monkeypatch.setattr(hopper, "parts_of", lambda *args: 3)
     call = (query, *packed, key, value, None if rope == "absorbed" else rotation)
     checked(call, shape, mask, mask, "float16", monkeypatch, held)
@@ -151,14 +151,15 @@ def test_some_tokens_are_exact_beside_codes(exact, rope, heads, dtype, bits, mas
         mixed.append(MixedLatents(tuple(each for each in some if each.shape[1])))
         held.append(dense(mixed[-1], torch.float32))
     if rope == "windows":
-        rotation = Rotation(rotation.positions, 1e6 ** (-torch.arange(64) / 64))
+        rotation = Rotation(rotation.positions, 2e5 ** (-torch.arange(64) / 64))
         few = lambda tiles, *args: tuple(min(3, each) for each in tiles)  # noqa: E731
-        monkeypatch.setattr(hopper, "parts_side_by_side", few)
+        monkeypatch.setattr(hopper, "parts_together", few)
     launches = noted_launches(monkeypatch)
     call = (query, *mixed, key, value, None if rope == "absorbed" else rotation)
     checked(call, shape, mask if masked else None, mask if masked else None, dtype, monkeypatch, held)
-    assert len(launches) == len(mixed[0].stretches)
-    assert any(each.tables.window is not None for each in launches) == (rope == "windows")
+    (only,) = launches
+    assert len(only.calls) == len(mixed[0].stretches)
+    assert (only.tables.window is not None) == (rope == "windows")
 
 
 @needs_hopper
@@ -185,7 +186,7 @@ def test_codes_may_begin_anywhere_in_memory(start, bits, monkeypatch):
 @needs_hopper
 @torch.no_grad()
 @pytest.mark.parametrize("heads", [(32, 32), (32, 8)], ids=["folded", "rotated"])
-def test_launches_side_by_side_read_what_was_written_just_before(heads):
+def test_exact_tokens_and_codes_are_read_as_they_were_written_just_before(heads):
     groups = heads[1] // 4
     shape = Shape(2, *heads, 128, 1, 3000, (128,) * groups, (384,) * groups)
     query, *latents, key, value, rotation, _ = random_call(shape, torch.float16, False, True)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from palu.kernels.decode_attention.hopper import kind, plans
+from palu.kernels.decode_attention.hopper import kind, plans, sharing
 from palu.kernels.decode_attention.hopper.factor import factor_of_codes
 from palu.kernels.decode_attention.hopper.operands import section_of
 from palu.kernels.decode_attention.spec import HOPPER_SHAPES, Shape
@@ -135,32 +135,32 @@ def test_wide_value_groups_of_codes_fit_as_well():
 @pytest.mark.parametrize(("tiles", "others"), [(1, 1), (64, 2), (1024, 2), (1024, 8), (256, 64), (1024, 200)])
 def test_no_other_number_of_parts_would_end_sooner(tiles, others):
     def cost(parts):
-        return -(-parts * others // 132) * (-(-tiles // parts) + plans.START)
+        return -(-parts * others // 132) * (-(-tiles // parts) + sharing.START)
 
-    parts = plans.parts_of(tiles, others, 132)
-    assert 1 <= parts <= min(tiles, plans.MOST_PARTS)
-    assert all(cost(parts) <= cost(other) for other in range(1, min(tiles, plans.MOST_PARTS, 528 // others + 1) + 1))
+    parts = sharing.parts_of(tiles, others, 132)
+    assert 1 <= parts <= min(tiles, sharing.MOST_PARTS)
+    assert all(cost(parts) <= cost(other) for other in range(1, min(tiles, sharing.MOST_PARTS, 528 // others + 1) + 1))
 
 
 @pytest.mark.parametrize(
     ("tiles", "others", "expected"),
     [
         # All programs run at once.
-        ((1, 1022, 2), (2, 2, 2), (1, 61, 1)),
-        ((1, 1022, 2), (8, 8, 8), (1, 14, 1)),
+        ((1022, 1, 2), (2, 2, 2), (61, 1, 1)),
         ((64, 64), (2, 2), (32, 32)),
-        # Or a short launch first, however many programs it has.
+        # Or few of them take a turn more, for a short time.
+        ((1022, 1, 2), (8, 8, 8), (14, 1, 1)),
         ((256, 2), (64, 64), (2, 1)),
-        ((1, 1024), (64, 64), (1, 2)),
+        ((1024, 1), (64, 64), (2, 1)),
     ],
 )
 def test_stretches_of_tokens_are_shared_out_so_that_all_end_soon(tiles, others, expected):
-    found = plans.parts_side_by_side(tiles, others, (1,) * len(tiles), 132)
+    found = sharing.parts_together(tiles, others, (1,) * len(tiles), 132)
     assert found == expected
     assert all(1 <= parts <= own for parts, own in zip(found, tiles, strict=True))
     # Programs that leave two parts each: no more of these than are added up at once.
-    twice = plans.parts_side_by_side(tiles, (1,) * len(tiles), (2,) * len(tiles), 132)
-    assert 2 * sum(twice) <= plans.MOST_PARTS
+    twice = sharing.parts_together(tiles, (1,) * len(tiles), (2,) * len(tiles), 132)
+    assert 2 * sum(twice) <= sharing.MOST_PARTS
 
 
 def test_what_the_kernel_cannot_take_is_left_to_the_others():
@@ -201,9 +201,16 @@ def test_codes_that_the_kernel_cannot_take_are_left_to_the_others(dtype):
             MixedLatents((given[:, :8], each.narrow(1, 8, 985), given[:, -8:]))
             for given, each in zip(latents, codes[bits], strict=True)
         ]
-        assert len(kind.kinds_of(query, *mixed, key, value, None, None)) == 3
-        assert kind.kinds_of(query, mixed[0], codes[bits][1], key, value, None, None) is None
-        assert kind.kinds_of(query, codes[bits][0], mixed[1], key, value, None, None) is None
+        found = kind.stretches_of(query, *mixed, key, value, None, None)
+        assert (found.main, found.kind.bits, found.beside.bits) == (1, bits, 16)
+        assert kind.stretches_of(query, mixed[0], codes[bits][1], key, value, None, None) is None
+        assert kind.stretches_of(query, codes[bits][0], mixed[1], key, value, None, None) is None
+        # One stretch of codes, and no more exact ones than caches have.
+        for many in ((0, 1, 1), (0, 0, 1, 0)):
+            several = [MixedLatents(tuple(each.stretches[index] for index in many)) for each in mixed]
+            assert kind.stretches_of(query, *several, key, value, None, None) is None
+    exact = [MixedLatents((each[:, :3], each[:, 3:])) for each in latents]
+    assert kind.stretches_of(query, *exact, key, value, None, None).main == 1
     symmetric, _ = quantized(latents, 8, key, value, symmetric=True)
     assert takes(query, *symmetric, key, value)
     assert not takes(query, symmetric[0], codes[8][1], key, value)

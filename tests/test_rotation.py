@@ -1,12 +1,10 @@
 """Rotations of cached keys: exact tables, and slow pairs interpolated within what was asked for."""
 
-import gc
 import itertools
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -107,7 +105,7 @@ def test_windows_are_within_the_tolerance_and_as_large_as_that_allows(base, head
         assert interpolate(np.asarray(host), fast, 512, columns).error > TOLERANCE
         return
     assert found.bases.shape == (2, columns, 64 - fast)
-    assert found.span == 4096 or interpolate(np.asarray(host), fast, 2 * found.span, columns).error > TOLERANCE
+    assert found.span == 4096 or interpolate(np.asarray(host), fast, found.span + 128, columns).error > TOLERANCE
     basis = found.basis.double()
     if fast == 16:
         # Back from the order of four lanes.
@@ -177,23 +175,3 @@ def test_an_interpolation_is_made_once_per_embedding():
     first, second = (Rotation(torch.arange(5)[None], frequencies).interpolation(1, torch.float16) for _ in range(2))
     assert first is second
     assert first.basis.dtype == torch.float16
-
-
-def test_stretches_share_tables_and_do_not_keep_the_positions():
-    positions = torch.arange(9)[None]
-    rotation = Rotation(positions, frequencies_of(1e4, 64))
-    kept = WeakTensorKeyDictionary()
-    kept[positions] = rotation._tables
-    expected = [table[:, 2:7] for table in rotation.tables(torch.float32)]
-    first, second = rotation.stretch(2, 5), rotation.stretch(2, 5)
-    assert torch.equal(first.positions, positions[:, 2:7])
-    assert all(
-        torch.equal(*each) for each in zip(first.tables(torch.float64), second.tables(torch.float64), strict=True)
-    )
-    assert first.tables(torch.float64)[0] is second.tables(torch.float64)[0]
-    assert all(torch.equal(*each) for each in zip(first.tables(torch.float32), expected, strict=True))
-    assert rotation.stretch(1, 5).tables(torch.float64)[0] is not first.tables(torch.float64)[0]
-    assert kept
-    del positions, rotation, first, second
-    gc.collect()
-    assert not kept

@@ -159,12 +159,12 @@ def _launch_hopper(
     if not runs_hopper_kernel(query.device) or not (rotation is None or rotation.groups == 1):
         return None
     # Here, so that other GPUs and other versions need no Gluon.
-    from palu.kernels.decode_attention.hopper.kind import kinds_of
+    from palu.kernels.decode_attention.hopper.kind import stretches_of
     from palu.kernels.decode_attention.hopper.launch import launch as launch_hopper
 
     call = (key_latents, value_latents, key, value)
-    kinds = kinds_of(query, *call, mask, key_norm)
-    return None if kinds is None else launch_hopper(kinds, rows, *call, rotation, mask, scaling, head_dim, key_norm)
+    found = stretches_of(query, *call, mask, key_norm)
+    return None if found is None else launch_hopper(found, rows, *call, rotation, mask, scaling, head_dim, key_norm)
 
 
 def launch_values(

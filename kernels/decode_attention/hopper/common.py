@@ -87,16 +87,6 @@ def allow_launch_after():
 
 
 @gluon.jit
-def read_what_is_written():
-    """Of a launch that begins beside the one before it: read what was there when that one had waited for others.
-
-    Its programs begin when all of that one's have waited (`wait_for_launch_before`), so that what came before both is
-    written; only what this multiprocessor still has of it may be older.
-    """
-    _every_thread("fence.acq_rel.gpu;")
-
-
-@gluon.jit
 def wait_for_launch_before():
     """Wait until all programs of the launch before have ended, and what they wrote can be read.
 

@@ -7,87 +7,123 @@ become numbers. Keys are rebuilt whole, or partly interpolated in windows of pos
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from palu.kernels.decode_attention.hopper.common import (
-    allow_launch_after,
-    place_of,
-    read_what_is_written,
-    wait_for_launch_before,
-)
+from palu.kernels.decode_attention.hopper.common import place_of, wait_for_launch_before
 from palu.kernels.decode_attention.hopper.planes import planes_at, row_at, steps_of, units_of
 from palu.kernels.decode_attention.hopper.program import attend
 from palu.kernels.latent_scores.tiles import GAPS
 
 
-@gluon.jit(do_not_specialize=["length", "table_b", "fast_b", "mask_b", "spans_b", "rows_heads"])
+@gluon.jit(
+    do_not_specialize=[
+        "length", "table_b", "fast_b", "mask_b", "spans_b", "rows_heads", "parts", "start", "first_length",
+        "first_start", "first_parts", "more_length", "more_start",
+    ]
+)  # fmt: skip
 def hopper_kernel(
     query, keys, values, up, bias, norm, table, fast_table, mask, key_parameters, value_parameters, spans,
     bases, basis, frequencies, means, logarithms,
     key_rank_of, key_offset_of, value_rank_of, value_offset_of,
+    exact_up, exact_table, first_keys, first_values, more_keys, more_values,
     length, keys_b, keys_t, values_b, values_t, keys_plane, values_plane, key_parameters_b, key_parameters_t,
     value_parameters_b, value_parameters_t, up_stride, table_b, table_t, fast_b, fast_t, mask_b, mask_t, spans_b,
-    query_stride, rows_heads, scaling, epsilon,
-    MODE: gl.constexpr, KEY_STAGES: gl.constexpr, STEP: gl.constexpr, VALUE_STAGES: gl.constexpr,
-    SPAN: gl.constexpr, SPAN_MODE: gl.constexpr, SPAN_KEY_STAGES: gl.constexpr, SPAN_STEP: gl.constexpr,
-    SPAN_VALUE_STAGES: gl.constexpr, HELD: gl.constexpr, GROUPS: gl.constexpr, SHARES: gl.constexpr,
-    JOINED: gl.constexpr, KEY_GROUPS: gl.constexpr,
-    KV: gl.constexpr, QUERIES: gl.constexpr, QUERY_SLOTS: gl.constexpr,
-    SLOTS: gl.constexpr, QUERY_ROWS: gl.constexpr, WIDTH: gl.constexpr, WIDE: gl.constexpr, RANK: gl.constexpr,
-    KEY_DIVISOR: gl.constexpr, CHUNKS: gl.constexpr, VALUE_DIVISOR: gl.constexpr, RANK_STRIDE: gl.constexpr,
-    MASK: gl.constexpr, DTYPE: gl.constexpr, TOGETHER: gl.constexpr, COLUMNS: gl.constexpr, BITS: gl.constexpr,
-    VALUE_BITS: gl.constexpr,
-    ASYMMETRIC: gl.constexpr, SCORERS: gl.constexpr, WEIGHERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr,
-    VALUE_REGISTERS: gl.constexpr, WHOLE: gl.constexpr, SCALED: gl.constexpr, SECTIONS: gl.constexpr,
-    HAS_BIAS: gl.constexpr, HAS_NORM: gl.constexpr, EVEN_KEYS: gl.constexpr, EVEN_VALUES: gl.constexpr,
-    KEY_COPY: gl.constexpr, VALUE_COPY: gl.constexpr, BEGINS: gl.constexpr, ENDS: gl.constexpr,
+    query_stride, rows_heads, scaling, epsilon, parts, start,
+    exact_up_stride, exact_scaling, first_length, first_start, first_parts, first_keys_b, first_keys_t, first_values_b,
+    first_values_t, more_length, more_start, more_keys_b, more_keys_t, more_values_b, more_values_t,
+    MAIN: gl.constexpr, BESIDE: gl.constexpr,
 ):  # fmt: skip
     """Mean value latents of a program's heads over a part of the tokens, and the logarithms of the weights' sums.
 
-    GROUPS: programs for a row's heads: SHARES for each key group's, or one for those of KEY_GROUPS. JOINED: key groups
-    whose values are in the same latents.
+    Programs: the first `parts` along the first axis have the tokens from `start` on, MAIN, the others those of one or
+    two stretches of exact tokens beside them, BESIDE, if there are any: `first_parts`, then what is left. Along the
+    second axis are those for the row's heads, along the third the rows.
 
-    query: [rows, GROUPS * KV * QUERIES, query_stride]; absorbed, KV is one. keys, values: of codes, bytes. BITS: of
-    keys, VALUE_BITS: of values, which have codes if keys do. keys_plane, values_plane: bytes of a token's codes before
-    the high plane; KEY_COPY, VALUE_COPY: as KIND in `planes`. up: of codes in the order of `unit_order`, or section by
-    section where keys have several (SECTIONS, of `section_of` latents). SCALED: codes of keys meet it times their
-    scales, else scores are. bias: of all keys; norm: a key norm's weights, epsilon what it adds to mean squares. table:
-    `lane_table`, fast_table: that of the fast pairs. parameters: of codes, scales of every group, with their zero
-    points behind them if ASYMMETRIC. SPAN: tokens of a window, or 0; where there are windows, rows without gaps, by
-    `spans_of`, are computed in them, with a mode and a plan of their own (SPAN_*), the others as without; bases, basis:
-    of `palu.kernels.rotation.Window`, of folded queries by lane. means: [parts, rows, heads, RANK_STRIDE]; logarithms:
-    of base 2, float32 [parts, rows, heads]: WEIGHERS parts of every program. BEGINS, ENDS: of launches that run side by
-    side the first one begins, and waits for what came before all of them; the others begin when it has, and are not
-    over before those that were launched earlier.
+    query: [rows, heads, query_stride]. keys, values: of codes, bytes. keys_plane, values_plane: bytes of a token's
+    codes before the high plane. up: of codes in the order of `unit_order`, or section by section where keys have
+    several (of `section_of` latents). bias: of all keys; norm: a key norm's weights, epsilon what it adds to mean
+    squares. table: `lane_table`, fast_table: that of the fast pairs, exact_table: in the type of exact tokens; they and
+    the mask are of all tokens. parameters: of codes, scales of every group, with their zero points behind them if they
+    are asymmetric. Where there are windows, rows without gaps, by `spans_of`, are computed in them, with a mode and a
+    plan of their own, the others as without; bases, basis: of `palu.kernels.rotation.Window`, of folded queries by
+    lane. means: [parts, rows, heads, rank_stride]; logarithms: of base 2, float32 [parts, rows, heads]: `weighers`
+    parts of every program. MAIN, BESIDE: `StretchConstants`.
     """
-    if BEGINS:
-        wait_for_launch_before()
-    else:
-        read_what_is_written()
-    if not ENDS:
-        allow_launch_after()
+    wait_for_launch_before()
+    part, share = gl.program_id(0), gl.program_id(1)
+    of_heads = (query, bias, norm, mask, key_rank_of, key_offset_of, value_rank_of, value_offset_of, means, logarithms)
+    numbers = (table_b, table_t, mask_b, mask_t, query_stride, rows_heads, epsilon)
+    if BESIDE is None or (part < parts and share < MAIN.groups):
+        stored = (
+            keys, values, key_parameters, value_parameters, keys_b, keys_t, values_b, values_t, keys_plane,
+            values_plane, key_parameters_b, key_parameters_t, value_parameters_b, value_parameters_t,
+        )  # fmt: skip
+        tables = (up, table, fast_table, spans, bases, basis, frequencies, up_stride, fast_b, fast_t, spans_b)
+        _attend_stretch(of_heads, stored, tables, numbers, length, start, scaling, part, parts, 0, MAIN, BESIDE is None)
+    elif part >= parts and share < BESIDE.groups:
+        one = part - parts
+        more, more_parts = one >= first_parts, gl.num_programs(0) - parts - first_parts
+        stored = (
+            gl.where(more, more_keys, first_keys), gl.where(more, more_values, first_values), query, query,
+            gl.where(more, more_keys_b, first_keys_b), gl.where(more, more_keys_t, first_keys_t),
+            gl.where(more, more_values_b, first_values_b), gl.where(more, more_values_t, first_values_t),
+            0, 0, 0, 0, 0, 0,
+        )  # fmt: skip
+        tables = (exact_up, exact_table, exact_table, spans, bases, basis, frequencies, exact_up_stride, 0, 0, 0)
+        own, own_parts = gl.where(more, one - first_parts, one), gl.where(more, more_parts, first_parts)
+        stored_before = parts * MAIN.weighers + gl.where(more, first_parts * BESIDE.weighers, 0)
+        _attend_stretch(
+            of_heads, stored, tables, numbers, gl.where(more, more_length, first_length),
+            gl.where(more, more_start, first_start), exact_scaling, own, own_parts, stored_before, BESIDE, False,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _attend_stretch(
+    of_heads, stored, tables, numbers, length, start, scaling, part, parts, stored_before, OF: gl.constexpr,
+    IS_WHOLE: gl.constexpr,
+):  # fmt: skip
+    """One of `parts` programs for heads of a row and `length` tokens from `start` on, of all tokens if IS_WHOLE.
+
+    stored_before: parts that other stretches' programs leave. OF: `StretchConstants`.
+    """
+    query, bias, norm, mask, key_rank_of, key_offset_of, value_rank_of, value_offset_of, means, logarithms = of_heads
+    (
+        keys, values, key_parameters, value_parameters, keys_b, keys_t, values_b, values_t, keys_plane, values_plane,
+        key_parameters_b, key_parameters_t, value_parameters_b, value_parameters_t,
+    ) = stored  # fmt: skip
+    up, table, fast_table, spans, bases, basis, frequencies, up_stride, fast_b, fast_t, spans_b = tables
+    table_b, table_t, mask_b, mask_t, query_stride, rows_heads, epsilon = numbers
+    BITS: gl.constexpr = OF.bits
+    EXACT: gl.constexpr = OF.exact
+    WINDOWS: gl.constexpr = OF.windows
+    SHARES: gl.constexpr = OF.shares
+    KEY_GROUPS: gl.constexpr = OF.key_groups
+    RANK: gl.constexpr = OF.rank
+    # Of a program's factor.
+    ROWS: gl.constexpr = OF.kv * OF.width
     # First of all: everything waits for them.
+    share, row = gl.program_id(1), gl.program_id(2)
     lead, leading, end_tile = 0, 0, 0
-    if SPAN > 0:
-        at_span = spans + gl.program_id(2) * spans_b
+    if WINDOWS is not None:
+        at_span = spans + row * spans_b
         lead, leading, end_tile = gl.load(at_span), gl.load(at_span + 1), gl.load(at_span + 2)
     # Programs of a group's shares have the same latents.
-    share, row = gl.program_id(1), gl.program_id(2)
     first_group = share // SHARES * KEY_GROUPS
-    value_group = first_group // JOINED
-    at_row = (row // QUERY_ROWS).to(gl.int64)
-    value_rank, value_offset = place_of(value_rank_of, value_offset_of, value_group, EVEN_VALUES, VALUE_DIVISOR)
-    of_keys: gl.constexpr = (BITS, KEY_COPY)
-    of_values: gl.constexpr = (VALUE_BITS, VALUE_COPY)
+    value_group = first_group // OF.joined
+    at_row = (row // OF.query_rows).to(gl.int64)
+    value_rank, value_offset = place_of(value_rank_of, value_offset_of, value_group, OF.even_values, OF.value_divisor)
+    of_keys: gl.constexpr = (BITS, OF.key_copy)
+    of_values: gl.constexpr = (OF.value_bits, OF.value_copy)
     at_keys, at_values = row_at(keys, at_row, keys_b, of_keys), row_at(values, at_row, values_b, of_values)
     if BITS < 16:
-        PARAMETERS: gl.constexpr = 2 if ASYMMETRIC else 1
+        PARAMETERS: gl.constexpr = 2 if OF.asymmetric else 1
         key_parameters += at_row * key_parameters_b + first_group * PARAMETERS
         value_parameters += at_row * value_parameters_b + value_group * PARAMETERS
-    first_head = (row * GROUPS + share) * (KV * QUERIES)
+    first_head = (row * OF.groups + share) * (OF.kv * OF.queries)
     at_query = query + first_head * query_stride
     own_keys, own_parameters, own_up, key_ranks, key_units, up_ranks = (), (), (), (), (), ()
     for which in gl.static_range(KEY_GROUPS):
         group = first_group + which
-        key_rank, key_offset = place_of(key_rank_of, key_offset_of, group, EVEN_KEYS, KEY_DIVISOR)
+        key_rank, key_offset = place_of(key_rank_of, key_offset_of, group, OF.even_keys, OF.key_divisor)
         # Factors for codes are in the codes' order, every group as wide as the others.
         up_offset, up_rank = key_offset, key_rank
         if BITS < 16:
@@ -95,36 +131,32 @@ def hopper_kernel(
             own_parameters = own_parameters + (key_parameters + which * PARAMETERS,)
         at_up = up + up_offset
         if SHARES > 1:
-            at_up += share % SHARES * (KV * WIDTH) * up_stride
+            at_up += share % SHARES * ROWS * up_stride
         if which > 0:
             # The program's heads are counted on, the rows of a group's factor from its own first one.
-            at_up -= which * (KV // KEY_GROUPS * WIDTH) * up_stride
+            at_up -= which * (ROWS // KEY_GROUPS) * up_stride
         own_keys = own_keys + (planes_at(at_keys, keys_plane, key_offset, of_keys),)
         key_units = key_units + (units_of(key_rank, of_keys),)
         own_up, key_ranks, up_ranks = own_up + (at_up,), key_ranks + (key_rank,), up_ranks + (up_rank,)
     parameters = (own_parameters, value_parameters, key_parameters_t, value_parameters_t)
+    at_table, at_fast = table + gl.multiple_of(at_row * table_b, 8), fast_table + gl.multiple_of(at_row * fast_b, 8)
+    row_mask = row * mask_b
+    if not IS_WHOLE:
+        at_table, at_fast = at_table + start * table_t, at_fast + start * fast_t
+        row_mask += start * mask_t
     given = (
-        own_keys, planes_at(at_values, values_plane, value_offset, of_values), parameters, own_up, at_query,
-        bias + share * (KV * WIDTH), norm, mask, bases, basis, frequencies, means, logarithms,
-        key_ranks, key_units, up_ranks, value_rank, units_of(value_rank, of_values), length,
-        steps_of(keys_t, of_keys), steps_of(values_t, of_values), row * mask_b, mask_t, up_stride, query_stride,
-        rows_heads, scaling, epsilon,
+        (length, mask, row_mask, mask_t),
+        (planes_at(at_values, values_plane, value_offset, of_values), value_rank, units_of(value_rank, of_values),
+         steps_of(values_t, of_values)),
+        (own_keys, parameters, key_units, steps_of(keys_t, of_keys)),
+        (at_query, query_stride, scaling, key_ranks),
+        (own_up, up_ranks, up_stride, bias + share * ROWS, norm, epsilon),
+        (bases, basis, frequencies),
+        (means, logarithms, rows_heads),
     )  # fmt: skip
-    at_table = table + gl.multiple_of(at_row * table_b, 8)
-    if SPAN == 0 or lead == GAPS:
-        attend(
-            given, first_head, 0, 0, 0, at_table, table_t, MODE, 0, KEY_STAGES, STEP, VALUE_STAGES, 1,
-            KV, QUERIES, QUERY_SLOTS, SLOTS, WIDTH, WIDE,
-            RANK, CHUNKS, RANK_STRIDE, MASK, DTYPE, TOGETHER, COLUMNS, BITS, VALUE_BITS, ASYMMETRIC, SCORERS, WEIGHERS,
-            SCORE_REGISTERS, VALUE_REGISTERS, WHOLE, SCALED, SECTIONS, HAS_BIAS, HAS_NORM,
-        )  # fmt: skip
+    # Each group of warps that weighs values leaves a part of its own.
+    out = (stored_before + part * OF.weighers) * rows_heads + first_head
+    if WINDOWS is None or lead == GAPS:
+        attend(given, part, parts, out, 0, 0, 0, at_table, table_t, OF, EXACT)
     else:
-        attend(
-            given, first_head, lead, leading, end_tile, fast_table + gl.multiple_of(at_row * fast_b, 8), fast_t,
-            SPAN_MODE, SPAN, SPAN_KEY_STAGES, SPAN_STEP, SPAN_VALUE_STAGES, HELD,
-            KV, QUERIES, QUERY_SLOTS, SLOTS, WIDTH, WIDE,
-            RANK, CHUNKS, RANK_STRIDE, MASK, DTYPE, TOGETHER, COLUMNS, BITS, VALUE_BITS, ASYMMETRIC, SCORERS, WEIGHERS,
-            SCORE_REGISTERS, VALUE_REGISTERS, WHOLE, SCALED, SECTIONS, HAS_BIAS, HAS_NORM,
-        )  # fmt: skip
-    if not BEGINS:
-        wait_for_launch_before()
+        attend(given, part, parts, out, lead, leading, end_tile, at_fast, fast_t, OF, WINDOWS)

@@ -1,33 +1,28 @@
-"""Which calls Hopper's kernel takes, and what is compiled for them: worked out once for calls that are alike."""
+"""Which calls Hopper's kernel takes, and how: worked out once for calls that are alike."""
 
 import functools
 import math
 from dataclasses import dataclass, replace
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
 from palu.kernels.decode_attention.hopper.plans import (
     CHUNK,
+    FEW_BITS,
     Heads,
     Plan,
     heads_of,
-    held_of,
-    mode_of,
-    padded_rank,
     plans_for,
-    scorers_of,
     sections_of,
     weighers_of,
-    whole_slots,
 )
 from palu.kernels.integers import cdiv, next_power_of_2
-from palu.kernels.latent_scores.layout import DTYPES, block_memory, divisor, even_rank, mask_kind
+from palu.kernels.latent_scores.layout import block_memory, mask_kind
 from palu.kernels.latents import LatentProjection, Latents, Stretch, stretches
 from palu.kernels.packing import PLANES, last_plane
 from palu.kernels.quantize import WHOLE_ZEROS, PackedLatents
-from palu.kernels.relaunch import Constants
 
 # Programs at most that share a group's heads: each reads all of the group's latents.
 MOST_SHARES = 4
@@ -36,22 +31,9 @@ LEAST_UNDER_WAY = 12 << 10
 # Bits of codes that the kernel can make numbers of.
 CODES = (8, 4, 3, 2)
 # Bytes that copies of numbers and of codes take at once; of fewer bits not all places are multiples of as many.
-COPY, FEW_BITS, LEAST_COPY = 16, 4, 4
-# Registers of a thread that scores and of one that weighs values, by the mode, whether there are codes, and the groups
-# of warps in all.
-REGISTERS = {
-    ("folded", False, 3): (200, 104), ("folded", True, 3): (184, 136),
-    ("rotated", False, 3): (184, 136), ("rotated", True, 3): (168, 168),
-    ("absorbed", False, 2): (240, 240), ("absorbed", True, 2): (240, 240), ("absorbed", True, 3): (152, 176),
-    ("absorbed", True, 4): (104, 152),
-}  # fmt: skip
-# Of three groups by the mode and the bits, where keys have so many latents, all of which a group that scores holds at
-# once, and values at most so many chunks: sums of more need the registers.
-WIDE_RANK, FEW_CHUNKS = 256, 3
-WIDE_REGISTERS = {
-    ("folded", 16): (216, 72), ("folded", 8): (192, 120), ("folded", 4): (200, 104),
-    ("rotated", 16): (192, 120), ("rotated", 8): (168, 168), ("rotated", 4): (184, 136),
-}  # fmt: skip
+COPY, LEAST_COPY = 16, 4
+# Stretches of exact tokens beside codes: the first ones and the newest.
+MOST_BESIDE = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,21 +146,36 @@ class Kind:
 the_kind = functools.lru_cache(maxsize=4096)(Kind)
 
 
-def kinds_of(
+class Stretches(NamedTuple):
+    """Which stretch of tokens most programs have, its kind, and that of exact tokens beside it, None without them."""
+
+    main: int
+    kind: Kind
+    beside: Kind | None
+
+
+def stretches_of(
     query: Tensor, key_latents: Latents, value_latents: Latents, key: LatentProjection, value: LatentProjection,
     mask: Tensor | None, key_norm: object,
-) -> list[Kind] | None:  # fmt: skip
-    """`kind_of` for every stretch of tokens; None if the kernel does not take all of them, or sides differ in these."""
+) -> Stretches | None:  # fmt: skip
+    """The kinds of a call's stretches of tokens, None if the kernel does not take all of them.
+
+    It takes one of any kind, that of codes if there is one, and up to MOST_BESIDE of exact tokens. Arguments as of
+    `kind_of`.
+    """
     sides = stretches(key_latents), stretches(value_latents)
-    if len(sides[0]) != len(sides[1]):
+    lengths = [[part.shape[1] for part in side] for side in sides]
+    if lengths[0] != lengths[1] or len(lengths[0]) > 1 + MOST_BESIDE:
         return None
-    kinds = []
-    for keys, values in zip(*sides, strict=True):
-        kind = kind_of(query, keys, values, key, value, mask, key_norm) if keys.shape[1] == values.shape[1] else None
-        if kind is None:
-            return None
-        kinds.append(kind)
-    return kinds
+    kinds = [kind_of(query, *both, key, value, mask, key_norm) for both in zip(*sides, strict=True)]
+    if None in kinds:
+        return None
+    main = max(range(len(kinds)), key=lambda index: (kinds[index].bits < 16, lengths[0][index]))
+    # One kind at most, as there is one object for each.
+    beside = set(kinds[:main] + kinds[main + 1 :])
+    if len(beside) > 1 or any(kind.bits < 16 for kind in beside):
+        return None
+    return Stretches(main, kinds[main], next(iter(beside), None))
 
 
 def kind_of(
@@ -263,46 +260,3 @@ def _stride(latents: Stretch) -> int:
 def _aligned(numbers: Tensor) -> bool:
     *others, last = numbers.stride()
     return last == 1 and numbers.data_ptr() % 16 == 0 and not any([stride % 16 for stride in others])
-
-
-@functools.lru_cache(maxsize=4096)
-def constants_of(kind: Kind, plan: Plan, span: int, scaled: bool, begins: bool, ends: bool) -> Constants:
-    """What the kernel is compiled with, and its options.
-
-    Args:
-        plan: of calls with windows for these.
-        span: tokens of a window, 0 without windows.
-        scaled: whether codes of keys meet the factor times their scales.
-        begins, ends: whether the launch is the first and the last one of those that run side by side.
-    """
-    heads, bits, weighers = kind.heads, kind.bits, kind.weighers
-    exact = plan if span == 0 else kind.plans(False, False)[0]
-    chunks = cdiv(max(kind.value_ranks), CHUNK)
-    whole = whole_slots(heads, kind.value_bits, chunks)
-    scorers = scorers_of(heads.mode, weighers, whole)
-    rank = padded_rank(kind.key_ranks, bits, heads.mode)
-    if kind.sections > 1 and rank == WIDE_RANK and chunks <= FEW_CHUNKS:
-        score_registers, value_registers = WIDE_REGISTERS[heads.mode, max(bits, FEW_BITS)]
-    else:
-        score_registers, value_registers = REGISTERS[heads.mode, bits < 16, scorers + weighers]
-    return Constants(
-        MODE=heads.mode, KEY_STAGES=exact.key_stages, STEP=exact.step, VALUE_STAGES=exact.value_stages,
-        SPAN=span, SPAN_MODE=mode_of(heads, span > 0),
-        SPAN_KEY_STAGES=plan.key_stages, SPAN_STEP=plan.step, SPAN_VALUE_STAGES=plan.value_stages,
-        HELD=held_of(mode_of(heads, span > 0), kind.sections, plan.stays),
-        GROUPS=kind.groups, SHARES=kind.shares, JOINED=len(kind.key_ranks) // len(kind.value_ranks),
-        KEY_GROUPS=kind.key_groups,
-        KV=heads.kv, QUERIES=heads.queries, QUERY_SLOTS=heads.query_slots,
-        SLOTS=heads.slots, QUERY_ROWS=kind.rows_per_latent, WIDTH=kind.width, WIDE=next_power_of_2(kind.width),
-        RANK=rank, KEY_DIVISOR=divisor(kind.key_ranks), CHUNKS=chunks,
-        VALUE_DIVISOR=divisor(kind.value_ranks), RANK_STRIDE=max(kind.value_ranks), MASK=kind.mask,
-        DTYPE=DTYPES[kind.dtype], TOGETHER=heads.together, COLUMNS=heads.columns, BITS=bits, VALUE_BITS=kind.value_bits,
-        ASYMMETRIC=kind.asymmetric, SCORERS=scorers, WEIGHERS=weighers,
-        SCORE_REGISTERS=score_registers, VALUE_REGISTERS=value_registers,
-        WHOLE=whole, SCALED=scaled, SECTIONS=kind.sections,
-        HAS_BIAS=kind.has_bias, HAS_NORM=kind.has_norm,
-        EVEN_KEYS=even_rank(kind.key_ranks), EVEN_VALUES=even_rank(kind.value_ranks),
-        KEY_COPY=kind.copies[0], VALUE_COPY=kind.copies[1],
-        BEGINS=begins, ENDS=ends,
-        num_warps=4, launch_pdl=True,
-    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The launches of Hopper's kernel and of the one that adds its parts up."""
+"""The launch of Hopper's kernel and that of the one that adds its parts up."""
 
 import functools
 from collections.abc import Sequence
@@ -11,19 +11,18 @@ from palu.kernels.decode_attention.hopper.combine import CHUNK as KERNEL_CHUNK
 from palu.kernels.decode_attention.hopper.combine import MOST_CHUNKS as KERNEL_MOST_CHUNKS
 from palu.kernels.decode_attention.hopper.combine import WARPS as KERNEL_WARPS
 from palu.kernels.decode_attention.hopper.combine import hopper_combine_kernel
+from palu.kernels.decode_attention.hopper.constants import constants_of
 from palu.kernels.decode_attention.hopper.factor import factor_of_codes
 from palu.kernels.decode_attention.hopper.kernel import hopper_kernel
-from palu.kernels.decode_attention.hopper.kind import Kind, constants_of
+from palu.kernels.decode_attention.hopper.kind import Kind, Stretches
 from palu.kernels.decode_attention.hopper.plans import (
     COLUMNS,
-    MOST_PARTS,
     SLOW,
     TILE,
     Plan,
     padded_rank,
-    parts_of,
-    parts_side_by_side,
 )
+from palu.kernels.decode_attention.hopper.sharing import MOST_PARTS, parts_of, parts_together
 from palu.kernels.decode_attention.hopper.spans import spans_of
 from palu.kernels.decode_attention.hopper.windows import COLUMNS as KERNEL_COLUMNS
 from palu.kernels.decode_attention.hopper.windows import FAST as KERNEL_FAST
@@ -49,12 +48,16 @@ FAST = COLUMNS // 2
 
 
 class Call(NamedTuple):
-    """What is computed: as the arguments of `launch`."""
+    """What is computed for a stretch of tokens, from `start` on: as the arguments of `launch`.
+
+    rotation, mask: of all tokens.
+    """
 
     kind: Kind
     query: Tensor
     key_latents: Stretch
     value_latents: Stretch
+    start: int
     key: LatentProjection
     rotation: Rotation | None
     mask: Tensor | None
@@ -62,9 +65,14 @@ class Call(NamedTuple):
     key_norm: Any
 
     @property
+    def length(self) -> int:
+        """Tokens."""
+        return self.key_latents.shape[1]
+
+    @property
     def tiles(self) -> int:
         """Tiles of tokens."""
-        return cdiv(self.key_latents.shape[1], TILE)
+        return cdiv(self.length, TILE)
 
 
 class Means(NamedTuple):
@@ -80,7 +88,8 @@ class Means(NamedTuple):
 class Tables(NamedTuple):
     """What weighs products by token, all and fast pairs, where the rows' tokens stand, and what windows are made with.
 
-    window: None if no row is computed in windows of positions; the other tensors but the first stand for nothing then.
+    Of all tokens. window: None if no row is computed in windows of positions; the other tensors but the first stand for
+    nothing then.
     """
 
     table: Tensor
@@ -91,80 +100,64 @@ class Tables(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A call, its tables, the up factor that keys meet, and the parts that its programs make of the tokens.
+    """A call's stretches of tokens, the one that most programs have first, and the parts that programs make of each.
 
-    factor: as `factor_of_codes` returns it. begins, ends: whether it is the first and the last one of the launches of
-    the call's stretches, all of which run side by side.
+    tables: of the first one. factor: likewise, the up factor that keys meet, as `factor_of_codes` returns it.
     """
 
-    call: Call
+    calls: list[Call]
+    parts: tuple[int, ...]
     tables: Tables
     factor: tuple[Tensor, float, bool]
-    parts: int
-    begins: bool = True
-    ends: bool = True
 
     @property
     def count(self) -> int:
         """Parts whose means are stored."""
-        return self.parts * self.call.kind.weighers
+        return sum(parts * call.kind.weighers for parts, call in zip(self.parts, self.calls, strict=True))
 
 
 def launch(
-    kinds: Sequence[Kind], query: Tensor, key_latents: Latents, value_latents: Latents, key: LatentProjection,
+    found: Stretches, query: Tensor, key_latents: Latents, value_latents: Latents, key: LatentProjection,
     value: LatentProjection, rotation: Rotation | None, mask: Tensor | None, scaling: float, head_dim: int,
     key_norm: Any,
 ) -> Tensor:  # fmt: skip
     """The heads' outputs of queries [rows, num_heads, head_dim or, absorbed, width], as `parts.combine` returns them.
 
-    kinds: of every stretch, as `kinds_of` found them; mask: [rows or 1, length] or None.
+    found: by `stretches_of`; mask: [rows or 1, length] or None.
     """
     calls, start = [], 0
-    for kind, keys, values in zip(kinds, stretches(key_latents), stretches(value_latents), strict=True):
-        length, own = keys.shape[1], (rotation, mask)
-        if len(kinds) > 1:
-            own = rotation and rotation.stretch(start, length), None if mask is None else mask.narrow(1, start, length)
-        calls.append(Call(kind, query, keys, values, key, *own, scaling, key_norm))
-        start += length
-    launches = [_planned(calls[0])] if len(calls) == 1 else _side_by_side(calls)
+    for index, (keys, values) in enumerate(zip(stretches(key_latents), stretches(value_latents), strict=True)):
+        kind = found.kind if index == found.main else found.beside
+        calls.append(Call(kind, query, keys, values, start, key, rotation, mask, scaling, key_norm))
+        start += keys.shape[1]
+    calls.insert(0, calls.pop(found.main))
+    planned = _planned(calls)
     rows, num_heads, _ = query.shape
-    counts = [each.count for each in launches]
-    means = query.new_empty(sum(counts), rows, num_heads, max(value.ranks))
-    found = Means(means, query.new_empty(sum(counts), rows, num_heads, dtype=torch.float32))
-    # Codes last, of which there are most: exact tokens leave them their multiprocessors.
-    split = zip(launches, *[numbers.split(counts) for numbers in found], strict=True)
-    ordered = sorted(split, key=lambda each: each[0].call.kind.bits < 16)
-    for index, (each, *own) in enumerate(ordered):
-        _launch_best(each._replace(begins=index == 0, ends=index == len(ordered) - 1), Means(*own))
-    return _combine_early(found, value, query, head_dim)
+    means = Means(
+        query.new_empty(planned.count, rows, num_heads, max(value.ranks)),
+        query.new_empty(planned.count, rows, num_heads, dtype=torch.float32),
+    )
+    _launch_best(planned, means)
+    return _combine_early(means, value, query, head_dim)
 
 
-def _planned(call: Call) -> Launch:
-    """How the tokens are shared out, if all of them are one stretch."""
-    kind, (rows, _, _) = call.kind, call.query.shape
-    programs = processors(call.query.device)
-    planned = _with_tables(call, parts_of(call.tiles, kind.groups * rows, programs))
-    smaller, half = kind.smaller_if_short, cdiv(call.tiles, 2)
-    is_short = planned.parts == call.tiles and smaller is not None
-    if is_short and smaller.groups * rows * half <= programs:
+def _planned(calls: list[Call]) -> Launch:
+    """How the tokens are shared out."""
+    rows, programs = calls[0].query.shape[0], processors(calls[0].query.device)
+    tiles, kinds = tuple(call.tiles for call in calls), [call.kind for call in calls]
+    others = tuple(kind.groups * rows for kind in kinds)
+    if len(calls) == 1:
+        counts = (parts_of(tiles[0], others[0], programs),)
+    else:
+        counts = parts_together(tiles, others, tuple(kind.weighers for kind in kinds), programs)
+    smaller, halves = [kind.smaller_if_short for kind in kinds], tuple(cdiv(own, 2) for own in tiles)
+    is_short = counts[0] >= halves[0] and None not in smaller
+    if is_short and sum(kind.groups * rows * half for kind, half in zip(smaller, halves, strict=True)) <= programs:
         # Half of the factor to copy, and half of the parts to add up.
-        return planned._replace(call=call._replace(kind=smaller), parts=half)
-    return planned
-
-
-def _side_by_side(calls: Sequence[Call]) -> list[Launch]:
-    """How the tokens of several stretches are shared out."""
-    rows, kinds = calls[0].query.shape[0], [call.kind for call in calls]
-    counts = parts_side_by_side(
-        tuple(call.tiles for call in calls), tuple(kind.groups * rows for kind in kinds),
-        tuple(kind.weighers for kind in kinds), processors(calls[0].query.device),
-    )  # fmt: skip
-    return [_with_tables(call, count) for call, count in zip(calls, counts, strict=True)]
-
-
-def _with_tables(call: Call, parts: int) -> Launch:
-    """With all that has to be made before anything is launched."""
-    return Launch(call, _tables(call, cdiv(call.tiles, parts) >= LEAST_TILES), _factor(call), parts)
+        calls = [call._replace(kind=kind) for call, kind in zip(calls, smaller, strict=True)]
+        counts = halves
+    first = calls[0]
+    return Launch(calls, counts, _tables(first, cdiv(first.tiles, counts[0]) >= LEAST_TILES), _factor(first))
 
 
 def _factor(call: Call) -> tuple[Tensor, float, bool]:
@@ -187,26 +180,26 @@ def _window_of(call: Call) -> Window | None:
     return call.rotation.window(FAST, COLUMNS - FAST, COLUMNS // heads.slots)
 
 
-def _launch_best(planned: Launch, found: Means) -> None:
+def _launch_best(planned: Launch, means: Means) -> None:
     """Launch with the best plan, of calls with windows for these: rows with gaps are few."""
-    call, window = planned.call, planned.tables.window
+    call, window = planned.calls[0], planned.tables.window
     plans = call.kind.plans(window is not None, searches())
     plan = plans[0]
     if len(plans) > 1:
-        shape_class = ("hopper", call.kind, call.query.shape[0], window and window.span)
+        shape_class = ("hopper", *[each.kind for each in planned.calls], call.query.shape[0], window and window.span)
         plan = pick(
-            (*shape_class, length_class(call.key_latents.shape[1])), plans,
-            lambda plan: _launch(plan, planned, found), call.query.device,
+            (*shape_class, length_class(call.length)), plans, lambda plan: _launch(plan, planned, means),
+            call.query.device,
         )  # fmt: skip
-    _launch(plan, planned, found)
+    _launch(plan, planned, means)
 
 
 def _tables(call: Call, is_long: bool) -> Tables:
     """Made once for all layers of a kind; `is_long`: whether programs have so many tiles that windows are worth it."""
-    kind, query, rotation = call.kind, call.query, call.rotation
+    kind, query, rotation, start = call.kind, call.query, call.rotation, call.start
     if rotation is None:
         return Tables(query, query, query, query, None)
-    length = call.key_latents.shape[1]
+    length = call.length
 
     def make() -> Tables:
         # Asked for at any length, so that a short call before is enough where a step is captured in a CUDA graph.
@@ -215,54 +208,74 @@ def _tables(call: Call, is_long: bool) -> Tables:
         if window is None or not is_long:
             return Tables(table, table, table, table, None)
         fast_table = lane_table(rotation, torch.float16, WINDOW_FAST if kind.heads.mode == "folded" else FAST)
-        spans = spans_of(rotation, call.mask, length, kind.rows_per_latent, TILE)
+        spans = spans_of(rotation, call.mask, start, length, kind.rows_per_latent, TILE)
         return Tables(table, fast_table, spans, rotation.frequencies.to(query.device, torch.float32), window)
 
     mask = call.mask if is_long and kind.takes_windows else None
-    return Tables(*rotation.seen(("hopper", kind, length, is_long), mask, make))
+    return Tables(*rotation.seen(("hopper", kind, start, length, is_long), mask, make))
 
 
-def _launch(plan: Plan, planned: Launch, found: Means) -> None:
+def _launch(plan: Plan, planned: Launch, means: Means) -> None:
     """Launch with a plan, of calls with windows for these."""
-    call, tables, (up, power, scaled), parts, begins, ends = planned
-    kind, query, key_latents, value_latents, key, rotation, mask, scaling, key_norm = call
+    (call, *beside), parts, tables, (up, power, scaled) = planned
+    kind, query, key_latents, value_latents, start, key, rotation, mask, scaling, key_norm = call
     rows, absorbed, device = query.shape[0], key.up is None, query.device
     (keys, key_parameters), key_strides, _, _ = layout(key_latents)
     (values, value_parameters), value_strides, _, _ = layout(value_latents)
-    scaling *= power * LOG2_E * (1.0 if rotation is None else rotation.attention_scaling)
+    scaling *= LOG2_E * (1.0 if rotation is None else rotation.attention_scaling)
     window, spans, filler = tables.window, tables.spans, tables.table
     side, value_side = side_of(kind.key_ranks, 16, device), side_of(kind.value_ranks, 16, device)
+    exact, exact_numbers = _beside(beside, parts[1:], query, up, filler)
+    groups = max(each.kind.groups for each in planned.calls)
     relaunch(
-        hopper_kernel, (parts, kind.groups, rows),
+        hopper_kernel, (sum(parts), groups, rows),
         query, keys, values, up, key.bias if kind.has_bias else query, key_norm.weight if kind.has_norm else query,
         tables.table, tables.fast_table, query if mask is None else mask,
         key_parameters, value_parameters,
-        spans, *((filler, filler) if window is None else (window.bases, window.basis)), tables.frequencies, *found,
-        side.rank, side.offset, value_side.rank, value_side.offset,
-        key_latents.shape[1], *key_strides[:2], *value_strides[:2], *kind.planes,
+        spans, *((filler, filler) if window is None else (window.bases, window.basis)), tables.frequencies, *means,
+        side.rank, side.offset, value_side.rank, value_side.offset, *exact,
+        call.length, *key_strides[:2], *value_strides[:2], *kind.planes,
         *key_strides[2:], *value_strides[2:],
         0 if absorbed else up.stride(0), *((0, 0) if absorbed else row_strides(tables.table)),
         *((0, 0) if window is None else row_strides(tables.fast_table)),
         *((0, 0) if mask is None else row_strides(mask)), spans.stride(0) if spans.shape[0] > 1 else 0,
-        query.stride(1), rows * kind.num_heads, scaling, key_norm.variance_epsilon if kind.has_norm else 0.0,
-        constants=constants_of(kind, plan, 0 if window is None else window.span, scaled, begins, ends),
+        query.stride(1), rows * kind.num_heads, scaling * power, key_norm.variance_epsilon if kind.has_norm else 0.0,
+        parts[0], start, 0 if absorbed else exact[0].stride(0), scaling, *exact_numbers,
+        constants=constants_of(
+            kind, plan, 0 if window is None else window.span, scaled, beside[0].kind if beside else None
+        ),
     )  # fmt: skip
 
 
-def _combine_early(found: Means, value: LatentProjection, query: Tensor, head_dim: int) -> Tensor:
+def _beside(
+    calls: Sequence[Call], parts: Sequence[int], query: Tensor, up: Tensor, filler: Tensor
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """What the kernel takes of exact tokens beside the others: tensors and numbers, which stand for nothing of none."""
+    if not calls:
+        return (up, filler, query, query, query, query), (0,) * 13
+    first, more = calls[0], calls[-1]
+    table = filler if first.rotation is None else lane_table(first.rotation, first.kind.dtype)
+    latents = first.key_latents, first.value_latents, more.key_latents, more.value_latents
+    strides = [each.stride()[:2] for each in latents]
+    numbers = (first.length, first.start, parts[0], *strides[0], *strides[1])
+    numbers += (more.length, more.start, *strides[2], *strides[3])
+    return (query if first.key.up is None else first.key.up, table, *latents), numbers
+
+
+def _combine_early(means: Means, value: LatentProjection, query: Tensor, head_dim: int) -> Tensor:
     """As `parts.combine`, of means that a launch makes which allows this one to begin before it ends."""
     rows, num_heads, _ = query.shape
-    ranks, count = tuple(value.ranks), found.means.shape[0]
+    ranks, count = tuple(value.ranks), means.means.shape[0]
     chunks = cdiv(max(ranks), COMBINE_CHUNK)
-    fits = chunks <= MOST_CHUNKS and count <= MOST_PARTS and found.means.numel() < 1 << 31
+    fits = chunks <= MOST_CHUNKS and count <= MOST_PARTS and means.means.numel() < 1 << 31
     if value.up is None or not fits:
-        return combine(Parts(found.means, None, found.logarithms), value, query, head_dim)
+        return combine(Parts(means.means, None, means.logarithms), value, query, head_dim)
     side, programs = side_of(ranks, 16, query.device), processors(query.device)
     outputs, alone = outputs_of(rows * num_heads, head_dim, chunks, programs)
     output = query.new_empty(rows, num_heads, head_dim)
     relaunch(
         hopper_combine_kernel, (rows * num_heads, cdiv(head_dim, outputs)),
-        *found, value.up, value.up if value.bias is None else value.bias, output, side.rank, side.offset,
+        *means, value.up, value.up if value.bias is None else value.bias, output, side.rank, side.offset,
         count, rows * num_heads, value.up.stride(0),
         constants=_combine_constants(
             num_heads, value.up.shape[0], ranks, head_dim, next_power_of_2(count), value.bias is not None,

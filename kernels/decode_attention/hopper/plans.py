@@ -14,7 +14,6 @@ from palu.kernels.decode_attention.hopper.turns import LEAST as KERNEL_LEAST
 from palu.kernels.decode_attention.hopper.turns import UNIT as KERNEL_UNIT
 from palu.kernels.decode_attention.hopper.windows import SLOW as KERNEL_SLOW
 from palu.kernels.decode_attention.hopper.windows import own_parts, parts_of_latents
-from palu.kernels.decode_attention.parts import COMBINE_PARTS
 from palu.kernels.decode_attention.spec import MOST_KEY_RANK
 from palu.kernels.integers import cdiv, next_power_of_2
 
@@ -23,6 +22,8 @@ SLOW = KERNEL_SLOW.value
 # Columns of a program's scores at most; of its keys, for the matrix units, numbers at least, and of codes units of 16
 # bits and latents.
 MOST_SLOTS, LEAST_RANK, LEAST_UNITS, LEAST_CODES = 32, 32, 16, 64
+# Codes of fewer bits take copies of their own, and registers as these.
+FEW_BITS = 4
 # Latents of keys that are rebuilt at most that meet the factor all at once.
 MOST_AT_ONCE = 128
 # Columns of slow pairs at least.
@@ -42,10 +43,6 @@ MOST_OPERANDS = 112
 LEAST_WIDTH = 256
 # Of shared memory: what the compiler keeps, barriers, what slots' means are scaled with, and less by (512 at most).
 RESERVED = 1024
-# Parts that are added up at once.
-MOST_PARTS = 2 * COMBINE_PARTS
-# What a program costs beside its tiles, in tiles.
-START = 3
 
 
 class Plan(NamedTuple):
@@ -298,32 +295,3 @@ def _registers(plan: Plan, heads: Heads, chunks: int, bits: int, whole: int) -> 
     if whole:
         return _whole_registers(whole, chunks, plan.step)
     return chunks * heads.slots + min(chunks, 2) * plan.step // 2
-
-
-@functools.lru_cache(maxsize=4096)
-def parts_of(tiles: int, others: int, processors: int) -> int:
-    """Programs that share the tiles, where there are so many others at a time: those that end first, if in waves."""
-    most = max(1, min(tiles, MOST_PARTS, cdiv(4 * processors, others)))
-    times = {n: cdiv(n * others, processors) * (cdiv(tiles, n) + START) for n in range(1, most + 1)}
-    return min(times, key=lambda parts: (times[parts], parts))
-
-
-@functools.lru_cache(maxsize=4096)
-def parts_side_by_side(
-    tiles: tuple[int, ...], others: tuple[int, ...], stored: tuple[int, ...], processors: int
-) -> tuple[int, ...]:
-    """As `parts_of`, of stretches of tokens whose launches run side by side, with as many tiles per program at most.
-
-    stored: parts that each program leaves. Where there are more programs than run at once, one launch begins behind the
-    other.
-    """
-    times = {}
-    for most in {cdiv(max(tiles), parts) for parts in range(1, MOST_PARTS + 1)}:
-        counts = tuple(cdiv(own, most) for own in tiles)
-        programs = [count * other for count, other in zip(counts, others, strict=True)]
-        each = [min(own, most) + START for own in tiles]
-        behind = sum(cdiv(count, processors) * lasts for count, lasts in zip(programs, each, strict=True))
-        left = sum(count * more for count, more in zip(counts, stored, strict=True))
-        if left <= MOST_PARTS or most == max(tiles):
-            times[counts] = max(each) if sum(programs) <= processors else behind
-    return min(times, key=lambda counts: (times[counts], counts))

@@ -66,15 +66,22 @@ def places_of(found, WHICH: gl.constexpr):
 
 
 @gluon.jit
-def _turns_of(table, basis, tiles, index, table_t, after, WORDS: gl.constexpr, SPAN: gl.constexpr):
+def _row_of(index, window, SPAN: gl.constexpr):
+    """Which row of the basis a tile begins with, that is in the window that begins with a tile, or in the next one."""
+    inside = (index - window) * TILE
+    return gl.where(inside < SPAN, inside, inside - SPAN)
+
+
+@gluon.jit
+def _turns_of(table, basis, tiles, index, window, table_t, after, WORDS: gl.constexpr, SPAN: gl.constexpr):
     """Of a tile's tokens, what weighs their products: cosines and sines, and rows of the basis of windows of SPAN.
 
-    after: zeros [tile], which these loads wait for.
+    window: as of `_row_of`; after: zeros [tile], which these loads wait for.
     """
-    first, step, begin, _, length = tiles
+    first, step, _, _, length = tiles
     words = (load_turns(table, (first + index * step) * TILE, table_t, length, after, WORDS),)
     if SPAN > 0:
-        words = words + (load_turns(basis, (index - begin) * TILE % SPAN, COLUMNS, SPAN, after, COLUMNS // 2),)
+        words = words + (load_turns(basis, _row_of(index, window, SPAN), COLUMNS, SPAN, after, COLUMNS // 2),)
     return words
 
 
@@ -178,6 +185,7 @@ def score_rebuilt(
     PENDING: gl.constexpr = STAGES * GROUPS
     TURNED: gl.constexpr = MODE == "rotated" or MODE == "mixed"
     SLOTS: gl.constexpr = found[0].shape[2] if TURNED else LEAST
+    # An even number of tiles: each group has every other one.
     WINDOW: gl.constexpr = SPAN // TILE if SPAN > 0 else 1 << 30
     # Of windows, rows of the basis weigh products besides.
     ROWS_SPAN: gl.constexpr = SPAN if MODE == "windows" else 0
@@ -215,7 +223,7 @@ def score_rebuilt(
             copy_tile(ring[group], stage, latents[group], tiles, index, latents_t, units[group])
     nothing = gl.zeros([TILE], gl.int32, rows)
     if MODE != "windows":
-        turns = _turns_of(table, basis, tiles, begin + WHICH, table_t, nothing, PAIRS, ROWS_SPAN)
+        turns = _turns_of(table, basis, tiles, begin + WHICH, begin, table_t, nothing, PAIRS, ROWS_SPAN)
         parameters = load_parameters(stored, tiles, begin + WHICH, rows, BITS, ASYMMETRIC)
     if MODE == "mixed":
         shares = load_basis(basis, WHICH * TILE, UNIT // SLOTS, SLOTS)
@@ -246,7 +254,7 @@ def score_rebuilt(
         )  # fmt: skip
         if MODE == "windows" or (MODE == "mixed" and window > begin):
             # Not before: there are no registers where a group makes a window.
-            turns = _turns_of(table, basis, tiles, window + WHICH, table_t, nothing, PAIRS, ROWS_SPAN)
+            turns = _turns_of(table, basis, tiles, window + WHICH, window, table_t, nothing, PAIRS, ROWS_SPAN)
             parameters = load_parameters(stored, tiles, window + WHICH, rows, BITS, ASYMMETRIC)
             if MODE == "mixed":
                 shares = load_basis(basis, WHICH * TILE, UNIT // SLOTS, SLOTS)
@@ -259,7 +267,7 @@ def score_rebuilt(
                 next_parameters = load_parameters(stored, tiles, index + 2, rows, BITS, ASYMMETRIC)
             # Asked for long before they are needed, where there are registers.
             if MODE == "windows":
-                next_turns = _turns_of(table, basis, tiles, index + 2, table_t, nothing, PAIRS, ROWS_SPAN)
+                next_turns = _turns_of(table, basis, tiles, index + 2, window, table_t, nothing, PAIRS, ROWS_SPAN)
             scores = gl.zeros([TILE, SLOTS], gl.float32, narrow)
             of_scores = ()
             turn = done % STAGES
@@ -295,10 +303,10 @@ def score_rebuilt(
                     )  # fmt: skip
                 if group == GROUPS - 1 and MODE != "windows":
                     after = zeros_of(next_parameters, rows, BITS, ASYMMETRIC) if TURNED else nothing
-                    next_turns = _turns_of(table, basis, tiles, index + 2, table_t, after, PAIRS, ROWS_SPAN)
+                    next_turns = _turns_of(table, basis, tiles, index + 2, window, table_t, after, PAIRS, ROWS_SPAN)
                 if MODE == "mixed":
                     if group == GROUPS - 1:
-                        next_shares = load_basis(basis, (index + 2 - window) * TILE % SPAN, UNIT // SLOTS, SLOTS)
+                        next_shares = load_basis(basis, _row_of(index + 2, window, SPAN), UNIT // SLOTS, SLOTS)
                     if group == 0:
                         # The first window's matrices are there.
                         mbarrier.wait(beside[2], 0)

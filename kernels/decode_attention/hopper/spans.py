@@ -11,17 +11,20 @@ from palu.kernels.rotation import Rotation
 GAPS, HIDING = KERNEL_GAPS.value, KERNEL_HIDING.value
 
 
-def spans_of(rotation: Rotation, mask: Tensor | None, length: int, queries: int, tile: int) -> Tensor:
+def spans_of(
+    rotation: Rotation, mask: Tensor | None, start: int, length: int, queries: int, tile: int
+) -> Tensor:  # fmt: skip
     """Of every row its lead, and the tiles from the first to the end of what it sees: int32 [rows or 1, 3].
 
-    The lead is the position of token 0 if all visible ones follow each other, else GAPS. Made once for all layers.
+    The lead is the position of token `start` if all visible ones of `length` from it on follow each other, else GAPS.
+    Made once for all layers.
 
     Args:
-        mask: [rows or 1, length] or None; queries: rows that share a row of positions.
+        mask: [rows or 1, tokens] or None; queries: rows that share a row of positions.
     """
-    positions = rotation.positions[:, :length]
-    visible = None if mask is None else mask[:, :length]
-    key = ("spans", length, queries, tile)
+    positions = rotation.positions[:, start : start + length]
+    visible = None if mask is None else mask[:, start : start + length]
+    key = ("spans", start, length, queries, tile)
     return rotation.seen(key, mask, lambda: (_spans(positions, visible, length, queries, tile),))[0]
 
 
