@@ -79,9 +79,7 @@ CALLS += [Call(key_rank=272), Call(key_rank=256), Call(8, 4, key_rank=256), Call
 CALLS += [Call(base=100.0), Call(key_rank=1024, absorbed=True)]
 # For Hopper's kernel.
 HOPPER_CALLS = [Call(kv, mask=mask) for kv, mask in ((32, None), (8, None), (32, "bool"), (8, "additive"))]
-HOPPER_CALLS += [
-    Call(kv, dtype=torch.bfloat16, absorbed=absorbed) for kv, absorbed in ((32, False), (8, False), (8, True))
-]
+HOPPER_CALLS += [Call(kv, dtype=torch.bfloat16) for kv in (32, 8)] + [Call(8, dtype=torch.bfloat16, absorbed=True)]
 HOPPER_CALLS += [Call(absorbed=True), Call(8, group_size=2), Call(4, group_size=2, heads=28), Call(group_size=1)]
 HOPPER_CALLS += [Call(absorbed=True, group_size=32), Call(8, value_rank=512, key_rank=64)]
 HOPPER_CALLS += [Call(kv, bits, mask=None) for kv in (32, 8) for bits in (8, 4)]
@@ -107,8 +105,11 @@ HOPPER_CALLS += [Call(32, 4, group_size=2, key_rank=64, joined=4, mask=None)]
 HOPPER_CALLS += [Call(kv, bits, mask=None) for kv in (32, 8) for bits in (3, 2)] + [Call(absorbed=True, bits=3)]
 HOPPER_CALLS += [Call(8, 3, key_rank=96, value_rank=352, bias=True, key_norm=True), Call(8, 3, key_rank=160, mask=None)]
 HOPPER_CALLS += [Call(32, 2, key_rank=256, value_rank=256, mask=None), Call(8, 4, beside=130, mask=None)]
-# Keys and values of different bits.
+HOPPER_CALLS += [Call(bits=4, beside=130, absorbed=absorbed, mask=None) for absorbed in (False, True)]
+# Keys and values of different bits; more than 256 latents of keys.
 HOPPER_CALLS += [Call(32, 4, value_bits=8, mask=None), Call(8, 3, value_bits=4, mask=None)]
+HOPPER_CALLS += [Call(8, bits, key_rank=320, value_rank=320, mask=None) for bits in (16, 4)]
+HOPPER_CALLS += [Call(32, 4, key_rank=320, value_rank=320, mask=None), Call(absorbed=True, bits=4, key_rank=512)]
 
 
 class Launch(NamedTuple):
@@ -154,10 +155,8 @@ class Recorder:
             else:
                 signature[name] = "i32"
                 aligned += [index] if value % 16 == 0 and specialized else []
-        launch = Launch(
-            self.function.__name__, tuple(signature.items()), tuple(constants.items()), tuple(aligned), options
-        )
-        self.launches.setdefault(launch, self.function)
+        kept = (tuple(each.items()) for each in (signature, constants))
+        self.launches.setdefault(Launch(self.function.__name__, *kept, tuple(aligned), options), self.function)
 
 
 def record(architecture):
@@ -172,8 +171,8 @@ def record(architecture):
                 setattr(module, name, Recorder(value, launches))
     # Also where there is a Hopper kernel, others take what it does not.
     attention.runs_hopper_kernel = lambda device: False
-    for dtype in (torch.float16, torch.bfloat16):
-        record_beside(dtype)
+    record_beside(torch.float16)
+    record_beside(torch.bfloat16)
     record_growing(launches)
     for call in CALLS:
         attention.decode_attention(*arguments(call))
@@ -187,8 +186,8 @@ def record(architecture):
 
 def record_beside(dtype):
     """What comes before and after decode attention: codes of new tokens, numbers of codes, turned heads."""
-    ranks = (VALUE_RANK,) * 8
-    latents, slots = torch.empty(1, 64, sum(ranks), dtype=dtype), torch.arange(64)
+    ranks, slots = (VALUE_RANK,) * 8, torch.arange(64)
+    latents = torch.empty(1, 64, sum(ranks), dtype=dtype)
     for bits in (8, 4, 3, 2):
         for symmetric in (False, True):
             settings = Quantization(bits, ranks, symmetric)
@@ -237,15 +236,14 @@ def arguments(call):
         LatentProjection(torch.zeros(rows, sum(each), dtype=call.dtype), each, bias)
         for rows, each in zip((width, width * call.joined), ranks, strict=True)
     )
-    base = call.base or (1e4 if call.kv_heads == 32 else 5e5)
-    frequencies = base ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+    frequencies = (call.base or (1e4 if call.kv_heads == 32 else 5e5)) ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
     rotation = None if call.absorbed else Rotation(torch.arange(call.length)[None], frequencies)
     norm = SimpleNamespace(variance_epsilon=1e-6, weight=torch.ones(HEAD_DIM, dtype=call.dtype))
     query = torch.zeros(1, call.heads, call.queries, HEAD_DIM, dtype=call.dtype)
-    bits = call.bits, call.value_bits or call.bits
+    bits = (call.bits, call.value_bits or call.bits)
     latents = [latents_of(call, *each) for each in zip(ranks, bits, strict=True)]
-    mask = torch.ones(1, 1, call.queries, call.length, dtype=torch.bool if call.mask == "bool" else call.dtype)
-    mask = mask if call.mask else None
+    kind = torch.bool if call.mask == "bool" else call.dtype
+    mask = torch.ones(1, 1, call.queries, call.length, dtype=kind) if call.mask else None
     return query, *latents, key, value, rotation, mask, HEAD_DIM**-0.5, norm if call.key_norm else None
 
 
@@ -265,9 +263,8 @@ def told_of(main, beside):
     """What tells compilations of Hopper's kernel apart, by the names that others have for it."""
     if main is None:
         return {}
-    told = {name.upper(): value for name, value in main._asdict().items()}
-    told |= {"MODE": main.exact.mode, "SPAN": 0 if main.windows is None else main.windows.span}
-    return told | {"BESIDE": beside is not None}
+    told = {"MODE": main.exact.mode, "SPAN": main.windows.span if main.windows else 0, "BESIDE": beside is not None}
+    return told | {name.upper(): value for name, value in main._asdict().items()}
 
 
 def compiled(function, launch, architecture, folder):

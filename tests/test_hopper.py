@@ -162,6 +162,42 @@ def test_some_tokens_are_exact_beside_codes(exact, rope, heads, dtype, bits, mas
     assert (only.tables.window is not None) == (rope == "windows")
 
 
+# Heads, latents of the key groups and of the value groups, bits that the kernel takes of these.
+WIDE = [
+    ((16, 4, 128), (320,), (256,), (16, 8, 4, 3, 2)), ((16, 8, 128), (384, 96), (256, 192), (16, 8, 4, 2)),
+    ((16, 8, 128), (512,), (384,), (4, 2)), ((4, 4, 128), (320,), (256,), (4, 2)),
+    ((12, 4, 96), (384,), (256,), (16, 3)), ((16, 8, 64), (320,), (256,), (8, 2)),
+]  # fmt: skip
+
+
+@needs_hopper
+@torch.no_grad()
+@pytest.mark.usefixtures("empty_memory_is_nan")
+@pytest.mark.parametrize("rope", ["rope", "windows", "absorbed"])
+@pytest.mark.parametrize("beside", [False, True], ids=["one kind", "some exact"])
+@pytest.mark.parametrize(
+    ("heads", "key_ranks", "value_ranks", "bits"),
+    [(*case, bits) for *case, each in WIDE for bits in each], ids=lambda value: str(value).replace(", ", "-"),
+)  # fmt: skip
+def test_keys_may_have_many_latents(heads, key_ranks, value_ranks, bits, beside, rope, monkeypatch):
+    if beside and (bits == 16 or max(key_ranks) == 512):
+        pytest.skip("numbers of 16 bits would not be taken")
+    shape = Shape(2, *heads, 1, 2100, key_ranks, value_ranks)
+    query, *latents, key, value, rotation, mask = random_call(shape, torch.float16, False, rope == "windows")
+    packed, held = quantized(latents, bits, key, value)
+    if beside:
+        packed = [
+            MixedLatents((given[:, :4], codes.narrow(1, 4, 1996), given[:, 2000:]))
+            for given, codes in zip(latents, packed, strict=True)
+        ]
+        held = [dense(each, torch.float32) for each in packed]
+    monkeypatch.setattr(hopper, "parts_of", lambda *args: 2)
+    monkeypatch.setattr(hopper, "parts_together", lambda tiles, *args: (2, *[1 for _ in tiles[1:]]))
+    call = (query, *packed, key, value, None if rope == "absorbed" else rotation)
+    seen = None if rope == "windows" else mask
+    checked(call, shape, seen, seen, "float16", monkeypatch, held)
+
+
 @needs_hopper
 @torch.no_grad()
 @pytest.mark.usefixtures("empty_memory_is_nan")

@@ -33,16 +33,16 @@ def rank_table(results: dict[str, Any]) -> None:
 
 
 def _wide_lines(ranks: list[dict[str, Any]]) -> list[str]:
-    """That layers keep more of their keys than the fastest decode kernel takes, a list of one line or none."""
-    from palu.kernels.decode_attention.spec import MOST_KEY_RANK
+    """That layers keep more of their keys than decode fast, a list of one line or none."""
+    from palu.kernels.decode_attention.spec import FAST_KEY_RANK
 
-    wide = {row["layer"] for row in ranks if row["side"] == "key" and row["rank"] > MOST_KEY_RANK}
+    wide = {row["layer"] for row in ranks if row["side"] == "key" and row["rank"] > FAST_KEY_RANK}
     if not wide:
         return []
     layers = "one layer keeps" if len(wide) == 1 else f"{len(wide)} layers keep"
     return [
-        f"{layers} more than {MOST_KEY_RANK} latents of a group's keys, which the decode kernel for H100 and H200 does "
-        f"not take: they decode slower there; --max_key_rank {MOST_KEY_RANK} bounds them"
+        f"{layers} more than {FAST_KEY_RANK} latents of a group's keys, with which decoding may be slower than over a "
+        f"full cache; --max_key_rank {FAST_KEY_RANK} bounds them"
     ]
 
 

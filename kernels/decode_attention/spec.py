@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-# Latents of a group's keys at most that the fastest decode kernel, of compute capability 9, takes.
-MOST_KEY_RANK = 256
+# Latents of a group's keys at most that the decode kernel for compute capability 9 takes, and with which it is fast.
+MOST_KEY_RANK, FAST_KEY_RANK = 512, 256
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from palu.kernels.decode_attention.hopper.kind import Kind
 from palu.kernels.decode_attention.hopper.plans import (
     CHUNK,
     FEW_BITS,
+    WIDE_RANK,
     Plan,
     held_of,
     mode_of,
-    padded_rank,
     scorers_of,
     whole_slots,
 )
@@ -28,9 +28,9 @@ REGISTERS = {
     # Beside codes that more groups of warps score and weigh.
     ("absorbed", False, 3): (240, 240), ("absorbed", False, 4): (216, 216),
 }  # fmt: skip
-# Of three groups by the mode and the bits, where keys have so many latents, all of which a group that scores holds at
-# once, and values at most so many chunks: sums of more need the registers.
-WIDE_RANK, FEW_CHUNKS = 256, 3
+# Of three groups by the mode and the bits, where keys have WIDE_RANK latents or more, all of which a group that scores
+# holds at once, and values at most so many chunks: sums of more need the registers.
+FEW_CHUNKS = 3
 WIDE_REGISTERS = {
     ("folded", 16): (216, 72), ("folded", 8): (192, 120), ("folded", 4): (200, 104),
     ("rotated", 16): (192, 120), ("rotated", 8): (168, 168), ("rotated", 4): (184, 136),
@@ -122,10 +122,10 @@ def constants_of(kind: Kind, plan: Plan, span: int, scaled: bool, beside: Kind |
 def _of_stretch(kind: Kind, plan: Plan, span: int, scaled: bool, groups: int = 0) -> StretchConstants:
     """groups: of warps that the launch has at least."""
     heads, bits, weighers = kind.heads, kind.bits, kind.weighers
-    chunks, rank = cdiv(max(kind.value_ranks), CHUNK), padded_rank(kind.key_ranks, bits, heads.mode)
+    chunks = cdiv(max(kind.value_ranks), CHUNK)
     whole = whole_slots(heads, kind.value_bits, chunks)
     scorers = scorers_of(heads.mode, weighers, whole)
-    if kind.sections > 1 and rank == WIDE_RANK and chunks <= FEW_CHUNKS:
+    if kind.sections > 1 and kind.rank >= WIDE_RANK and chunks <= FEW_CHUNKS:
         registers = WIDE_REGISTERS[heads.mode, max(bits, FEW_BITS)]
     else:
         registers = REGISTERS[heads.mode, bits < 16, max(groups, scorers + weighers)]
@@ -133,7 +133,7 @@ def _of_stretch(kind: Kind, plan: Plan, span: int, scaled: bool, groups: int = 0
         groups=kind.groups, shares=kind.shares, joined=len(kind.key_ranks) // len(kind.value_ranks),
         key_groups=kind.key_groups, kv=heads.kv, queries=heads.queries, query_slots=heads.query_slots,
         slots=heads.slots, query_rows=kind.rows_per_latent, width=kind.width, wide=next_power_of_2(kind.width),
-        rank=rank, key_divisor=divisor(kind.key_ranks), chunks=chunks, value_divisor=divisor(kind.value_ranks),
+        rank=kind.rank, key_divisor=divisor(kind.key_ranks), chunks=chunks, value_divisor=divisor(kind.value_ranks),
         rank_stride=max(kind.value_ranks), mask=kind.mask, dtype=DTYPES[kind.dtype], together=heads.together,
         columns=heads.columns, bits=bits, value_bits=kind.value_bits, asymmetric=kind.asymmetric, scorers=scorers,
         weighers=weighers, idle=max(0, groups - scorers - weighers), score_registers=registers[0],

@@ -11,9 +11,11 @@ from torch import Tensor
 from palu.kernels.decode_attention.hopper.plans import (
     CHUNK,
     FEW_BITS,
+    WIDE_RANK,
     Heads,
     Plan,
     heads_of,
+    padded_rank,
     plans_for,
     sections_of,
     weighers_of,
@@ -25,7 +27,7 @@ from palu.kernels.packing import PLANES, last_plane
 from palu.kernels.quantize import WHOLE_ZEROS, PackedLatents
 
 # Programs at most that share a group's heads: each reads all of the group's latents.
-MOST_SHARES = 4
+MOST_SHARES = 8
 # Bytes of values that have to be on their way to a program, so that memory is read as fast as it can be.
 LEAST_UNDER_WAY = 12 << 10
 # Bits of codes that the kernel can make numbers of.
@@ -42,8 +44,8 @@ class Kind:
 
     width: of a query; kv: kv heads of a group, None where keys are absorbed; query_dtype: of the model; mask: as
     `mask_kind` calls it; rows_per_latent: rows that read the same row of latents; memory: bytes that a block may have;
-    copies: bytes that a copy of keys and one of values takes at once; shares: programs that share the heads of a key
-    group; key_groups: whose heads one program has.
+    copies: bytes that a copy of keys and one of values takes at once; is_beside: whether tokens are few, beside others
+    of the same call; shares: programs that share the heads of a key group; key_groups: whose heads one program has.
     """
 
     num_heads: int
@@ -61,6 +63,7 @@ class Kind:
     rows_per_latent: int
     memory: int
     copies: tuple[int, int] = (COPY, COPY)
+    is_beside: bool = False
     shares: int = 1
     key_groups: int = 1
 
@@ -86,6 +89,11 @@ class Kind:
         return weighers_of(self.heads.mode, self.value_bits)
 
     @functools.cached_property
+    def rank(self) -> int:
+        """As `padded_rank`."""
+        return padded_rank(self.key_ranks, self.bits, self.heads.mode)
+
+    @functools.cached_property
     def sections(self) -> int:
         """As `sections_of`."""
         return sections_of(self.key_ranks, self.bits, self.heads.mode)
@@ -102,7 +110,10 @@ class Kind:
         """Whether ranks and heads are such as the kernel takes, and fit."""
         # Values of several key groups may be in the same latents, not the other way round.
         joined = len(self.key_ranks) % len(self.value_ranks) == 0
-        return joined and bool(self.plans(False, False))
+        # One folded head of so many latents is slower than the other launches.
+        narrow = self.heads.mode != "folded" or self.rank <= WIDE_RANK
+        fast = narrow or self.is_beside or (self.heads.kv > 1 and self.takes_windows)
+        return joined and fast and bool(self.plans(False, False))
 
     @functools.cached_property
     def reads_ahead(self) -> bool:
@@ -115,9 +126,10 @@ class Kind:
     @functools.cached_property
     def takes_windows(self) -> bool:
         """Whether keys are interpolated in windows of positions where that is faster."""
-        # Several queries' numbers take longer to read than to multiply, unless keys have many latents.
-        many = self.sections > 1
-        exact = self.heads.mode == "absorbed" or (self.heads.mode == "rotated" and self.bits == 16 and not many)
+        # Several queries' numbers take longer to read than to multiply, unless keys have many latents. Codes of so many
+        # that a program has a head or two take registers that windows lack.
+        exact = self.rank > WIDE_RANK if self.bits < 16 else self.sections == 1
+        exact = self.heads.mode == "absorbed" or (self.heads.mode == "rotated" and exact)
         return not exact and bool(self.plans(True, False))
 
     @functools.cached_property
@@ -167,25 +179,24 @@ def stretches_of(
     lengths = [[part.shape[1] for part in side] for side in sides]
     if lengths[0] != lengths[1] or len(lengths[0]) > 1 + MOST_BESIDE:
         return None
-    kinds = [kind_of(query, *both, key, value, mask, key_norm) for both in zip(*sides, strict=True)]
-    if None in kinds:
-        return None
-    main = max(range(len(kinds)), key=lambda index: (kinds[index].bits < 16, lengths[0][index]))
+    both = list(zip(*sides, strict=True))
+    main = max(range(len(both)), key=lambda index: (isinstance(both[index][0], PackedLatents), lengths[0][index]))
+    kinds = [kind_of(query, *each, key, value, mask, key_norm, index != main) for index, each in enumerate(both)]
     # One kind at most, as there is one object for each.
     beside = set(kinds[:main] + kinds[main + 1 :])
-    if len(beside) > 1 or any(kind.bits < 16 for kind in beside):
+    if None in kinds or len(beside) > 1 or any(kind.bits < 16 for kind in beside):
         return None
     return Stretches(main, kinds[main], next(iter(beside), None))
 
 
 def kind_of(
     query: Tensor, key_latents: Stretch, value_latents: Stretch, key: LatentProjection, value: LatentProjection,
-    mask: Tensor | None, key_norm: object,
+    mask: Tensor | None, key_norm: object, is_beside: bool = False,
 ) -> Kind | None:  # fmt: skip
     """The kind of a call that the kernel takes, None of others; of those that `launch.can_take` takes.
 
     Both sides have 16 bits, or both have codes, and each value group has the values of as many key groups.
-    Arguments as of `decode_attention`.
+    Arguments as of `decode_attention` and of `Kind`.
     """
     bits, value_bits = _bits(key_latents, query.dtype), _bits(value_latents, query.dtype)
     if bits is None or value_bits is None or (bits == 16) != (value_bits == 16) or query.dtype == torch.float32:
@@ -208,7 +219,8 @@ def kind_of(
     found = the_kind(
         num_heads, width, None if absorbed else key.up.shape[0] // width, tuple(key.ranks), tuple(value.ranks),
         bits, value_bits, asymmetric, query.dtype, key.bias is not None, key_norm is not None, mask_kind(mask), queries,
-        block_memory(query.device), copies, key_groups=1 if absorbed else max(1, len(key.ranks) // len(value.ranks)),
+        block_memory(query.device), copies, is_beside,
+        key_groups=1 if absorbed else max(1, len(key.ranks) // len(value.ranks)),
     )  # fmt: skip
     # All heads whose values are in the same latents, which are then read once; fewer need less of the up factor.
     fitting = None

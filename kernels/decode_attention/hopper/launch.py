@@ -20,7 +20,6 @@ from palu.kernels.decode_attention.hopper.plans import (
     SLOW,
     TILE,
     Plan,
-    padded_rank,
 )
 from palu.kernels.decode_attention.hopper.sharing import MOST_PARTS, parts_of, parts_together
 from palu.kernels.decode_attention.hopper.spans import spans_of
@@ -165,9 +164,8 @@ def _factor(call: Call) -> tuple[Tensor, float, bool]:
     kind, key = call.kind, call.key
     if key.up is None or kind.bits == 16:
         return call.query if key.up is None else key.up, 1.0, False
-    rank, folded = padded_rank(kind.key_ranks, kind.bits, kind.heads.mode), kind.heads.mode == "folded"
-    extras = kind.has_bias or kind.has_norm
-    return factor_of_codes(key, rank, kind.bits, kind.dtype, folded, extras, kind.sections > 1)
+    folded, extras = kind.heads.mode == "folded", kind.has_bias or kind.has_norm
+    return factor_of_codes(key, kind.rank, kind.bits, kind.dtype, folded, extras, kind.sections > 1)
 
 
 def _window_of(call: Call) -> Window | None:

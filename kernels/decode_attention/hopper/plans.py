@@ -24,8 +24,9 @@ SLOW = KERNEL_SLOW.value
 MOST_SLOTS, LEAST_RANK, LEAST_UNITS, LEAST_CODES = 32, 32, 16, 64
 # Codes of fewer bits take copies of their own, and registers as these.
 FEW_BITS = 4
-# Latents of keys that are rebuilt at most that meet the factor all at once.
-MOST_AT_ONCE = 128
+# Latents of keys that are rebuilt at most that meet the factor all at once; of more, so many that programs still have
+# two heads or more, whose registers they take.
+MOST_AT_ONCE, WIDE_RANK = 128, 256
 # Columns of slow pairs at least.
 LEAST_COLUMNS = 4
 # kv heads at most of which all slow pairs can stay in shared memory; bytes of values under way that are enough beside
