@@ -35,6 +35,8 @@ WIDE_REGISTERS = {
     ("folded", 16): (216, 72), ("folded", 8): (192, 120), ("folded", 4): (200, 104),
     ("rotated", 16): (192, 120), ("rotated", 8): (168, 168), ("rotated", 4): (184, 136),
 }  # fmt: skip
+# Of absorbed keys' codes of more than WIDE_RANK latents, all of which become numbers at once, by the groups of warps.
+WIDE_ABSORBED = {3: (200, 152), 4: (136, 120)}
 
 
 class PlanConstants(NamedTuple):
@@ -125,10 +127,13 @@ def _of_stretch(kind: Kind, plan: Plan, span: int, scaled: bool, groups: int = 0
     chunks = cdiv(max(kind.value_ranks), CHUNK)
     whole = whole_slots(heads, kind.value_bits, chunks)
     scorers = scorers_of(heads.mode, weighers, whole)
+    warps = max(groups, scorers + weighers)
     if kind.sections > 1 and kind.rank >= WIDE_RANK and chunks <= FEW_CHUNKS:
         registers = WIDE_REGISTERS[heads.mode, max(bits, FEW_BITS)]
+    elif heads.mode == "absorbed" and bits < 16 and kind.rank > WIDE_RANK and warps in WIDE_ABSORBED:
+        registers = WIDE_ABSORBED[warps]
     else:
-        registers = REGISTERS[heads.mode, bits < 16, max(groups, scorers + weighers)]
+        registers = REGISTERS[heads.mode, bits < 16, warps]
     return StretchConstants(
         groups=kind.groups, shares=kind.shares, joined=len(kind.key_ranks) // len(kind.value_ranks),
         key_groups=kind.key_groups, kv=heads.kv, queries=heads.queries, query_slots=heads.query_slots,
@@ -136,7 +141,7 @@ def _of_stretch(kind: Kind, plan: Plan, span: int, scaled: bool, groups: int = 0
         rank=kind.rank, key_divisor=divisor(kind.key_ranks), chunks=chunks, value_divisor=divisor(kind.value_ranks),
         rank_stride=max(kind.value_ranks), mask=kind.mask, dtype=DTYPES[kind.dtype], together=heads.together,
         columns=heads.columns, bits=bits, value_bits=kind.value_bits, asymmetric=kind.asymmetric, scorers=scorers,
-        weighers=weighers, idle=max(0, groups - scorers - weighers), score_registers=registers[0],
+        weighers=weighers, idle=warps - scorers - weighers, score_registers=registers[0],
         value_registers=registers[1], whole=whole, scaled=scaled,
         sections=kind.sections, has_bias=kind.has_bias, has_norm=kind.has_norm,
         even_keys=even_rank(kind.key_ranks), even_values=even_rank(kind.value_ranks),
