@@ -123,7 +123,7 @@ def largest_window(
     None if those are too few. slow: room for so many pairs.
     """
     found = functools.cache(lambda span: interpolate(np.asarray(frequencies), fast, span, columns))
-    # Errors grow with the window.
+    # Errors grow with the window, but for little; what is taken was tried.
     fitting = bisect.bisect_right(WINDOW_SPANS, tolerance, key=lambda span: found(span).error)
     if fitting == 0:
         return None

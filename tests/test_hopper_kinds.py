@@ -102,6 +102,29 @@ def test_key_groups_of_a_program_share_no_columns_of_scores_and_no_products():
     assert not fitting(plans.heads_of(24, 1, 6, key_groups=2), 64, 256)
 
 
+@pytest.mark.parametrize(
+    ("heads", "ranks", "kv", "windows"),
+    [
+        # Folded, where two heads fit, in windows.
+        ((4, 4), (320, 256), {16: None, 8: None, 4: 2, 3: None, 2: 2}, (4, 2)),
+        # Several queries, one or two heads, of numbers in windows.
+        ((16, 4), (320, 256), {16: 1, 8: 1, 4: 2, 3: 1, 2: 2}, (16,)),
+        ((32, 8), (512, 384), {16: None, 8: None, 4: 1, 3: 1, 2: 1}, ()),
+    ],
+)  # fmt: skip
+def test_keys_of_many_latents_are_taken_where_that_is_faster(heads, ranks, kv, windows, monkeypatch):
+    monkeypatch.setattr(kind, "block_memory", lambda device: MEMORY)
+    shape = Shape(1, *heads, 128, 1, 40, ranks[:1], ranks[1:])
+    query, *latents, key, value, _, _ = random_call(shape, torch.float16, False)
+    for bits, heads_of_program in kv.items():
+        found = kind.kind_of(query, *quantized(latents, bits, key, value)[0], key, value, None, None)
+        assert (found and found.heads.kv) == heads_of_program
+        assert found is None or found.takes_windows == (bits in windows)
+    # Few tokens are taken wherever they fit, so that the others are.
+    beside = kind.kind_of(query, *latents, key, value, None, None, is_beside=True)
+    assert (beside is None) == (ranks[0] == 512)
+
+
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_codes_of_wide_keys_meet_the_factor_section_by_section(bits):
     ranks = (192, 160)

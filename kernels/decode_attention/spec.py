@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-# Latents of a group's keys at most that the decode kernel for compute capability 9 takes, and with which it is fast.
+# Latents of a group's keys at most that the decode kernel for compute capability 9 takes, of which it adds up products
+# of whole numbers in 32 bits (`hopper.whole`: 512 * 128 * 32,512 < 2^31), and with which it is fast.
 MOST_KEY_RANK, FAST_KEY_RANK = 512, 256
 
 

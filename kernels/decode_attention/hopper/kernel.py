@@ -16,74 +16,84 @@ from palu.kernels.latent_scores.tiles import GAPS
 @gluon.jit(
     do_not_specialize=[
         "length", "table_b", "fast_b", "mask_b", "spans_b", "rows_heads", "parts", "start", "first_length",
-        "first_start", "first_parts", "more_length", "more_start",
+        "first_start", "first_parts", "more_length", "more_start", "more_parts",
     ]
 )  # fmt: skip
 def hopper_kernel(
     query, keys, values, up, bias, norm, table, fast_table, mask, key_parameters, value_parameters, spans,
     bases, basis, frequencies, means, logarithms,
     key_rank_of, key_offset_of, value_rank_of, value_offset_of,
-    exact_up, exact_table, first_keys, first_values, more_keys, more_values,
+    exact_up, first_keys, first_values, more_keys, more_values,
     length, keys_b, keys_t, values_b, values_t, keys_plane, values_plane, key_parameters_b, key_parameters_t,
     value_parameters_b, value_parameters_t, up_stride, table_b, table_t, fast_b, fast_t, mask_b, mask_t, spans_b,
     query_stride, rows_heads, scaling, epsilon, parts, start,
     exact_up_stride, exact_scaling, first_length, first_start, first_parts, first_keys_b, first_keys_t, first_values_b,
-    first_values_t, more_length, more_start, more_keys_b, more_keys_t, more_values_b, more_values_t,
+    first_values_t, more_length, more_start, more_parts, more_keys_b, more_keys_t, more_values_b, more_values_t,
     MAIN: gl.constexpr, BESIDE: gl.constexpr,
 ):  # fmt: skip
     """Mean value latents of a program's heads over a part of the tokens, and the logarithms of the weights' sums.
 
-    Programs: the first `parts` along the first axis have the tokens from `start` on, MAIN, the others those of one or
-    two stretches of exact tokens beside them, BESIDE, if there are any: `first_parts`, then what is left. Along the
-    second axis are those for the row's heads, along the third the rows.
+    Grid: parts of the tokens, programs for the row's heads, rows. With one or two stretches of exact tokens beside the
+    others, BESIDE, the first axis has both of the first: first the `parts` parts of the others, MAIN, which have the
+    tokens from `start` on, then `first_parts` of the first exact ones, then what is left.
 
     query: [rows, heads, query_stride]. keys, values: of codes, bytes. keys_plane, values_plane: bytes of a token's
     codes before the high plane. up: of codes in the order of `unit_order`, or section by section where keys have
     several (of `section_of` latents). bias: of all keys; norm: a key norm's weights, epsilon what it adds to mean
-    squares. table: `lane_table`, fast_table: that of the fast pairs, exact_table: in the type of exact tokens; they and
-    the mask are of all tokens. parameters: of codes, scales of every group, with their zero points behind them if they
-    are asymmetric. Where there are windows, rows without gaps, by `spans_of`, are computed in them, with a mode and a
-    plan of their own, the others as without; bases, basis: of `palu.kernels.rotation.Window`, of folded queries by
-    lane. means: [parts, rows, heads, rank_stride]; logarithms: of base 2, float32 [parts, rows, heads]: `weighers`
-    parts of every program. MAIN, BESIDE: `StretchConstants`.
+    squares. table: `lane_table`, fast_table: that of the fast pairs; they and the mask are of all tokens.
+    parameters: of codes, scales of every group, with their zero points behind them if they are asymmetric. Where
+    there are windows, rows without gaps, by `spans_of`, are computed in them, with a mode and a plan of their own,
+    the others as without; bases, basis: of `palu.kernels.rotation.Window`, of folded queries by lane. means:
+    [parts, rows, heads, rank_stride]; logarithms: of base 2, float32 [parts, rows, heads]: `weighers` parts of
+    every program. MAIN, BESIDE: `StretchConstants`.
     """
     wait_for_launch_before()
-    part, share = gl.program_id(0), gl.program_id(1)
     of_heads = (query, bias, norm, mask, key_rank_of, key_offset_of, value_rank_of, value_offset_of, means, logarithms)
     numbers = (table_b, table_t, mask_b, mask_t, query_stride, rows_heads, epsilon)
-    if BESIDE is None or (part < parts and share < MAIN.groups):
-        stored = (
-            keys, values, key_parameters, value_parameters, keys_b, keys_t, values_b, values_t, keys_plane,
-            values_plane, key_parameters_b, key_parameters_t, value_parameters_b, value_parameters_t,
+    stored = (
+        keys, values, key_parameters, value_parameters, keys_b, keys_t, values_b, values_t, keys_plane, values_plane,
+        key_parameters_b, key_parameters_t, value_parameters_b, value_parameters_t,
+    )  # fmt: skip
+    tables = (up, table, fast_table, spans, bases, basis, frequencies, up_stride, fast_b, fast_t, spans_b)
+    program = gl.program_id(0)
+    if BESIDE is None:
+        _attend_stretch(
+            of_heads, stored, tables, numbers, length, start, scaling, program, parts, gl.program_id(1), 0, MAIN, True
         )  # fmt: skip
-        tables = (up, table, fast_table, spans, bases, basis, frequencies, up_stride, fast_b, fast_t, spans_b)
-        _attend_stretch(of_heads, stored, tables, numbers, length, start, scaling, part, parts, 0, MAIN, BESIDE is None)
-    elif part >= parts and share < BESIDE.groups:
-        one = part - parts
-        more, more_parts = one >= first_parts, gl.num_programs(0) - parts - first_parts
-        stored = (
+    elif program < parts * MAIN.groups:
+        part, share = program // MAIN.groups, program % MAIN.groups
+        _attend_stretch(
+            of_heads, stored, tables, numbers, length, start, scaling, part, parts, share, 0, MAIN, False
+        )  # fmt: skip
+    else:
+        # None is idle: it would wait for a multiprocessor as the others do.
+        own = program - parts * MAIN.groups
+        part, share = own // BESIDE.groups, own % BESIDE.groups
+        more = part >= first_parts
+        exact = (
             gl.where(more, more_keys, first_keys), gl.where(more, more_values, first_values), query, query,
             gl.where(more, more_keys_b, first_keys_b), gl.where(more, more_keys_t, first_keys_t),
             gl.where(more, more_values_b, first_values_b), gl.where(more, more_values_t, first_values_t),
             0, 0, 0, 0, 0, 0,
         )  # fmt: skip
-        tables = (exact_up, exact_table, exact_table, spans, bases, basis, frequencies, exact_up_stride, 0, 0, 0)
-        own, own_parts = gl.where(more, one - first_parts, one), gl.where(more, more_parts, first_parts)
-        stored_before = parts * MAIN.weighers + gl.where(more, first_parts * BESIDE.weighers, 0)
+        exact_tables = (exact_up, table, table, spans, bases, basis, frequencies, exact_up_stride, 0, 0, 0)
         _attend_stretch(
-            of_heads, stored, tables, numbers, gl.where(more, more_length, first_length),
-            gl.where(more, more_start, first_start), exact_scaling, own, own_parts, stored_before, BESIDE, False,
+            of_heads, exact, exact_tables, numbers, gl.where(more, more_length, first_length),
+            gl.where(more, more_start, first_start), exact_scaling, gl.where(more, part - first_parts, part),
+            gl.where(more, more_parts, first_parts), share,
+            parts * MAIN.weighers + gl.where(more, first_parts * BESIDE.weighers, 0), BESIDE, False,
         )  # fmt: skip
 
 
 @gluon.jit
 def _attend_stretch(
-    of_heads, stored, tables, numbers, length, start, scaling, part, parts, stored_before, OF: gl.constexpr,
+    of_heads, stored, tables, numbers, length, start, scaling, part, parts, share, stored_before, OF: gl.constexpr,
     IS_WHOLE: gl.constexpr,
 ):  # fmt: skip
     """One of `parts` programs for heads of a row and `length` tokens from `start` on, of all tokens if IS_WHOLE.
 
-    stored_before: parts that other stretches' programs leave. OF: `StretchConstants`.
+    share: which of the programs for the row's heads. stored_before: parts that other stretches' programs leave. OF:
+    `StretchConstants`.
     """
     query, bias, norm, mask, key_rank_of, key_offset_of, value_rank_of, value_offset_of, means, logarithms = of_heads
     (
@@ -101,7 +111,7 @@ def _attend_stretch(
     # Of a program's factor.
     ROWS: gl.constexpr = OF.kv * OF.width
     # First of all: everything waits for them.
-    share, row = gl.program_id(1), gl.program_id(2)
+    row = gl.program_id(2)
     lead, leading, end_tile = 0, 0, 0
     if WINDOWS is not None:
         at_span = spans + row * spans_b
@@ -140,12 +150,11 @@ def _attend_stretch(
         own_up, key_ranks, up_ranks = own_up + (at_up,), key_ranks + (key_rank,), up_ranks + (up_rank,)
     parameters = (own_parameters, value_parameters, key_parameters_t, value_parameters_t)
     at_table, at_fast = table + gl.multiple_of(at_row * table_b, 8), fast_table + gl.multiple_of(at_row * fast_b, 8)
-    row_mask = row * mask_b
     if not IS_WHOLE:
-        at_table, at_fast = at_table + start * table_t, at_fast + start * fast_t
-        row_mask += start * mask_t
+        before = gl.cast(start, gl.int64)
+        at_table, at_fast, mask = at_table + before * table_t, at_fast + before * fast_t, mask + before * mask_t
     given = (
-        (length, mask, row_mask, mask_t),
+        (length, mask, row * mask_b, mask_t),
         (planes_at(at_values, values_plane, value_offset, of_values), value_rank, units_of(value_rank, of_values),
          steps_of(values_t, of_values)),
         (own_keys, parameters, key_units, steps_of(keys_t, of_keys)),

@@ -43,9 +43,10 @@ class Kind:
     """A call but for its tensors, its rows and the tokens. `the_kind` keeps each, so that what it needs is found once.
 
     width: of a query; kv: kv heads of a group, None where keys are absorbed; query_dtype: of the model; mask: as
-    `mask_kind` calls it; rows_per_latent: rows that read the same row of latents; memory: bytes that a block may have;
-    copies: bytes that a copy of keys and one of values takes at once; is_beside: whether tokens are few, beside others
-    of the same call; shares: programs that share the heads of a key group; key_groups: whose heads one program has.
+    `mask_kind` calls it; rows_per_latent: rows that read the same row of latents; memory: bytes that a block may
+    have; copies: bytes that a copy of keys and one of values takes at once; is_beside: whether tokens are exact
+    ones beside others of the same call, few as a rule; shares: programs that share the heads of a key group;
+    key_groups: whose heads one program has.
     """
 
     num_heads: int
@@ -144,7 +145,7 @@ class Kind:
 
     @functools.cached_property
     def smaller_if_short(self) -> Optional["Kind"]:
-        """`smaller` where that fits, and is faster if each program has one tile."""
+        """`smaller` where that fits, and is faster if each program has a tile or two."""
         smaller = self.smaller if self.heads.mode == "rotated" else None
         return smaller if smaller is not None and smaller.plans(False, False) else None
 
@@ -159,7 +160,7 @@ the_kind = functools.lru_cache(maxsize=4096)(Kind)
 
 
 class Stretches(NamedTuple):
-    """Which stretch of tokens most programs have, its kind, and that of exact tokens beside it, None without them."""
+    """Which stretch has the codes, else most tokens, its kind, and that of exact tokens beside it, or None."""
 
     main: int
     kind: Kind

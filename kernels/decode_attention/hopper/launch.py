@@ -87,8 +87,8 @@ class Means(NamedTuple):
 class Tables(NamedTuple):
     """What weighs products by token, all and fast pairs, where the rows' tokens stand, and what windows are made with.
 
-    Of all tokens. window: None if no row is computed in windows of positions; the other tensors but the first stand for
-    nothing then.
+    Tables are of all tokens, spans of a stretch's. window: None if no row is computed in windows of positions; the
+    other tensors but the first stand for nothing then.
     """
 
     table: Tensor
@@ -150,9 +150,9 @@ def _planned(calls: list[Call]) -> Launch:
     else:
         counts = parts_together(tiles, others, tuple(kind.weighers for kind in kinds), programs)
     smaller, halves = [kind.smaller_if_short for kind in kinds], tuple(cdiv(own, 2) for own in tiles)
-    is_short = counts[0] >= halves[0] and None not in smaller
+    is_short = None not in smaller and all(count >= half for count, half in zip(counts, halves, strict=True))
     if is_short and sum(kind.groups * rows * half for kind, half in zip(smaller, halves, strict=True)) <= programs:
-        # Half of the factor to copy, and half of the parts to add up.
+        # Half of the factor to copy, and no more parts to add up.
         calls = [call._replace(kind=kind) for call, kind in zip(calls, smaller, strict=True)]
         counts = halves
     first = calls[0]
@@ -185,9 +185,9 @@ def _launch_best(planned: Launch, means: Means) -> None:
     plan = plans[0]
     if len(plans) > 1:
         shape_class = ("hopper", *[each.kind for each in planned.calls], call.query.shape[0], window and window.span)
+        lengths = [length_class(each.length) for each in planned.calls]
         plan = pick(
-            (*shape_class, length_class(call.length)), plans, lambda plan: _launch(plan, planned, means),
-            call.query.device,
+            (*shape_class, *lengths), plans, lambda plan: _launch(plan, planned, means), call.query.device
         )  # fmt: skip
     _launch(plan, planned, means)
 
@@ -202,7 +202,7 @@ def _tables(call: Call, is_long: bool) -> Tables:
     def make() -> Tables:
         # Asked for at any length, so that a short call before is enough where a step is captured in a CUDA graph.
         window = _window_of(call)
-        table = lane_table(rotation, kind.dtype)
+        table = lane_table(rotation, torch.float16)
         if window is None or not is_long:
             return Tables(table, table, table, table, None)
         fast_table = lane_table(rotation, torch.float16, WINDOW_FAST if kind.heads.mode == "folded" else FAST)
@@ -223,10 +223,12 @@ def _launch(plan: Plan, planned: Launch, means: Means) -> None:
     scaling *= LOG2_E * (1.0 if rotation is None else rotation.attention_scaling)
     window, spans, filler = tables.window, tables.spans, tables.table
     side, value_side = side_of(kind.key_ranks, 16, device), side_of(kind.value_ranks, 16, device)
-    exact, exact_numbers = _beside(beside, parts[1:], query, up, filler)
-    groups = max(each.kind.groups for each in planned.calls)
+    exact, exact_numbers = _beside(beside, parts[1:], query, up)
+    grid = (parts[0], kind.groups, rows)
+    if beside:
+        grid = (sum(count * each.kind.groups for count, each in zip(parts, planned.calls, strict=True)), 1, rows)
     relaunch(
-        hopper_kernel, (sum(parts), groups, rows),
+        hopper_kernel, grid,
         query, keys, values, up, key.bias if kind.has_bias else query, key_norm.weight if kind.has_norm else query,
         tables.table, tables.fast_table, query if mask is None else mask,
         key_parameters, value_parameters,
@@ -246,18 +248,18 @@ def _launch(plan: Plan, planned: Launch, means: Means) -> None:
 
 
 def _beside(
-    calls: Sequence[Call], parts: Sequence[int], query: Tensor, up: Tensor, filler: Tensor
+    calls: Sequence[Call], parts: Sequence[int], query: Tensor, up: Tensor
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """What the kernel takes of exact tokens beside the others: tensors and numbers, which stand for nothing of none."""
     if not calls:
-        return (up, filler, query, query, query, query), (0,) * 13
+        return (up, query, query, query, query), (0,) * 14
     first, more = calls[0], calls[-1]
-    table = filler if first.rotation is None else lane_table(first.rotation, first.kind.dtype)
     latents = first.key_latents, first.value_latents, more.key_latents, more.value_latents
     strides = [each.stride()[:2] for each in latents]
     numbers = (first.length, first.start, parts[0], *strides[0], *strides[1])
-    numbers += (more.length, more.start, *strides[2], *strides[3])
-    return (query if first.key.up is None else first.key.up, table, *latents), numbers
+    # Of the second stretch, if there is one.
+    numbers += (more.length, more.start, parts[1] if len(parts) > 1 else 0, *strides[2], *strides[3])
+    return (query if first.key.up is None else first.key.up, *latents), numbers
 
 
 def _combine_early(means: Means, value: LatentProjection, query: Tensor, head_dim: int) -> Tensor:

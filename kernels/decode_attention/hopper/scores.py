@@ -194,7 +194,6 @@ def score_rebuilt(
     )
     # Of a key group's heads; mixed, without the one of their slow pairs.
     OF_GROUP: gl.constexpr = UNITS // GROUPS - (1 if MODE == "mixed" else 0)
-    TURNS: gl.constexpr = gl.float16 if MODE == "windows" else DTYPE
     # Numbers are made of what is stored: as `operand_of` takes it.
     HOW: gl.constexpr = (BITS, TURNED, SCALED)
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, UNIT, 16])
@@ -299,7 +298,7 @@ def score_rebuilt(
                 else:
                     score_weighed(
                         places, free, key_latents, factors, words, seen, scale, logarithm, unit, OF_GROUP, MODE,
-                        TURNS, HOW,
+                        HOW,
                     )  # fmt: skip
                 if group == GROUPS - 1 and MODE != "windows":
                     after = zeros_of(next_parameters, rows, BITS, ASYMMETRIC) if TURNED else nothing

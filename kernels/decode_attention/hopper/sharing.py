@@ -25,7 +25,7 @@ def parts_together(
 ) -> tuple[int, ...]:
     """As `parts_of`, of stretches of tokens whose programs are launched together, with as many tiles each at most.
 
-    The first stretch has most tokens; the others' programs run beside its own. stored: parts that each program leaves.
+    The others' programs run beside those of the first one. stored: parts that each program leaves.
     """
     times = {}
     for most in {cdiv(max(tiles), parts) for parts in range(1, MOST_PARTS + 1)}:

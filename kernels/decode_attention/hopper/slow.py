@@ -189,7 +189,7 @@ def slow_scores(product, basis, SLOTS: gl.constexpr):
         parts = _halves(parts[0]) + _halves(parts[1]) + _halves(parts[2]) + _halves(parts[3])
     total = gl.zeros([TILE, SLOTS], gl.float32, scores)
     for word in gl.static_range(COLUMNS // 2):
-        even, odd = unpacked(basis[word], gl.float16)
+        even, odd = unpacked(basis[word])
         total += gl.convert_layout(parts[2 * word], scores, assert_trivial=True) * even[:, None]
         total += gl.convert_layout(parts[2 * word + 1], scores, assert_trivial=True) * odd[:, None]
     return total

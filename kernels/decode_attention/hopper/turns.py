@@ -24,14 +24,6 @@ def rows_layout(columns: int) -> gl.DistributedLinearLayout:
     )
 
 
-@gluon.constexpr_function
-def _halves(dtype: gl.dtype) -> str:
-    """Assembly that makes two float32 numbers of a word."""
-    if dtype == gl.bfloat16:
-        return "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
-    return "{ .reg .b16 low, high; mov.b32 {low, high}, $2; cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; }"
-
-
 @gluon.jit
 def load_turns(table, first, table_t, length, after, PAIRS: gl.constexpr):
     """Cosines and sines of a tile's tokens as words [tile, PAIRS], as `lane_table` has them: of two pairs each.
@@ -75,11 +67,16 @@ def units_of(turns, product: gl.constexpr):
 
 
 @gluon.jit
-def unpacked(words, DTYPE: gl.constexpr):
-    """Both numbers, float32, of words."""
+def unpacked(words):
+    """Both fp16 numbers of words, float32."""
     # Not pure: heads after heads meet the same numbers, which would be kept unpacked, but there are no registers.
     return gl.inline_asm_elementwise(
-        _halves(DTYPE), "=f,=f,r", [words], dtype=(gl.float32, gl.float32), is_pure=False, pack=1
+        "{ .reg .b16 low, high; mov.b32 {low, high}, $2; cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; }",
+        "=f,=f,r",
+        [words],
+        dtype=(gl.float32, gl.float32),
+        is_pure=False,
+        pack=1,
     )
 
 
@@ -98,12 +95,12 @@ def _in_turn(even, odd):
 
 
 @gluon.jit
-def turns_of(words, product: gl.constexpr, HEADS: gl.constexpr, DTYPE: gl.constexpr):
+def turns_of(words, product: gl.constexpr, HEADS: gl.constexpr):
     """Cosines and sines, float32 [tile, UNIT / 2], of a unit's words; of two heads side by side they are the same."""
     cos, sin = _by_two(words)
-    even, odd = unpacked(cos, DTYPE)
+    even, odd = unpacked(cos)
     cos = _in_turn(even, odd)
-    even, odd = unpacked(sin, DTYPE)
+    even, odd = unpacked(sin)
     sin = _in_turn(even, odd)
     if HEADS == 2:
         # Half as many words, unpacked once.
@@ -155,10 +152,10 @@ def _turned_in_half(first, second, words):
 
 
 @gluon.jit
-def rotated(product, words, result: gl.constexpr, WORDS: gl.constexpr, DTYPE: gl.constexpr):
+def rotated(product, words, result: gl.constexpr, DTYPE: gl.constexpr):
     """Rebuilt keys [tile, UNIT] in the order of `place_in_factor`, turned, for a product of layout `result`.
 
-    words: cosines and sines [tile, UNIT / 2] of type WORDS.
+    words: cosines and sines [tile, UNIT / 2].
     """
     # Of eights of pairs: numbers of a pair, lanes, pairs that share words.
     first, second = gl.split(product.reshape([TILE, UNIT // 16, 2, 4, 2]).permute([0, 1, 3, 4, 2]))
@@ -166,8 +163,8 @@ def rotated(product, words, result: gl.constexpr, WORDS: gl.constexpr, DTYPE: gl
     if gl.float16 == DTYPE:
         first, second = _turned_in_half(first.to(DTYPE), second.to(DTYPE), words)
     else:
-        cos, more_cos = unpacked(words[0], WORDS)
-        sin, more_sin = unpacked(words[1], WORDS)
+        cos, more_cos = unpacked(words[0])
+        sin, more_sin = unpacked(words[1])
         layout: gl.constexpr = first.type.layout
         cos, sin = _twice(cos, more_cos, layout), _twice(sin, more_sin, layout)
         first, second = (first * cos - second * sin).to(DTYPE), (second * cos + first * sin).to(DTYPE)

@@ -57,12 +57,6 @@ def _times_weights(product, norm, unit):
 
 
 @gluon.jit
-def _turned(product, words, narrow: gl.constexpr, MODE: gl.constexpr, DTYPE: gl.constexpr):
-    """Rebuilt keys, turned, as the left side of a product."""
-    return rotated(product, words, narrow, gl.float16 if MODE == "mixed" else DTYPE, DTYPE)
-
-
-@gluon.jit
 def _met(turned, queries, unit, scores, OF_PLACE: gl.constexpr, MODE: gl.constexpr):
     """The product of turned keys with the queries, under way: a place's first one, or added to the scores."""
     added = True if MODE == "mixed" else unit % OF_PLACE > 0
@@ -96,7 +90,7 @@ def _score_two(
     else:
         product = warpgroup_mma_wait(SECTIONS, deps=[product])
     product, squares = _times_weights(product, norm, 0)
-    turned = _turned(product, words[0], narrow, MODE, DTYPE)
+    turned = rotated(product, words[0], narrow, DTYPE)
     scores = _met(turned, queries, first, scores, OF_PLACE, MODE)
     # The second one's turning goes on beside the first one's product with the queries.
     if len(bias) > 0:
@@ -110,7 +104,7 @@ def _score_two(
             OF_HEAD, TOGETHER, QUERY_SLOTS, WIDTH,
         )  # fmt: skip
     other, others = _times_weights(other, norm, OF_HEAD - 1)
-    following = settled(_turned(other, words[OF_HEAD - 1], narrow, MODE, DTYPE))
+    following = settled(rotated(other, words[OF_HEAD - 1], narrow, DTYPE))
     # No wait: products that add to the same numbers go on in their order.
     scores = _met(following, queries, first + 1, scores, OF_PLACE, MODE)
     awaited, operand = awaited_of((scores, turned, following), operand)
@@ -165,7 +159,7 @@ def score_turned(
         awaited, operand = awaited_of((begun,), operand)
         product = awaited[0]
         product, squares = _times_weights(product, norm, 0)
-        turned = _turned(product, words[0], narrow, MODE, DTYPE)
+        turned = rotated(product, words[0], narrow, DTYPE)
         scores = _met(turned, queries, last, scores, OF_PLACE, MODE)
         scores, turned = warpgroup_mma_wait(0, deps=[scores, turned])
         if MODE == "rotated":
@@ -203,28 +197,28 @@ def hand_on_slow(found, free, scores, seen, scales, logarithm):
 
 
 @gluon.jit
-def _weigh(product, words, sums, HEADS: gl.constexpr, DTYPE: gl.constexpr):
+def _weigh(product, words, sums, HEADS: gl.constexpr):
     """Scores of a unit's products, added to others, as `weighed` leaves them."""
     layout: gl.constexpr = product.type.layout
-    cos, sin = turns_of(words, layout, HEADS, DTYPE)
+    cos, sin = turns_of(words, layout, HEADS)
     return settled(sums + weighed(product, cos, sin, HEADS))
 
 
 @gluon.jit
-def _weigh_two(found, free, two, words, first, seen, scale, logarithm, HEADS: gl.constexpr, DTYPE: gl.constexpr):
+def _weigh_two(found, free, two, words, first, seen, scale, logarithm, HEADS: gl.constexpr):
     """Scores of two units, `_two_begun`; as `score_weighed`, with the operand."""
     product, other, operand, _bias, _other_bias = two
     # A head of 64 has one unit.
     if len(words) == 1:
         awaited, operand = awaited_of((product, other), operand)
         product, other = awaited
-        score = gl.sum(_weigh(product, words[0], 0.0, HEADS, DTYPE), 2)
-        score = gl.join(score, gl.sum(_weigh(other, words[0], 0.0, HEADS, DTYPE), 2)).reshape([TILE, 2])
+        score = gl.sum(_weigh(product, words[0], 0.0, HEADS), 2)
+        score = gl.join(score, gl.sum(_weigh(other, words[0], 0.0, HEADS), 2)).reshape([TILE, 2])
     else:
-        sums = not_put_off(_weigh(warpgroup_mma_wait(len(operand), deps=[product]), words[0], 0.0, HEADS, DTYPE))
+        sums = not_put_off(_weigh(warpgroup_mma_wait(len(operand), deps=[product]), words[0], 0.0, HEADS))
         awaited, operand = awaited_of((other,), operand)
         other = awaited[0]
-        score = gl.sum(_weigh(other, words[1], sums, HEADS, DTYPE), 2)
+        score = gl.sum(_weigh(other, words[1], sums, HEADS), 2)
     mbarrier.wait(free[0], free[1])
     hand_on(found[0].index(found[1] + first // 2), score, seen, scale, logarithm)
     return operand
@@ -233,7 +227,7 @@ def _weigh_two(found, free, two, words, first, seen, scale, logarithm, HEADS: gl
 @gluon.jit
 def score_weighed(
     found, free, loaded, factors, words, seen, scale, logarithm,
-    begin, TOTAL: gl.constexpr, MODE: gl.constexpr, DTYPE: gl.constexpr, HOW: gl.constexpr,
+    begin, TOTAL: gl.constexpr, MODE: gl.constexpr, HOW: gl.constexpr,
 ):  # fmt: skip
     """Scores of products with folded factors, or with a window's, unit after unit, as in `score_turned`.
 
@@ -244,16 +238,16 @@ def score_weighed(
     last = begin + TOTAL - 1
     if TOTAL == 2:
         two = _two_begun(loaded, factors, begin, (), gl.float32, HOW)
-        operand = _weigh_two(found, free, two, words, begin, seen, scale, logarithm, HEADS, DTYPE)
+        operand = _weigh_two(found, free, two, words, begin, seen, scale, logarithm, HEADS)
     else:
         operand = numbers_of(loaded, HOW)
         for first in range(begin, last, 2):
             two = _two_begun(operand, factors, first, (), gl.float32)
-            operand = _weigh_two(found, free, two, words, first, seen, scale, logarithm, HEADS, DTYPE)
+            operand = _weigh_two(found, free, two, words, first, seen, scale, logarithm, HEADS)
     if TOTAL % 2 == 1:
         begun, operand = begun_of(operand, factors, last, (), gl.float32)
         awaited, operand = awaited_of((begun,), operand)
         product = awaited[0]
-        score = gl.sum(_weigh(product, words[0], 0.0, HEADS, DTYPE), 2)
+        score = gl.sum(_weigh(product, words[0], 0.0, HEADS), 2)
         mbarrier.wait(free[0], free[1])
         hand_on(found[0].index(found[1] + last // 2), gl.join(score, score).reshape([TILE, 2]), seen, scale, logarithm)
