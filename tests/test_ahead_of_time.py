@@ -22,7 +22,9 @@ MOST_SPILLED_WINDOWS = 208
 # Of windows of several key groups, or of several sections.
 MOST_SPILLED_SEVERAL = 504
 # Of windows of 256 latents of 8 bits, by the mode; Triton 3.6 leaves 264 and 408.
-MOST_SPILLED_SECTIONS = {"folded": 544, "rotated": 792}
+MOST_SPILLED_SECTIONS = {"folded": 544, "rotated": 800}
+# Of more than 256 latents of keys; Triton 3.6 leaves 40 (4 bits), 328 (16 bits) and 360 (folded).
+MOST_SPILLED_WIDE = 672
 # Of 3 bits where keys have a norm or are interpolated and have two sections; Triton 3.6 leaves 208.
 MOST_SPILLED_PLANES = 512
 # Of numbers of 16 bits, for whose factors and the copies of them there is least room; Triton 3.6 leaves 104 (fp16).
@@ -90,6 +92,8 @@ def is_folded(row):
 
 def most_spilled(row):
     """Bytes of local memory that a launch may take."""
+    if row["kernel"] == "hopper_kernel" and row["mode"] != "absorbed" and int(row["rank"]) > 256:
+        return MOST_SPILLED_WIDE
     planes = row["kernel"] == "hopper_kernel" and row["bits"] == "3"
     if planes and (row["has_norm"] == "True" or (row["span"], row["sections"]) == ("4096", "2")):
         return MOST_SPILLED_PLANES
