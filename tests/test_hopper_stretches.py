@@ -5,12 +5,16 @@ import functools
 import pytest
 import torch
 
+from palu.kernels import tuning
 from palu.kernels.decode_attention import launch
+from palu.kernels.decode_attention.hopper import kind, sharing
 from palu.kernels.decode_attention.hopper import launch as hopper
 from palu.kernels.decode_attention.spec import Shape
+from palu.kernels.latent_scores import tables
 from palu.kernels.latents import MixedLatents, dense
 from palu.kernels.rotation import Rotation
-from tests.hopper_calls import checked, needs_hopper, noted_launches
+from tests.compile_launches import Call, arguments
+from tests.hopper_calls import MEMORY, checked, needs_hopper, noted_launches
 from tests.kernel_calls import RandomNorm, on_device, quantized, random_call
 
 HOW = ("additive", "one mask", "three queries", "one row of positions", "scaled", "one row with gaps", "exact only")
@@ -115,3 +119,55 @@ def test_exact_tokens_and_codes_are_read_as_they_were_written_just_before(heads)
             each.copy_(torch.rand_like(each) + 0.01)
         graph.replay()
         assert torch.equal(captured, attend())
+
+
+class Noting:
+    """Stands in for a kernel; notes constants that it would be compiled with."""
+
+    def __init__(self):
+        self.constants = []
+
+    def __getitem__(self, grid):
+        return lambda *args, **constants: self.constants.append((grid, constants))
+
+
+@pytest.fixture
+def noted(monkeypatch):
+    """What would be launched on a GPU that is not here."""
+    kernel = Noting()
+    monkeypatch.setattr(hopper, "hopper_kernel", kernel)
+    for module, name in ((hopper, "hopper_combine_kernel"), (tables, "table_kernel")):
+        monkeypatch.setattr(module, name, Noting())
+    monkeypatch.setattr(kind, "block_memory", lambda device: MEMORY)
+    monkeypatch.setattr(hopper, "processors", lambda device: 132)
+    monkeypatch.setattr(launch, "runs_hopper_kernel", lambda device: True)
+    return kernel.constants
+
+
+def test_the_full_search_tries_all_plans_of_codes_beside_exact_tokens_once(noted, monkeypatch):
+    monkeypatch.setenv(tuning.AUTOTUNE, "1")
+    monkeypatch.setattr(tuning, "_fastest", {})
+    monkeypatch.setattr(tuning, "_milliseconds", lambda run: run() or -len(noted))
+    launch.decode_attention(*arguments(Call(8, 4, beside=130, mask=None)))
+    plans = [constants["MAIN"].windows for _, constants in noted]
+    # The last one is taken.
+    assert len(set(plans)) == len(plans) - 1 > 1
+    assert plans[-1] == plans[-2]
+    assert len({constants["BESIDE"] for _, constants in noted}) == 1
+    searched = len(noted)
+    launch.decode_attention(*arguments(Call(8, 4, beside=130, mask=None)))
+    assert len(noted) == searched + 1
+    # Of many more exact tokens, which take other shares of the time.
+    launch.decode_attention(*arguments(Call(8, 4, beside=2000, mask=None)))
+    assert len(noted) > searched + 2
+
+
+@pytest.mark.parametrize(("key_rank", "bits"), [(128, 4), (320, 4), (320, 8)])
+def test_every_program_beside_codes_has_something_to_do(key_rank, bits, noted):
+    launch.decode_attention(*arguments(Call(8, bits, beside=130, key_rank=key_rank, value_rank=256, mask=None)))
+    ((grid, constants),) = noted
+    main, beside = constants["MAIN"], constants["BESIDE"]
+    parts = sharing.parts_together(
+        (638, 3), (main.groups, beside.groups), (main.weighers, beside.weighers), 132
+    )  # fmt: skip
+    assert grid == (parts[0] * main.groups + parts[1] * beside.groups, 1, 1)

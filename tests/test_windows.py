@@ -129,7 +129,11 @@ class InOrder:
 
 
 @pytest.mark.parametrize("kv_heads", [32, 8], ids=["windows", "mixed"])
-def test_nothing_is_launched_between_the_sums_and_what_adds_them_up_which_begins_early(kv_heads, monkeypatch):
+@pytest.mark.parametrize("beside", [0, 130])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_nothing_is_launched_between_the_sums_and_what_adds_them_up_which_begins_early(
+    dtype, beside, kv_heads, monkeypatch
+):
     order = []
     for module, names in ((hopper, ("hopper_kernel", "hopper_combine_kernel")), (tables, ("table_kernel",))):
         for name in names:
@@ -138,8 +142,9 @@ def test_nothing_is_launched_between_the_sums_and_what_adds_them_up_which_begins
     monkeypatch.setattr(hopper, "processors", lambda device: 132)
     monkeypatch.setattr(launch, "runs_hopper_kernel", lambda device: True)
     # A rotation whose tables nobody has made yet.
-    launch.decode_attention(*arguments(Call(kv_heads, 4, mask=None)))
-    assert "table_kernel" in order
+    launch.decode_attention(*arguments(Call(kv_heads, 4, dtype, beside=beside, mask=None)))
+    # Of all pairs, and of the fast ones.
+    assert order.count("table_kernel") == 2
     assert order.count("hopper_kernel") == 1
     assert order[-2:] == ["hopper_kernel", "hopper_combine_kernel"]
 
