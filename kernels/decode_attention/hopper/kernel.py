@@ -34,8 +34,8 @@ def hopper_kernel(
     """Mean value latents of a program's heads over a part of the tokens, and the logarithms of the weights' sums.
 
     Grid: parts of the tokens, programs for the row's heads, rows. With one or two stretches of exact tokens beside the
-    others, BESIDE, the first axis has both of the first: first the `parts` parts of the others, MAIN, which have the
-    tokens from `start` on, then `first_parts` of the first exact ones, then what is left.
+    others, BESIDE, the first axis counts the programs of all parts: of the `parts` of the others, MAIN, which begin at
+    token `start`, then of the `first_parts` of the first exact ones, then of the `more_parts` of the second ones.
 
     query: [rows, heads, query_stride]. keys, values: of codes, bytes. keys_plane, values_plane: bytes of a token's
     codes before the high plane. up: of codes in the order of `unit_order`, or section by section where keys have

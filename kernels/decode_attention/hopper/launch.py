@@ -15,12 +15,7 @@ from palu.kernels.decode_attention.hopper.constants import constants_of
 from palu.kernels.decode_attention.hopper.factor import factor_of_codes
 from palu.kernels.decode_attention.hopper.kernel import hopper_kernel
 from palu.kernels.decode_attention.hopper.kind import Kind, Stretches
-from palu.kernels.decode_attention.hopper.plans import (
-    COLUMNS,
-    SLOW,
-    TILE,
-    Plan,
-)
+from palu.kernels.decode_attention.hopper.plans import COLUMNS, SLOW, TILE, Plan
 from palu.kernels.decode_attention.hopper.sharing import MOST_PARTS, parts_of, parts_together
 from palu.kernels.decode_attention.hopper.spans import spans_of
 from palu.kernels.decode_attention.hopper.windows import COLUMNS as KERNEL_COLUMNS
@@ -99,7 +94,7 @@ class Tables(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A call's stretches of tokens, the one that most programs have first, and the parts that programs make of each.
+    """A call's stretches of tokens, `Stretches.main` first, and the parts that programs make of each.
 
     tables: of the first one. factor: likewise, the up factor that keys meet, as `factor_of_codes` returns it.
     """
