@@ -78,7 +78,7 @@ CALLS += [Call(bits=4, dtype=torch.bfloat16, beside=256), Call(8, 4, bias=True),
 CALLS += [Call(key_rank=272), Call(key_rank=256), Call(8, 4, key_rank=256), Call(16, 16, group_size=1, base=1e5)]
 CALLS += [Call(base=100.0), Call(key_rank=1024, absorbed=True)]
 # For Hopper's kernel.
-HOPPER_CALLS = [Call(kv, mask=mask) for kv, mask in ((32, None), (8, None), (32, "bool"), (8, "additive"))]
+HOPPER_CALLS = [Call(kv, mask=mask) for kv, mask in ((32, None), (8, None), (8, "additive"))]
 HOPPER_CALLS += [Call(kv, dtype=torch.bfloat16) for kv in (32, 8)] + [Call(8, dtype=torch.bfloat16, absorbed=True)]
 HOPPER_CALLS += [Call(absorbed=True), Call(8, group_size=2), Call(4, group_size=2, heads=28), Call(group_size=1)]
 HOPPER_CALLS += [Call(absorbed=True, group_size=32), Call(8, value_rank=512, key_rank=64)]
@@ -87,13 +87,13 @@ HOPPER_CALLS += [Call(group_size=1, bits=8, key_rank=256), Call(16, 4, group_siz
 HOPPER_CALLS += [Call(4, 4, heads=28), Call(8, 4, group_size=1, mask=None)]
 HOPPER_CALLS += [Call(8, bits, key_norm=True, mask=None) for bits in (16, 8)]
 HOPPER_CALLS += [Call(4, 4, bias=True, heads=28, mask=None), Call(5, heads=10, group_size=5, key_rank=64, bias=True)]
-HOPPER_CALLS += [Call(absorbed=True, bits=bits) for bits in (8, 4)] + [Call(bits=4, dtype=torch.bfloat16)]
+HOPPER_CALLS += [Call(absorbed=True, bits=bits) for bits in (8, 4)]
 # A tile for each program, two of which share a group's heads.
 HOPPER_CALLS += [Call(8, bits, length=4096, bias=bits == 8) for bits in (16, 8)]
 # More latents of keys than the factor of all of a group's heads leaves room for; values of all key groups together.
 HOPPER_CALLS += [Call(kv, bits, key_rank=256, value_rank=256, mask=None) for kv in (32, 8) for bits in (16, 8)]
 HOPPER_CALLS += [Call(32, key_rank=192, value_rank=320, mask=None), Call(8, key_rank=192, dtype=torch.bfloat16)]
-HOPPER_CALLS += [Call(8, bits, value_rank=768, joined=2, mask=None) for bits in (16, 4)]
+HOPPER_CALLS += [Call(8, value_rank=768, joined=2, mask=None)]
 HOPPER_CALLS += [Call(8, 4, key_rank=256, value_rank=512, joined=2, key_norm=True, bias=True)]
 # Keys in groups of two, values of four or eight kv heads together: programs of two key groups, sections in windows.
 HOPPER_CALLS += [Call(kv, bits, group_size=2, value_rank=256, joined=2, mask=None) for kv, bits in ((32, 4), (8, 8))]
@@ -102,10 +102,11 @@ HOPPER_CALLS += [Call(8, 4, group_size=2, value_rank=256, joined=2, key_norm=Tru
 HOPPER_CALLS += [Call(8, 4, group_size=1, key_rank=64, value_rank=256, joined=4, mask=None)]
 HOPPER_CALLS += [Call(32, 4, group_size=2, key_rank=64, joined=4, mask=None)]
 # Few bits: planes, copies of 16 and of 4 bytes, zero points with fractions. Exact tokens beside codes.
-HOPPER_CALLS += [Call(kv, bits, mask=None) for kv in (32, 8) for bits in (3, 2)] + [Call(absorbed=True, bits=3)]
+HOPPER_CALLS += [Call(32, 3, mask=None), Call(8, 2, mask=None), Call(absorbed=True, bits=3)]
 HOPPER_CALLS += [Call(8, 3, key_rank=96, value_rank=352, bias=True, key_norm=True), Call(8, 3, key_rank=160, mask=None)]
-HOPPER_CALLS += [Call(32, 2, key_rank=256, value_rank=256, mask=None), Call(8, 4, beside=130, mask=None)]
+HOPPER_CALLS += [Call(32, 2, key_rank=256, value_rank=256, mask=None)]
 HOPPER_CALLS += [Call(bits=4, beside=130, absorbed=absorbed, mask=None) for absorbed in (False, True)]
+HOPPER_CALLS += [Call(8, 4, torch.bfloat16, beside=130, mask=None)]
 # Keys and values of different bits; more than 256 latents of keys.
 HOPPER_CALLS += [Call(32, 4, value_bits=8, mask=None), Call(8, 3, value_bits=4, mask=None)]
 HOPPER_CALLS += [Call(8, bits, key_rank=320, value_rank=320, mask=None) for bits in (16, 4)]
