@@ -80,20 +80,19 @@ CALLS += [Call(base=100.0), Call(key_rank=1024, absorbed=True)]
 # For Hopper's kernel.
 HOPPER_CALLS = [Call(kv, mask=mask) for kv, mask in ((32, None), (8, None), (8, "additive"))]
 HOPPER_CALLS += [Call(kv, dtype=torch.bfloat16) for kv in (32, 8)] + [Call(8, dtype=torch.bfloat16, absorbed=True)]
-HOPPER_CALLS += [Call(absorbed=True), Call(8, group_size=2), Call(4, group_size=2, heads=28), Call(group_size=1)]
-HOPPER_CALLS += [Call(absorbed=True, group_size=32), Call(8, value_rank=512, key_rank=64)]
+HOPPER_CALLS += [Call(absorbed=True, bits=bits) for bits in (16, 8, 4)] + [Call(8, group_size=2)]
+HOPPER_CALLS += [Call(4, group_size=2, heads=28), Call(group_size=1), Call(absorbed=True, group_size=32)]
+HOPPER_CALLS += [Call(8, value_rank=512, key_rank=64), Call(8, value_rank=768, joined=2, mask=None)]
 HOPPER_CALLS += [Call(kv, bits, mask=None) for kv in (32, 8) for bits in (8, 4)]
 HOPPER_CALLS += [Call(group_size=1, bits=8, key_rank=256), Call(16, 4, group_size=2, heads=16)]
 HOPPER_CALLS += [Call(4, 4, heads=28), Call(8, 4, group_size=1, mask=None)]
 HOPPER_CALLS += [Call(8, bits, key_norm=True, mask=None) for bits in (16, 8)]
 HOPPER_CALLS += [Call(4, 4, bias=True, heads=28, mask=None), Call(5, heads=10, group_size=5, key_rank=64, bias=True)]
-HOPPER_CALLS += [Call(absorbed=True, bits=bits) for bits in (8, 4)]
 # A tile for each program, two of which share a group's heads.
 HOPPER_CALLS += [Call(8, bits, length=4096, bias=bits == 8) for bits in (16, 8)]
 # More latents of keys than the factor of all of a group's heads leaves room for; values of all key groups together.
 HOPPER_CALLS += [Call(kv, bits, key_rank=256, value_rank=256, mask=None) for kv in (32, 8) for bits in (16, 8)]
 HOPPER_CALLS += [Call(32, key_rank=192, value_rank=320, mask=None), Call(8, key_rank=192, dtype=torch.bfloat16)]
-HOPPER_CALLS += [Call(8, value_rank=768, joined=2, mask=None)]
 HOPPER_CALLS += [Call(8, 4, key_rank=256, value_rank=512, joined=2, key_norm=True, bias=True)]
 # Keys in groups of two, values of four or eight kv heads together: programs of two key groups, sections in windows.
 HOPPER_CALLS += [Call(kv, bits, group_size=2, value_rank=256, joined=2, mask=None) for kv, bits in ((32, 4), (8, 8))]
