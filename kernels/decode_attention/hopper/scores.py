@@ -14,7 +14,6 @@ from palu.kernels.decode_attention.hopper.common import (
     phase_of,
     synchronize,
 )
-from palu.kernels.decode_attention.hopper.fields import planes_of
 from palu.kernels.decode_attention.hopper.parameters import (
     hand_on_parameters,
     load_parameters,
@@ -160,9 +159,7 @@ def _prepare(
 @gluon.jit
 def score_rebuilt(
     found, scales, full, empty, ready, ring, factors, beside, arguments,
-    WHICH: gl.constexpr, MODE: gl.constexpr, KV: gl.constexpr, TOGETHER: gl.constexpr, QUERIES: gl.constexpr,
-    QUERY_SLOTS: gl.constexpr, WIDTH: gl.constexpr, SPAN: gl.constexpr, DTYPE: gl.constexpr, BITS: gl.constexpr,
-    VALUE_BITS: gl.constexpr, ASYMMETRIC: gl.constexpr, MASK: gl.constexpr, WHOLE: gl.constexpr, SCALED: gl.constexpr,
+    WHICH: gl.constexpr, OF: gl.constexpr, PLAN: gl.constexpr,
 ):  # fmt: skip
     """Scores of every other tile of keys that are rebuilt head after head, from tile WHICH (0 or 1) on.
 
@@ -171,14 +168,23 @@ def score_rebuilt(
     a window's columns, in mixed mode with what `make_slow` makes behind them. beside: what the mode needs besides:
     queries [KV * units, LEAST, UNIT] with the key biases and the key norm's weights where there are any, or what
     `make_window` takes, or queries [KV, SLOTS, UNIT] and what `make_slow` takes. ring: as in `copy_tile`, of every key
-    group; what arguments have of each is a tuple as well. full, empty: as in `buffer_in`. SPAN: tokens of a window, or
-    0. WHOLE: values are weighed as whole numbers. SCALED: as in `key_operand`.
+    group; what arguments have of each is a tuple as well. full, empty: as in `buffer_in`. OF, PLAN: as of `attend`.
     """
     (
         tiles, latents, stored, table, mask, up, query, bias, norm, units, rank, latents_t, table_t, row_mask, mask_t,
         up_stride, query_stride, scaling, epsilon, bases, basis, frequencies, position,
     ) = arguments  # fmt: skip
-    SECTIONS: gl.constexpr = len(ring[0]) // planes_of(BITS)
+    MODE: gl.constexpr = PLAN.mode
+    SPAN: gl.constexpr = PLAN.span
+    KV: gl.constexpr = OF.kv
+    QUERY_SLOTS: gl.constexpr = OF.query_slots
+    WIDTH: gl.constexpr = OF.width
+    DTYPE: gl.constexpr = OF.dtype
+    BITS: gl.constexpr = OF.bits
+    ASYMMETRIC: gl.constexpr = OF.asymmetric
+    MASK: gl.constexpr = OF.mask
+    SCALED: gl.constexpr = OF.scaled
+    SECTIONS: gl.constexpr = OF.sections
     STAGES: gl.constexpr = ring[0][0].shape[0]
     UNITS: gl.constexpr = factors.shape[0] // SECTIONS
     GROUPS: gl.constexpr = len(ring)
@@ -204,7 +210,7 @@ def score_rebuilt(
     if TURNED:
         # Asked for first: they are stored before anything is computed.
         own = load_beside(
-            query, query_stride, beside[0].shape[0] // KV, beside[0].shape[1], KV, TOGETHER, QUERIES, QUERY_SLOTS,
+            query, query_stride, beside[0].shape[0] // KV, beside[0].shape[1], KV, OF.together, OF.queries, QUERY_SLOTS,
             WIDTH, WHICH,
         )  # fmt: skip
     # Each is one group's to store.
@@ -249,7 +255,7 @@ def score_rebuilt(
         _prepare(
             factors, beside, ready, loaded, bases, frequencies, query, up, numbers,
             position + (window - begin) * TILE, window, begin, (window + WINDOW < end).to(gl.int32),
-            PENDING, WHICH, MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SECTIONS,
+            PENDING, WHICH, MODE, KV, OF.together, OF.queries, QUERY_SLOTS, WIDTH, SECTIONS,
         )  # fmt: skip
         if MODE == "windows" or (MODE == "mixed" and window > begin):
             # Not before: there are no registers where a group makes a window.
@@ -292,7 +298,7 @@ def score_rebuilt(
                 if TURNED:
                     scores, operand = score_turned(
                         places, free, key_latents, factors, beside[0], biases, normed, words, scores, seen, scale,
-                        logarithm, narrow, unit, OF_GROUP, KV // GROUPS, TOGETHER, QUERY_SLOTS, WIDTH, MODE, DTYPE,
+                        logarithm, narrow, unit, OF_GROUP, KV // GROUPS, OF.together, QUERY_SLOTS, WIDTH, MODE, DTYPE,
                         HOW,
                     )  # fmt: skip
                 else:
@@ -314,7 +320,7 @@ def score_rebuilt(
                 hand_on_slow(places, free, scores, seen, of_scores, logarithm)
                 shares = next_shares
             place = place_of_scales(WHICH, done, False)
-            hand_on_parameters(scales, place, parameters, seen, rows, VALUE_BITS, ASYMMETRIC, WHOLE)
+            hand_on_parameters(scales, place, parameters, seen, rows, OF.value_bits, ASYMMETRIC, OF.whole > 0)
             turns, parameters = next_turns, next_parameters
             synchronize()
             mbarrier.arrive(buffer_in(full, WHICH, done, False), count=1)

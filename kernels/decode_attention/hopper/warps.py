@@ -34,50 +34,48 @@ def ring_of(stored: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr, UNIT
 
 
 @gluon.jit
-def _score_absorbed(
-    buffers, ring, queries, units, arguments, WHICH: gl.constexpr, SHARED_BY: gl.constexpr, KIND: gl.constexpr,
-    WHOLE: gl.constexpr,
-):  # fmt: skip
-    """Score latents; KIND: what both take last, in their order; WHOLE: as in `_weigh`."""
+def _score_absorbed(buffers, ring, queries, units, arguments, WHICH: gl.constexpr, OF: gl.constexpr):
+    """Score latents. OF: as of `attend`."""
     found, scales, full, empty = buffers
-    if WHOLE > 0:
+    MASK: gl.constexpr = OF.mask
+    if OF.whole > 0:
         score_absorbed_codes(
-            found, scales, full, empty, ring, queries, units, arguments, WHICH, SHARED_BY, KIND[0], KIND[1], KIND[2],
-            KIND[3],
+            found, scales, full, empty, ring, queries, units, arguments, WHICH, OF.scorers, OF.bits, OF.value_bits,
+            OF.asymmetric, MASK,
         )  # fmt: skip
     else:
-        score_absorbed(found, scales, full, empty, ring, queries, arguments, KIND[0], KIND[1], KIND[2], KIND[3])
+        score_absorbed(
+            found, scales, full, empty, ring, queries, arguments, OF.bits, OF.value_bits, OF.asymmetric, MASK
+        )  # fmt: skip
 
 
 @gluon.jit
-def _weigh(
-    window, ready, memory, out, arguments, WHICH: gl.constexpr, SHARED_BY: gl.constexpr, WIDTH: gl.constexpr,
-    KIND: gl.constexpr, WHOLE: gl.constexpr,
-):  # fmt: skip
-    """Weigh values; KIND: what both take last, in their order; WHOLE: slots of weights that are whole numbers, or 0.
+def _weigh(window, ready, memory, out, arguments, WHICH: gl.constexpr, OF: gl.constexpr):
+    """Weigh values. OF: as of `attend`.
 
     window: what `make_first_window` takes first, where this group of warps makes it, or (). ready: a barrier that both
     groups that score arrive at once, if there is a tile, when what tiles are multiplied with is there, or ().
     """
     if len(window) > 0:
-        make_first_window(window[0], window[1], memory[0], window[2], arguments, KIND, WIDTH)
+        HEADS: gl.constexpr = (OF.kv, OF.queries, OF.query_slots, OF.together)
+        make_first_window(window[0], window[1], memory[0], window[2], arguments, HEADS, OF.width)
     else:
         if len(ready) > 0:
             # Values are needed later than factors, which are on their way.
             tiles = arguments[4]
             if tiles[2] < tiles[3]:
                 mbarrier.wait(ready[0], 0)
-        start_copies(memory[0], arguments, WHICH, SHARED_BY)
+        start_copies(memory[0], arguments, WHICH, OF.weighers)
     rings, weights, tops, of_slots = memory
-    if WHOLE > 0:
+    if OF.whole > 0:
         weigh_whole(
-            rings, weights, tops, of_slots, out, arguments, WHICH, SHARED_BY,
-            KIND[0], KIND[1], KIND[2], KIND[3], KIND[4], KIND[5], KIND[6],
+            rings, weights, tops, of_slots, out, arguments, WHICH, OF.weighers, OF.kv, OF.queries, OF.query_slots,
+            OF.together, OF.columns, OF.rank_stride, OF.value_bits,
         )  # fmt: skip
     else:
         weigh_values(
-            rings, weights, tops, of_slots, out, arguments, WHICH, SHARED_BY,
-            KIND[0], KIND[1], KIND[2], KIND[3], KIND[4], KIND[5], KIND[6],
+            rings, weights, tops, of_slots, out, arguments, WHICH, OF.weighers, OF.kv, OF.queries, OF.query_slots,
+            OF.together, OF.columns, OF.rank_stride, OF.value_bits,
         )  # fmt: skip
 
 
@@ -110,28 +108,13 @@ def attend_absorbed(
     at_query, query_stride, scaling, key_rank = queries
     _, mask, row_mask, mask_t = tokens
     found, full, empty, scales, _, memories = memory
-    KV: gl.constexpr = OF.kv
-    QUERIES: gl.constexpr = OF.queries
-    QUERY_SLOTS: gl.constexpr = OF.query_slots
     SLOTS: gl.constexpr = OF.slots
-    WIDTH: gl.constexpr = OF.width
     RANK: gl.constexpr = OF.rank
-    RANK_STRIDE: gl.constexpr = OF.rank_stride
-    MASK: gl.constexpr = OF.mask
     DTYPE: gl.constexpr = OF.dtype
-    TOGETHER: gl.constexpr = OF.together
-    COLUMNS: gl.constexpr = OF.columns
-    BITS: gl.constexpr = OF.bits
-    VALUE_BITS: gl.constexpr = OF.value_bits
-    ASYMMETRIC: gl.constexpr = OF.asymmetric
     SCORERS: gl.constexpr = OF.scorers
     WEIGHERS: gl.constexpr = OF.weighers
-    IDLE: gl.constexpr = OF.idle
-    SCORE_REGISTERS: gl.constexpr = OF.score_registers
     VALUE_REGISTERS: gl.constexpr = OF.value_registers
     WHOLE: gl.constexpr = OF.whole
-    OF_VALUES: gl.constexpr = (KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, VALUE_BITS)
-    OF_KEYS: gl.constexpr = (BITS, VALUE_BITS, ASYMMETRIC, MASK)
     buffers = (found, scales, full, empty)
     rings = ()
     for _scorer in gl.static_range(SCORERS):
@@ -142,44 +125,44 @@ def attend_absorbed(
             gl.int8, [2 * WHOLE, RANK], gl.NVMMASharedLayout(min(128, RANK), 8, rank=2)
         )  # fmt: skip
         units = gl.allocate_shared_memory(gl.float32, [2, WHOLE], LINES)
-        store_whole_queries(queries, units, at_query, query_stride, key_rank[0], scaling, QUERIES, BITS)
+        store_whole_queries(queries, units, at_query, query_stride, key_rank[0], scaling, OF.queries, OF.bits)
     else:
         queries = gl.allocate_shared_memory(DTYPE, [SLOTS, RANK], swizzled(RANK))
         units = queries
-        loaded = load_queries(at_query, query_stride, key_rank[0], 0, SLOTS, RANK, QUERIES, 0, False, BITS)
+        loaded = load_queries(at_query, query_stride, key_rank[0], 0, SLOTS, RANK, OF.queries, 0, False, OF.bits)
         queries.store((loaded * scaling).to(DTYPE))
     fence_async_shared()
     synchronize()
-    if WEIGHERS == 1 and IDLE == 0:
+    if WEIGHERS == 1 and OF.idle == 0:
         gl.warp_specialize([
-            (_score_absorbed, (buffers, rings[0], queries, units, to_scores, 0, SCORERS, OF_KEYS, WHOLE)),
-            (_weigh, ((), (), memories[0], out, to_values, 0, WEIGHERS, WIDTH, OF_VALUES, WHOLE)),
+            (_score_absorbed, (buffers, rings[0], queries, units, to_scores, 0, OF)),
+            (_weigh, ((), (), memories[0], out, to_values, 0, OF)),
         ], [4], [VALUE_REGISTERS])  # fmt: skip
-    elif WEIGHERS == 1 and IDLE == 1:
+    elif WEIGHERS == 1 and OF.idle == 1:
         gl.warp_specialize([
-            (_score_absorbed, (buffers, rings[0], queries, units, to_scores, 0, SCORERS, OF_KEYS, WHOLE)),
-            (_weigh, ((), (), memories[0], out, to_values, 0, WEIGHERS, WIDTH, OF_VALUES, WHOLE)),
+            (_score_absorbed, (buffers, rings[0], queries, units, to_scores, 0, OF)),
+            (_weigh, ((), (), memories[0], out, to_values, 0, OF)),
             (_idle, ()),
         ], [4, 4], [VALUE_REGISTERS, LEAST_REGISTERS])  # fmt: skip
     elif WEIGHERS == 1:
         gl.warp_specialize([
-            (_score_absorbed, (buffers, rings[0], queries, units, to_scores, 0, SCORERS, OF_KEYS, WHOLE)),
-            (_weigh, ((), (), memories[0], out, to_values, 0, WEIGHERS, WIDTH, OF_VALUES, WHOLE)),
+            (_score_absorbed, (buffers, rings[0], queries, units, to_scores, 0, OF)),
+            (_weigh, ((), (), memories[0], out, to_values, 0, OF)),
             (_idle, ()), (_idle, ()),
         ], [4, 4, 4], [VALUE_REGISTERS, LEAST_REGISTERS, LEAST_REGISTERS])  # fmt: skip
     elif SCORERS == 1:
         gl.warp_specialize([
-            (_score_absorbed, (buffers, rings[0], queries, units, to_scores, 0, SCORERS, OF_KEYS, WHOLE)),
-            (_weigh, ((), (), memories[0], out, to_values, 0, WEIGHERS, WIDTH, OF_VALUES, WHOLE)),
-            (_weigh, ((), (), memories[1], out + rows_heads, to_values, 1, WEIGHERS, WIDTH, OF_VALUES, WHOLE)),
+            (_score_absorbed, (buffers, rings[0], queries, units, to_scores, 0, OF)),
+            (_weigh, ((), (), memories[0], out, to_values, 0, OF)),
+            (_weigh, ((), (), memories[1], out + rows_heads, to_values, 1, OF)),
         ], [4, 4], [VALUE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_score_absorbed, (buffers, rings[0], queries, units, to_scores, 0, SCORERS, OF_KEYS, WHOLE)),
-            (_score_absorbed, (buffers, rings[1], queries, units, to_scores, 1, SCORERS, OF_KEYS, WHOLE)),
-            (_weigh, ((), (), memories[0], out, to_values, 0, WEIGHERS, WIDTH, OF_VALUES, WHOLE)),
-            (_weigh, ((), (), memories[1], out + rows_heads, to_values, 1, WEIGHERS, WIDTH, OF_VALUES, WHOLE)),
-        ], [4, 4, 4], [SCORE_REGISTERS, VALUE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
+            (_score_absorbed, (buffers, rings[0], queries, units, to_scores, 0, OF)),
+            (_score_absorbed, (buffers, rings[1], queries, units, to_scores, 1, OF)),
+            (_weigh, ((), (), memories[0], out, to_values, 0, OF)),
+            (_weigh, ((), (), memories[1], out + rows_heads, to_values, 1, OF)),
+        ], [4, 4, 4], [OF.score_registers, VALUE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
 
 
 @gluon.jit
@@ -202,32 +185,13 @@ def attend_rebuilt(
     SPAN: gl.constexpr = PLAN.span
     HELD: gl.constexpr = PLAN.held
     KV: gl.constexpr = OF.kv
-    QUERIES: gl.constexpr = OF.queries
-    QUERY_SLOTS: gl.constexpr = OF.query_slots
     SLOTS: gl.constexpr = OF.slots
-    WIDTH: gl.constexpr = OF.width
-    WIDE: gl.constexpr = OF.wide
     RANK: gl.constexpr = OF.rank
-    RANK_STRIDE: gl.constexpr = OF.rank_stride
-    MASK: gl.constexpr = OF.mask
     DTYPE: gl.constexpr = OF.dtype
-    TOGETHER: gl.constexpr = OF.together
-    COLUMNS: gl.constexpr = OF.columns
-    BITS: gl.constexpr = OF.bits
-    VALUE_BITS: gl.constexpr = OF.value_bits
-    ASYMMETRIC: gl.constexpr = OF.asymmetric
-    WEIGHERS: gl.constexpr = OF.weighers
-    SCORE_REGISTERS: gl.constexpr = OF.score_registers
-    VALUE_REGISTERS: gl.constexpr = OF.value_registers
-    WHOLE: gl.constexpr = OF.whole
-    SCALED: gl.constexpr = OF.scaled
     SECTIONS: gl.constexpr = OF.sections
-    HAS_BIAS: gl.constexpr = OF.has_bias
-    HAS_NORM: gl.constexpr = OF.has_norm
-    OF_VALUES: gl.constexpr = (KV, QUERIES, QUERY_SLOTS, TOGETHER, COLUMNS, RANK_STRIDE, VALUE_BITS)
     GROUPS: gl.constexpr = len(at_keys)
     # Windows take half of the columns of a head, of two heads at a time.
-    UNITS: gl.constexpr = KV * WIDE // UNIT if SPAN == 0 else KV + GROUPS if MODE == "mixed" else (KV + 1) // 2 * 2
+    UNITS: gl.constexpr = KV * OF.wide // UNIT if SPAN == 0 else KV + GROUPS if MODE == "mixed" else (KV + 1) // 2 * 2
     WIDTH_OF_PLACE: gl.constexpr = (
         SLOTS if MODE == "mixed" else LEAST if MODE == "rotated" else 1 if MODE == "folded" and UNITS > KV else 2
     )
@@ -237,10 +201,10 @@ def attend_rebuilt(
     beside = factors
     if MODE == "rotated":
         biases, weights_of_norm = (), ()
-        if HAS_BIAS:
+        if OF.has_bias:
             BIASES: gl.constexpr = bias_columns(UNITS)
             biases = (gl.allocate_shared_memory(DTYPE, [UNIT, BIASES], swizzled(BIASES)),)
-        if HAS_NORM:
+        if OF.has_norm:
             some = gl.allocate_shared_memory(gl.float32, [UNITS // KV, UNIT], LINES)
             weights_of_norm = (some,)
         queries = gl.allocate_shared_memory(DTYPE, [UNITS, LEAST, UNIT], swizzled(UNIT))
@@ -292,17 +256,13 @@ def attend_rebuilt(
         window = (factors, beside, to_make)
     gl.warp_specialize([
         (score_rebuilt, (
-            places, scales, full, empty, ready, rings[0], factors, besides[0], to_scores, 0,
-            MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, VALUE_BITS, ASYMMETRIC, MASK,
-            WHOLE > 0, SCALED,
+            places, scales, full, empty, ready, rings[0], factors, besides[0], to_scores, 0, OF, PLAN,
         )),
         (score_rebuilt, (
-            places, scales, full, empty, ready, rings[1], factors, besides[1], to_scores, 1,
-            MODE, KV, TOGETHER, QUERIES, QUERY_SLOTS, WIDTH, SPAN, DTYPE, BITS, VALUE_BITS, ASYMMETRIC, MASK,
-            WHOLE > 0, SCALED,
+            places, scales, full, empty, ready, rings[1], factors, besides[1], to_scores, 1, OF, PLAN,
         )),
         (_weigh, (
             window, (ready,) if MODE == "rotated" or MODE == "folded" else (), memories[0], out, to_values, 0,
-            WEIGHERS, WIDTH, OF_VALUES, WHOLE,
+            OF,
         )),
-    ], [4, 4], [SCORE_REGISTERS, VALUE_REGISTERS])  # fmt: skip
+    ], [4, 4], [OF.score_registers, OF.value_registers])  # fmt: skip
