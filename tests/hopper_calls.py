@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from palu.kernels.decode_attention import launch
+from palu.kernels.decode_attention.hopper import kind, plans
 from palu.kernels.decode_attention.hopper import launch as hopper
-from palu.kernels.decode_attention.hopper import plans
+from palu.kernels.latent_scores import tables
 from tests.kernel_calls import close, defined, on_device
 
 MEMORY = 227 << 10
@@ -31,6 +32,28 @@ def noted_launches(monkeypatch):
     monkeypatch.setattr(
         hopper, "_launch", lambda plan, planned, found: noted.append(planned) or launched(plan, planned, found)
     )
+    return noted
+
+
+class Noting:
+    """Stands in for a kernel; notes its name, the grid and the constants of every launch."""
+
+    def __init__(self, name, noted):
+        self.name, self.noted = name, noted
+
+    def __getitem__(self, grid):
+        return lambda *args, **constants: self.noted.append((self.name, grid, constants))
+
+
+def noted_without_gpu(monkeypatch):
+    """A list of what would be launched on an H100 from now on, in order: names, grids and constants."""
+    noted = []
+    for module, names in ((hopper, ("hopper_kernel", "hopper_combine_kernel")), (tables, ("table_kernel",))):
+        for name in names:
+            monkeypatch.setattr(module, name, Noting(name, noted))
+    monkeypatch.setattr(kind, "block_memory", lambda device: MEMORY)
+    monkeypatch.setattr(hopper, "processors", lambda device: 132)
+    monkeypatch.setattr(launch, "runs_hopper_kernel", lambda device: True)
     return noted
 
 

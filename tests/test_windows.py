@@ -8,12 +8,20 @@ from palu.kernels.decode_attention.hopper import kind, plans
 from palu.kernels.decode_attention.hopper import launch as hopper
 from palu.kernels.decode_attention.hopper.spans import GAPS, spans_of
 from palu.kernels.decode_attention.spec import Shape
-from palu.kernels.latent_scores import tables
 from palu.kernels.latent_scores.factors import bounded_factor, ordered_factor, unit_order
 from palu.kernels.latents import LatentProjection
 from palu.kernels.rotation import Rotation
 from tests.compile_launches import Call, arguments
-from tests.hopper_calls import LLAMA_2, LLAMA_3, MEMORY, checked, fitting, needs_hopper, noted_launches
+from tests.hopper_calls import (
+    LLAMA_2,
+    LLAMA_3,
+    MEMORY,
+    checked,
+    fitting,
+    needs_hopper,
+    noted_launches,
+    noted_without_gpu,
+)
 from tests.kernel_calls import quantized, random_call
 
 
@@ -118,31 +126,16 @@ def test_no_row_of_a_bounded_factor_adds_up_to_more_than_asked(size):
     assert torch.equal(factor * power, ordered_factor(key, 64, 4, torch.float32, unit_order))
 
 
-class InOrder:
-    """Stands in for a kernel; notes when it is launched."""
-
-    def __init__(self, name, order):
-        self.name, self.order = name, order
-
-    def __getitem__(self, grid):
-        return lambda *args, **keywords: self.order.append(self.name)
-
-
 @pytest.mark.parametrize("kv_heads", [32, 8], ids=["windows", "mixed"])
 @pytest.mark.parametrize("beside", [0, 130])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_nothing_is_launched_between_the_sums_and_what_adds_them_up_which_begins_early(
     dtype, beside, kv_heads, monkeypatch
 ):
-    order = []
-    for module, names in ((hopper, ("hopper_kernel", "hopper_combine_kernel")), (tables, ("table_kernel",))):
-        for name in names:
-            monkeypatch.setattr(module, name, InOrder(name, order))
-    monkeypatch.setattr(kind, "block_memory", lambda device: MEMORY)
-    monkeypatch.setattr(hopper, "processors", lambda device: 132)
-    monkeypatch.setattr(launch, "runs_hopper_kernel", lambda device: True)
+    noted = noted_without_gpu(monkeypatch)
     # A rotation whose tables nobody has made yet.
     launch.decode_attention(*arguments(Call(kv_heads, 4, dtype, beside=beside, mask=None)))
+    order = [name for name, _, _ in noted]
     # Of all pairs, and of the fast ones.
     assert order.count("table_kernel") == 2
     assert order.count("hopper_kernel") == 1
