@@ -14,7 +14,7 @@ from palu.kernels.decode_attention.hopper.turns import LEAST as KERNEL_LEAST
 from palu.kernels.decode_attention.hopper.turns import UNIT as KERNEL_UNIT
 from palu.kernels.decode_attention.hopper.windows import SLOW as KERNEL_SLOW
 from palu.kernels.decode_attention.hopper.windows import own_parts, parts_of_latents
-from palu.kernels.decode_attention.spec import MOST_KEY_RANK
+from palu.kernels.decode_attention.spec import FAST_KEY_RANK, MOST_KEY_RANK
 from palu.kernels.integers import cdiv, next_power_of_2
 
 TILE, CHUNK, LEAST, COLUMNS = KERNEL_TILE.value, KERNEL_CHUNK.value, KERNEL_LEAST.value, KERNEL_UNIT.value
@@ -26,7 +26,7 @@ MOST_SLOTS, LEAST_RANK, LEAST_UNITS, LEAST_CODES = 32, 32, 16, 64
 FEW_BITS = 4
 # Latents of keys that are rebuilt at most that meet the factor all at once; of more, so many that programs still have
 # two heads or more, whose registers they take.
-MOST_AT_ONCE, WIDE_RANK = 128, 256
+MOST_AT_ONCE, WIDE_RANK = 128, FAST_KEY_RANK
 # Columns of slow pairs at least.
 LEAST_COLUMNS = 4
 # kv heads at most of which all slow pairs can stay in shared memory; bytes of values under way that are enough beside
